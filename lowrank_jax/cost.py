@@ -1,0 +1,127 @@
+"""Parameters and multiply-accumulates (MACs) of a factored layer as a function of rank.
+
+Counts follow the literature: MACs of one example, padding counted, biases counted in
+parameters only. A layer costs the least of the forms in which it can be stored and run.
+Letters: `i` rows and `o` columns of the matrix.
+"""
+
+import dataclasses
+import fractions
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+RankValue: TypeAlias = int | Sequence[Any]
+"""A rank outside jit: an int, or a nested list of ints for stacked layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """What a layer made of equal matrices `(i, o)` costs at a rank.
+
+    Args:
+      in_size: Rows `i` of one matrix.
+      out_size: Columns `o` of one matrix.
+      matrices: How many there are (stacked modules times groups).
+      dense_positions: How often one example multiplies by the dense matrix: 1 for a
+        linear layer, the tokens of a sequence, the output pixels of a convolution.
+      first_positions: How often it multiplies by `u`.
+      second_positions: How often it multiplies by `v`.
+    """
+
+    in_size: int
+    out_size: int
+    matrices: int
+    dense_positions: int
+    first_positions: int
+    second_positions: int
+
+    @property
+    def dense_params(self) -> int:
+        return self.matrices * self.in_size * self.out_size
+
+    @property
+    def dense_macs(self) -> int:
+        return self.dense_params * self.dense_positions
+
+    @property
+    def break_even_rank(self) -> float:
+        """Rank below which the factored form has fewer parameters than the dense one."""
+        return self.in_size * self.out_size / (self.in_size + self.out_size)
+
+    def factored_params(self, rank: RankValue) -> int:
+        """Numbers in `u` and `v`: r (i + o) for each matrix."""
+        return sum(self._ranks(rank)) * (self.in_size + self.out_size)
+
+    def factored_macs(self, rank: RankValue) -> int:
+        return sum(self._ranks(rank)) * self._macs_per_rank
+
+    def params(self, rank: RankValue) -> int:
+        """Parameters of the smaller form, factored or merged, matrix by matrix."""
+        dense = self.in_size * self.out_size
+        per_rank = self.in_size + self.out_size
+        return sum(min(dense, one * per_rank) for one in self._ranks(rank))
+
+    def macs(self, rank: RankValue) -> int:
+        """MACs of the cheaper form, factored or merged, matrix by matrix."""
+        dense = self.in_size * self.out_size * self.dense_positions
+        return sum(min(dense, one * self._macs_per_rank) for one in self._ranks(rank))
+
+    @property
+    def _macs_per_rank(self) -> int:
+        return (
+            self.in_size * self.first_positions + self.out_size * self.second_positions
+        )
+
+    def _ranks(self, rank: RankValue) -> list[int]:
+        """One rank for each matrix, from one number or a nested list of them."""
+        flat = flatten_rank(rank)
+        if self.matrices % max(len(flat), 1):
+            raise ValueError(
+                f"rank: must be one number or one for each of {self.matrices} matrices,"
+                f" got {rank}. Give a list of that length."
+            )
+        return flat * (self.matrices // len(flat))
+
+
+def flatten_rank(rank: RankValue) -> list[int]:
+    """The numbers of a rank: `[r]` for an int, row by row for nested lists."""
+    if isinstance(rank, Sequence):
+        return [number for part in rank for number in flatten_rank(part)]
+    return [int(rank)]
+
+
+def fraction_of(fraction: float, rank: int) -> int:
+    """A fraction of a rank, rounded up, without the errors of floating point.
+
+    `ceil(7 / 25 * 25)` is 8 in floats. The fraction is read as the nearest one with a
+    denominator below a million, so that `fraction_of(k / n, n) == k`.
+
+    >>> fraction_of(7 / 25, 25), fraction_of(0.25, 10)
+    (7, 3)
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"rank fraction: must be in (0, 1], got {fraction}.")
+    exact = fractions.Fraction(fraction).limit_denominator(1_000_000)
+    return math.ceil(exact * rank)
+
+
+def merged_is_cheaper(
+    in_size: int, out_size: int, rank: int, first: int, second: int, dense: int
+) -> bool:
+    """Whether forming `u v` first takes fewer operations than applying `u`, then `v`.
+
+    The counts are of one matrix and of the forward pass, over all rows of the batch; the
+    backward pass doubles both sides, so it does not change the answer.
+
+    Args:
+      in_size: Rows `i`.
+      out_size: Columns `o`.
+      rank: Allocated rank.
+      first: Rows multiplied by `u`.
+      second: Rows multiplied by `v`.
+      dense: Rows multiplied by the merged matrix.
+    """
+    factored = rank * (in_size * first + out_size * second)
+    merged = in_size * out_size * (rank + dense)
+    return merged < factored

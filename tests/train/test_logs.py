@@ -1,0 +1,118 @@
+"""Metrics survive a resume, stdout carries one line of JSON, tables line up."""
+
+import doctest
+import io
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train import logs
+
+
+def read(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_metrics_are_flattened_and_plain(tmp_path):
+    writer = logs.MetricWriter(tmp_path, start_step=0)
+    writer.write(1, {"train": {"loss": jnp.float32(0.5), "rank": np.int64(3)}})
+    writer.write(2, {"loss": float("nan"), "phase": "prune"})
+    writer.close()
+    assert read(tmp_path) == [
+        {"step": 1, "train/loss": 0.5, "train/rank": 3},
+        {"step": 2, "loss": None, "phase": "prune"},
+    ]
+    events = list((tmp_path / "tensorboard").iterdir())
+    assert len(events) == 1
+    assert b"train/loss" in events[0].read_bytes()
+
+
+def test_resuming_drops_later_and_broken_lines(tmp_path):
+    writer = logs.MetricWriter(tmp_path, start_step=0)
+    for step in range(5):
+        writer.write(step, {"loss": step})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 5, "lo')
+    writer = logs.MetricWriter(tmp_path, start_step=2)
+    writer.write(3, {"loss": 30})
+    writer.close()
+    assert [(line["step"], line["loss"]) for line in read(tmp_path)] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 30),
+    ]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_metrics_that_cannot_be_written_are_named(tmp_path):
+    writer = logs.MetricWriter(tmp_path, start_step=0)
+    with pytest.raises(TypeError, match="model"):
+        writer.write(1, {"model": object()})
+    with pytest.raises(ValueError, match="step"):
+        writer.write(1, {"step": 2})
+    writer.close()
+    assert read(tmp_path) == []
+
+
+def test_progress_writes_few_plain_lines_without_a_terminal(capsys, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
+    progress = logs.Progress(20, start=8)
+    for step in range(9, 21):
+        progress.update(step, f"loss {step}")
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("step 20/20")
+    assert lines[-1].endswith("loss 20")
+    assert len(lines) == 3
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = logs.Progress(10, start=4)
+    for step in range(5, 11):
+        progress.update(step, "loss 1")
+    progress.close()
+    assert "10/10" in terminal.getvalue()
+
+
+def test_emit_prints_one_line_of_json(capsys):
+    logs.emit(
+        {
+            "accuracy": np.float32(0.5),
+            "loss": jnp.inf,
+            "ranks": {"up": np.arange(2)},
+            "done": np.bool_(True),
+        }
+    )
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert json.loads(out) == {
+        "accuracy": 0.5,
+        "loss": None,
+        "ranks": {"up": [0, 1]},
+        "done": True,
+    }
+
+
+def test_table_lines_up():
+    assert doctest.testmod(logs).failed == 0
+    text = logs.table(
+        ["layer", "MACs", "kept"], [["up", 1234567, 0.123456], ["down", 8, None]]
+    )
+    header, rule, *rows = text.splitlines()
+    assert rule == "-----  ---------  ------"
+    assert rows == ["up     1,234,567  0.1235", "down           8       -"]
+    with pytest.raises(ValueError, match="3 cells"):
+        logs.table(["a", "b", "c"], [[1, 2]])

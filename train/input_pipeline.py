@@ -1,0 +1,253 @@
+"""Batches of images: shuffled without end for training, in fixed order to evaluate.
+
+Training batch number `step` is a pure function of (seed, step): a run resumes at any
+step with no iterator state to save. Letters: `b` batch, `x y` space, `c` channels.
+"""
+
+import dataclasses
+import functools
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import grain
+import numpy as np
+
+from train import datasets
+
+Batch = dict[str, np.ndarray]
+T = TypeVar("T")
+
+SPLITS = ("train", "validation", "test")
+# Fixed, so that the held-out examples do not depend on a run's seed.
+_VALIDATION_SEED = 20_240
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some rows of a source, in a fixed order."""
+
+    source: datasets.Source
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        images, labels = self.source.take(self.rows[indices])
+        return {"image": images, "label": labels}
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set in three disjoint splits.
+
+    Args:
+        name: as given to `load_dataset`.
+        image_shape: (x, y, c) of every image.
+        num_classes: labels are 0 to num_classes - 1.
+        splits: the examples of "train", "validation" and "test".
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    splits: Mapping[str, Subset] = dataclasses.field(repr=False)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of examples by split."""
+        return {split: len(subset) for split, subset in self.splits.items()}
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Number of full batches in one pass; the remainder is dropped.
+
+        Raises:
+            ValueError: `batch_size` is not in [1, training examples].
+        """
+        size = len(self.splits["train"])
+        if not 1 <= batch_size <= size:
+            raise ValueError(
+                f"{self.name}: batch_size must be in [1, {size}] (the training "
+                f"examples), got {batch_size}. Change batch_size."
+            )
+        return size // batch_size
+
+    def train_batches(
+        self, batch_size: int, *, seed: int, start_step: int = 0
+    ) -> Iterator[Batch]:
+        """Yields batches start_step, start_step + 1, ... without end.
+
+        Returns:
+            Dicts of "image" uint8 (b, x, y, c) and "label" int32 (b,); a new
+            permutation every epoch.
+        """
+        steps_per_epoch = self.steps_per_epoch(batch_size)
+        if seed < 0 or start_step < 0:
+            raise ValueError(
+                f"{self.name}: seed and start_step must be at least 0, got seed {seed} "
+                f"and start_step {start_step}."
+            )
+        train = self.splits["train"]
+
+        def batch_at(step: int) -> Batch:
+            epoch, position = divmod(step, steps_per_epoch)
+            order = _epoch_order(seed, epoch, len(train))
+            return train.batch(order[position * batch_size :][:batch_size])
+
+        return _read_in_order(batch_at, start_step, sys.maxsize, train.source.streams)
+
+    def eval_batches(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """Yields every example of `split` once, in fixed order.
+
+        Returns:
+            Dicts as in training with "weight" float32 (b,): 0 for the rows that pad the
+            last batch, 1 elsewhere.
+        """
+        if split not in SPLITS:
+            raise KeyError(
+                f"{self.name}: split must be one of {SPLITS}, got {split!r}."
+            )
+        subset = self.splits[split]
+        if not len(subset):
+            raise ValueError(
+                f"{self.name}: split {split!r} must hold examples, got 0. Set "
+                "validation_examples above 0."
+            )
+        if batch_size < 1:
+            raise ValueError(
+                f"{self.name}: batch_size must be at least 1, got {batch_size}."
+            )
+
+        def batch_at(step: int) -> Batch:
+            start = step * batch_size
+            stop = min(start + batch_size, len(subset))
+            batch = subset.batch(np.arange(start, stop))
+            batch["weight"] = np.ones(stop - start, np.float32)
+            return {name: _pad(array, batch_size) for name, array in batch.items()}
+
+        steps = -(-len(subset) // batch_size)
+        return _read_in_order(batch_at, 0, steps, subset.source.streams)
+
+
+def load_dataset(
+    name: str | Callable[..., Mapping],
+    *,
+    data_dir: str = "",
+    validation_examples: int = 0,
+    args: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """Opens a data set and holds a validation split out of its training examples.
+
+    Nothing is decoded before the first batch. A split of at most 1 GiB is then decoded
+    once per process and kept in memory; a larger one is read as it is needed.
+
+    Args:
+        name: "digits" (ships with scikit-learn), the name of a prepared TFDS image
+            classification set ("mnist", "cifar10", "cifar10:3.0.2"), or a function that
+            returns {"train": (images, labels), "test": (images, labels)}.
+        data_dir: where TFDS sets lie; "" means TFDS_DATA_DIR, else
+            ~/tensorflow_datasets.
+        validation_examples: size of the validation split; which examples it holds
+            depends on this number and the data set alone.
+        args: keyword arguments of the function.
+
+    Raises:
+        FileNotFoundError: the set is not prepared in `data_dir`; says how to.
+        ValueError: the set is not images with labels, or leaves nothing to train on.
+    """
+    raw = datasets.open_dataset(name, data_dir=data_dir, args=args)
+    size = len(raw.train)
+    if not 0 <= validation_examples < size:
+        raise ValueError(
+            f"{raw.name}: validation_examples must be in [0, {size - 1}], got "
+            f"{validation_examples}. It is taken out of the {size} training examples."
+        )
+    order = np.random.default_rng(_VALIDATION_SEED).permutation(size)
+    # Sorted rows read neighbouring records when a set is streamed.
+    validation = np.sort(order[:validation_examples])
+    train = np.sort(order[validation_examples:])
+    splits = {
+        "train": Subset(raw.train, train),
+        "validation": Subset(raw.train, validation),
+        "test": Subset(raw.test, np.arange(len(raw.test))),
+    }
+    return Dataset(raw.name, raw.image_shape, raw.num_classes, splits)
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def _pad(array: np.ndarray, size: int) -> np.ndarray:
+    missing = size - len(array)
+    return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+
+
+def _read_in_order(
+    batch_at: Callable[[int], Batch], start: int, stop: int, streams: bool
+) -> Iterator[Batch]:
+    """Yields batch_at(start), ..., batch_at(stop - 1).
+
+    What comes from disk is read ahead by grain, several batches at a time.
+    """
+    if not streams:
+        return (batch_at(step) for step in range(start, stop))
+    reads = grain.MapDataset.range(start, stop).map(lambda step: batch_at(int(step)))
+    return iter(
+        reads.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=8))
+    )
+
+
+def prefetch(iterator: Iterable[T], size: int = 2) -> Iterator[T]:
+    """Runs `iterator` in a background thread, at most `size` items ahead.
+
+    An exception of `iterator` is raised where the item would have come. Closing the
+    returned generator stops the thread and closes `iterator`.
+    """
+    if size < 1:
+        raise ValueError(f"prefetch: size must be at least 1, got {size}.")
+    return _prefetch(iterator, size)
+
+
+def _prefetch(iterator: Iterable[T], size: int) -> Iterator[T]:
+    items: queue.Queue = queue.Queue(size)
+    stopped = threading.Event()
+    end = object()
+
+    def put(item: Any) -> None:
+        while not stopped.is_set():
+            try:
+                return items.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in iterator:
+                put((item, None))
+                if stopped.is_set():
+                    break
+            put((end, None))
+        except BaseException as error:  # raised again in the consumer
+            put((end, error))
+        finally:
+            if hasattr(iterator, "close"):
+                iterator.close()
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = items.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

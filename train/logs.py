@@ -1,0 +1,181 @@
+"""What a run says: metrics to files, progress to stderr, results to stdout."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorboardX
+import tqdm
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the leaves of nested dicts with their keys joined by "/"."""
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Turns NumPy and JAX values into what JSON holds; NaN and infinity into null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(v, f"{where}/{key}") for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, where) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist(), where)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    raise TypeError(
+        f"{where}: must be a number, text, an array or a dict of them, got "
+        f"{type(value).__name__}. Convert it before it is logged."
+    )
+
+
+class MetricWriter:
+    """Writes metrics to workdir/metrics.jsonl and, if numbers, to TensorBoard.
+
+    A run that resumes drops what an earlier attempt wrote after `start_step`, so that
+    every step is there once.
+
+    Args:
+        workdir: directory of the run; made if missing.
+        start_step: the step the run starts after; 0 for a new run.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, start_step: int):
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            _drop_lines_after(path, start_step)
+        self._lines = path.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=start_step + 1
+        )
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one line; nested names are joined with "/"."""
+        flat = {name: _plain(value, name) for name, value in flatten(metrics)}
+        if "step" in flat:
+            raise ValueError("metrics: 'step' is taken by the step itself. Rename it.")
+        self._lines.write(json.dumps({"step": int(step), **flat}) + "\n")
+        self._lines.flush()
+        for name, value in flat.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, int(step))
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        self._lines.close()
+        self._board.close()
+
+
+def _drop_lines_after(path: pathlib.Path, step: int) -> None:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # cut short when the earlier attempt was killed
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".jsonl.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+class Progress:
+    """A bar when stderr is a terminal, else a line every few seconds.
+
+    Args:
+        total: the last step.
+        start: steps already done.
+    """
+
+    def __init__(self, total: int, *, start: int = 0):
+        self._total, self._start = total, start
+        self._began = self._spoke = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm.tqdm(
+                total=total, initial=start, file=sys.stderr, dynamic_ncols=True
+            )
+
+    def update(self, step: int, message: str = "") -> None:
+        """Shows that `step` steps are done, with `message` beside it."""
+        if self._bar is not None:
+            if message:
+                self._bar.set_postfix_str(message, refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if step < self._total and now - self._spoke < _SECONDS_BETWEEN_LINES:
+            return
+        self._spoke = now
+        rate = (step - self._start) / max(now - self._began, 1e-9)
+        line = f"step {step}/{self._total}, {rate:.3g} steps/s"
+        print(f"{line}, {message}" if message else line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar, so that later output starts on a line of its own."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def emit(figures: Mapping[str, Any]) -> None:
+    """Prints results as one line of JSON on stdout, meant to be its last line.
+
+    NumPy and JAX values become plain ones; NaN and infinity, which JSON lacks, null.
+    """
+    sys.stderr.flush()
+    print(json.dumps(_plain(figures, "figures"), allow_nan=False), flush=True)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Returns a plain text table, numbers to the right and text to the left.
+
+    >>> print(table(["layer", "rank"], [["up", 8], ["down", 16]]))
+    layer  rank
+    -----  ----
+    up        8
+    down     16
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    for row in cells:
+        if len(row) != len(headers):
+            raise ValueError(
+                f"table: rows must have {len(headers)} cells, got {len(row)}: {row}."
+            )
+    columns = list(zip(headers, *cells, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    right = [_is_numeric([row[i] for row in rows]) for i in range(len(headers))]
+    lines = [list(headers), ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _is_numeric(values: Sequence[Any]) -> bool:
+    return bool(values) and not any(isinstance(value, str) for value in values)
+
+
+def _cell(value: Any) -> str:
+    value = value if isinstance(value, str) else _plain(value, "table")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "-" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,14 @@
+"""Dense models by name; each module holds one, which knows nothing of low rank.
+
+`train.registry.resolve` turns a name into its `build` function. The table holds import
+paths, so that listing the names imports no model. Every `build` takes `image_shape`,
+`num_classes`, `rngs` and the model's own options, and returns a module that maps images
+(b, x, y, c) to float32 logits (b, o).
+"""
+
+MODELS: dict[str, str] = {
+    "convnet": "train.models.convnet:build",
+    "lenet": "train.models.lenet:build",
+    "mlp": "train.models.mlp:build",
+    "vit": "train.models.vit:build",
+}

@@ -1,0 +1,122 @@
+"""Figures for reports: accuracy against what a model costs."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import axes, figure, ticker
+
+# Okabe and Ito's palette, told apart with every common colour blindness; markers and
+# dashes repeat the difference for print in grey.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ("-", "--", "-.", ":")
+_PANELS = (("params", "parameters"), ("macs", "MACs per example"))
+_INK, _FAINT = "#333333", "#E3E3E3"
+
+
+def plot_frontier(
+    series: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike
+) -> None:
+    """Draws accuracy against parameters and against MACs, one line per series.
+
+    Args:
+        series: rows by series name; a row has "accuracy" in [0, 1], "params", "macs"
+            and may have "rank_fraction", which is written beside its point.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: nothing to draw, or a row without one of its figures.
+    """
+    _check(series)
+    # A Figure of its own (Agg for PNG): pyplot would keep it in global state.
+    drawing = figure.Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    panels = drawing.subplots(1, len(_PANELS), sharey=True)
+    for panel, (cost, label) in zip(panels, _PANELS, strict=True):
+        for index, (name, rows) in enumerate(series.items()):
+            _draw(panel, index, name, sorted(rows, key=lambda row: row[cost]), cost)
+        _decorate(panel, label, [row[cost] for rows in series.values() for row in rows])
+    panels[0].set_ylabel("accuracy (%)", color=_INK)
+    if len(series) > 1:
+        handles, labels = panels[0].get_legend_handles_labels()
+        drawing.legend(
+            handles,
+            labels,
+            loc="outside upper left",
+            ncols=min(len(series), 4),
+            frameon=False,
+            labelcolor=_INK,
+        )
+    drawing.savefig(path, format="png", facecolor="white")
+
+
+def _check(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    problems = [
+        f"plot_frontier: {name}[{index}] needs accuracy, params and macs above 0, got "
+        f"{dict(row)}."
+        for name, rows in series.items()
+        for index, row in enumerate(rows)
+        if "accuracy" not in row or min(row.get("params", 0), row.get("macs", 0)) <= 0
+    ]
+    if not any(len(rows) for rows in series.values()):
+        problems.append("plot_frontier: series must hold at least one row, got none.")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _draw(
+    panel: axes.Axes,
+    index: int,
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    cost: str,
+) -> None:
+    colour = _COLOURS[index % len(_COLOURS)]
+    panel.plot(
+        [row[cost] for row in rows],
+        [100 * row["accuracy"] for row in rows],
+        color=colour,
+        marker=_MARKERS[index % len(_MARKERS)],
+        linestyle=_DASHES[index % len(_DASHES)],
+        linewidth=1.8,
+        markersize=6.5,
+        markeredgecolor="white",
+        markeredgewidth=0.9,
+        label=name,
+    )
+    # Frontiers rise: above to the left and below to the right no line is crossed.
+    above = index % 2 == 0
+    for row in rows:
+        if row.get("rank_fraction") is not None:
+            panel.annotate(
+                f"{row['rank_fraction']:.3g}",
+                (row[cost], 100 * row["accuracy"]),
+                xytext=(-4, 5) if above else (4, -5),
+                textcoords="offset points",
+                ha="right" if above else "left",
+                va="bottom" if above else "top",
+                fontsize=8,
+                color=colour,
+            )
+
+
+def _decorate(panel: axes.Axes, label: str, costs: Sequence[float]) -> None:
+    panel.set_xscale("log")
+    panel.margins(x=0.11, y=0.14)
+    panel.xaxis.set_major_locator(_ticks(max(costs) / min(costs)))
+    panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    panel.xaxis.set_minor_formatter(ticker.NullFormatter())
+    panel.set_xlabel(label, color=_INK)
+    panel.grid(True, color=_FAINT, linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.tick_params(which="both", length=0, colors=_INK)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set_color("#BBBBBB")
+
+
+def _ticks(ratio: float) -> ticker.Locator:
+    """Powers of ten alone would leave a narrow axis with one tick or none."""
+    if 1 < ratio < 4:
+        return ticker.MaxNLocator(4, steps=[1, 2, 5, 10])
+    subs = (1.0, 2.0, 5.0) if ratio < 50 else (1.0,)
+    return ticker.LogLocator(subs=subs, numticks=12)
