@@ -76,7 +76,7 @@ class LayerCost:
     def _ranks(self, rank: RankValue) -> list[int]:
         """One rank for each matrix, from one number or a nested list of them."""
         flat = flatten_rank(rank)
-        if self.matrices % max(len(flat), 1):
+        if not flat or self.matrices % len(flat):
             raise ValueError(
                 f"rank: must be one number or one for each of {self.matrices} matrices,"
                 f" got {rank}. Give a list of that length."

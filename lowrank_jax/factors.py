@@ -100,7 +100,8 @@ class Factors(nnx.Module):
                 " nnx.scan or nnx.vmap map the Rank variables over the layer axis, as"
                 " the parameters: nnx.StateAxes({(nnx.Param, Rank): 0, ...: None})."
             )
-        return jnp.arange(self.max_rank) < rank[..., None]
+        shape = (*rank.shape, self.max_rank)
+        return jax.lax.broadcasted_iota(jnp.int32, shape, rank.ndim) < rank[..., None]
 
     def active_u(self, dtype: jax.typing.DTypeLike | None) -> Float[Array, "*stack i r"]:
         """`u diag(|s|)` with the columns past the rank set to zero.
@@ -166,13 +167,16 @@ class Factors(nnx.Module):
         """
         value = jnp.asarray(rank, jnp.int32)
         stack = self.stack_shape
-        self.per_example = value.ndim == len(stack) + 1
-        if not self.per_example:
-            value = jnp.broadcast_to(value, stack)
-        elif value.shape[:-1] != stack:
+        per_example = value.ndim == len(stack) + 1
+        if value.ndim and value.shape[: value.ndim - per_example] != stack:
             raise ValueError(
-                f"rank: must have shape {stack} or ({stack}, batch), got {value.shape}."
+                f"rank: must be one number, or an array of shape {stack} (a rank for each"
+                f" matrix) or {(*stack, 'batch')}, got shape {value.shape}. Give one of"
+                " these."
             )
+        self.per_example = per_example
+        if not per_example:
+            value = jnp.broadcast_to(value, stack)
         self.rank.set_value(value)
 
     def get_rank(self) -> RankValue:

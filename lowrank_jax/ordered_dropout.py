@@ -7,6 +7,7 @@ of the shape of the layer's active rank, with a trailing batch axis for one rank
 and with a leading axis of `passes` where a step makes several.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lowrank_jax.cost import fraction_of
+from lowrank_jax.selection.solvers import at_fraction
 from lowrank_jax.surgery import Ranks
 
 SampledRanks: TypeAlias = dict[str, Int[Array, "..."]]
@@ -163,7 +165,7 @@ def uniform_fraction(*, fractions: Sequence[float] = ()) -> RankSampler:
         uniform in (0, 1].
     """
     if fractions:
-        return _levels(fractions, passes=1, always=())
+        return _one_level(lambda max_ranks: _table(fractions, max_ranks))
 
     def sample(state: LimitsState, key: PRNGKeyArray):
         return _ranks_at(jax.random.uniform(key), state.max_ranks), state
@@ -205,17 +207,20 @@ def matryoshka(*, fractions: Sequence[float]) -> RankSampler:
     """All levels in every step, the full one first (Kusupati et al., 2022).
 
     Args:
-      fractions: Fractions of the ranks, one pass each; 1 must be among them.
+      fractions: Fractions of the ranks, one pass each; 1 and at least one more.
     """
-    if 1 not in fractions:
-        raise ValueError(f"matryoshka: fractions must hold 1, got {tuple(fractions)}.")
     levels = sorted(set(fractions), reverse=True)
+    if len(levels) < 2 or levels[0] != 1:
+        raise ValueError(
+            "matryoshka: fractions must hold 1 and a smaller one, got"
+            f" {tuple(fractions)}. Use the sampler full for one level."
+        )
 
     def sample(state: TableState, key: PRNGKeyArray):
         return state.tables, state
 
     return RankSampler(
-        lambda max_ranks: _squeeze_single(_table(levels, max_ranks), len(levels)),
+        lambda max_ranks: _table(levels, max_ranks),
         sample,
         passes=len(levels),
         full_first=True,
@@ -226,34 +231,22 @@ def family(*, profiles: Sequence[Ranks]) -> RankSampler:
     """One of a family's nested profiles each step, all equally often on average.
 
     Args:
-      profiles: Rank mappings, each for all layers, every rank falling (or staying) from
-        one profile to the next smaller.
+      profiles: Rank mappings, each with all layers, from large to small or the reverse;
+        from one to the next smaller every rank falls or stays.
     """
-    profiles = [dict(profile) for profile in profiles]
     if not profiles:
         raise ValueError("family: profiles must hold at least one, got none.")
 
     def init(max_ranks: Ranks) -> TableState:
+        limits = _init_limits(max_ranks).max_ranks
         _check_family(profiles, max_ranks)
-        return TableState(
-            {
-                path: jnp.stack(
-                    [
-                        jnp.broadcast_to(
-                            jnp.asarray(profile[path], jnp.int32), np.shape(limit)
-                        )
-                        for profile in profiles
-                    ]
-                )
-                for path, limit in max_ranks.items()
-            }
-        )
+        tables = {
+            path: [jnp.broadcast_to(jnp.int32(p[path]), limit.shape) for p in profiles]
+            for path, limit in limits.items()
+        }
+        return TableState({path: jnp.stack(rows) for path, rows in tables.items()})
 
-    def sample(state: TableState, key: PRNGKeyArray):
-        level = jax.random.randint(key, (), 0, len(profiles))
-        return {path: table[level] for path, table in state.tables.items()}, state
-
-    return RankSampler(init, sample)
+    return _one_level(init)
 
 
 def per_example(*, batch_size: int, common_fraction: bool = False) -> RankSampler:
@@ -282,20 +275,81 @@ def per_example(*, batch_size: int, common_fraction: bool = False) -> RankSample
     return RankSampler(_init_limits, sample, per_example=True)
 
 
-def fraction_ranks(max_ranks: Ranks, fraction: float) -> dict[str, Any]:
-    """Each allocated rank times a fraction, rounded up: `{path: int | list}`."""
-    return {
-        path: np.vectorize(lambda rank: fraction_of(fraction, int(rank)), otypes=[int])(
-            np.asarray(limit)
-        ).tolist()
-        for path, limit in max_ranks.items()
-    }
+def _init_limits(max_ranks: Ranks) -> LimitsState:
+    return LimitsState({path: jnp.asarray(r, jnp.int32) for path, r in max_ranks.items()})
 
 
-def _levels(
-    fractions: Sequence[float], *, passes: int, always: Sequence[float]
-) -> RankSampler:
-    raise NotImplementedError
+def _one_level(init: Callable[[Ranks], TableState]) -> RankSampler:
+    """One row of the table each step, all rows equally likely."""
+
+    def sample(state: TableState, key: PRNGKeyArray):
+        rows = jax.tree.leaves(state.tables)[0].shape[0] if state.tables else 1
+        level = jax.random.randint(key, (), 0, rows)
+        return {path: table[level] for path, table in state.tables.items()}, state
+
+    return RankSampler(init, sample)
+
+
+def _table(fractions: Sequence[float], max_ranks: Ranks) -> TableState:
+    """The exact ranks at each fraction, so that no rounding happens under jit."""
+    rows = [at_fraction(max_ranks, fraction) for fraction in fractions]
+    return TableState(
+        {path: jnp.asarray([row[path] for row in rows], jnp.int32) for path in max_ranks}
+    )
+
+
+def _ranks_at(
+    fraction: Float[Array, ""], limits: Mapping[str, Int[Array, "*stack"]]
+) -> SampledRanks:
+    return {path: _round_up(fraction, limit) for path, limit in limits.items()}
+
+
+def _round_up(
+    fraction: Float[Array, "..."], limit: Int[Array, "..."]
+) -> Int[Array, "..."]:
+    """ceil(fraction * limit) for a random fraction, at least 1 where there is a rank."""
+    rank = jnp.ceil(fraction * limit).astype(jnp.int32)
+    return jnp.clip(rank, jnp.minimum(limit, 1), limit)
+
+
+def _uniform(
+    key: PRNGKeyArray, limit: Int[Array, "..."], shape: Sequence[int]
+) -> Int[Array, "..."]:
+    """Whole numbers in 1 to the limit, 0 where that is 0."""
+    draw = jax.random.randint(key, shape, 1, jnp.maximum(limit, 1) + 1)
+    return jnp.minimum(draw, limit)
+
+
+def _keys(key: PRNGKeyArray, paths: Mapping[str, Any]) -> dict[str, PRNGKeyArray]:
+    return {path: jax.random.fold_in(key, n) for n, path in enumerate(paths)}
+
+
+def _check_family(profiles: Sequence[Ranks], max_ranks: Ranks) -> None:
+    for profile in profiles:
+        if set(profile) != set(max_ranks):
+            raise ValueError(
+                f"family: every profile must name the layers {sorted(max_ranks)}, got"
+                f" {sorted(profile)}. Complete it."
+            )
+        for path, limit in max_ranks.items():
+            rank = np.asarray(profile[path])
+            if (rank < 0).any() or (rank > np.asarray(limit)).any():
+                raise ValueError(
+                    f"{path}: rank must be in [0, {limit}], got {profile[path]}. Lower it"
+                    " in the family's profiles."
+                )
+    ordered = sorted(profiles, key=lambda p: sum(np.sum(r) for r in p.values()))
+    for small, large in itertools.pairwise(ordered):
+        wrong = [
+            path
+            for path in max_ranks
+            if (np.asarray(small[path]) > np.asarray(large[path])).any()
+        ]
+        if wrong:
+            raise ValueError(
+                f"family: profiles must be nested, got a smaller one with a higher rank at"
+                f" {wrong}. Lower it there."
+            )
 
 
 SAMPLERS: dict[str, Callable[..., RankSampler]] = {

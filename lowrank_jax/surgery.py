@@ -213,25 +213,42 @@ def check_ranks(model: nnx.Module, ranks: Ranks) -> dict[str, RankValue]:
     """
     factors, aliases = find_factors(model), find_aliases(model)
     named = {aliases.get(path, path): rank for path, rank in ranks.items()}
-    unknown = [path for path in named if path not in factors]
-    problems = [_unknown(unknown, factors)] if unknown else []
-    for path, rank in named.items():
-        if path in factors:
-            problems += _rank_problems(path, rank, factors[path])
+    limits = {path: (one.max_rank, one.stack_shape) for path, one in factors.items()}
+    problems = rank_problems(named, limits)
     if problems:
         raise ValueError("\n".join(problems))
     return named
 
 
-def _rank_problems(path: str, rank: RankValue, factors: Factors) -> list[str]:
-    limit, stack = factors.max_rank, factors.stack_shape
+def rank_problems(
+    ranks: Ranks, limits: Mapping[str, tuple[int, tuple[int, ...]]]
+) -> list[str]:
+    """What is wrong with ranks, a line for each offender; empty if nothing is.
+
+    Args:
+      ranks: Ranks by path.
+      limits: The allocated rank and the stack's shape of each layer.
+    """
+    unknown = [path for path in ranks if path not in limits]
+    problems = [_unknown(unknown, limits)] if unknown else []
+    for path, rank in ranks.items():
+        if path in limits:
+            problems += _rank_problem(path, rank, *limits[path])
+    return problems
+
+
+def _rank_problem(
+    path: str, rank: RankValue, limit: int, stack: tuple[int, ...]
+) -> list[str]:
     try:
         array = np.asarray(rank)
     except ValueError:  # lists of unequal length
         array = np.asarray(None)
     if array.dtype.kind not in "iu" or array.shape not in ((), stack):
-        shape = f", or nested lists of shape {stack}" if stack else ""
-        return [f"{path}: rank must be a whole number{shape}, got {rank!r}."]
+        shape = f" or nested lists of shape {stack}" if stack else ""
+        return [
+            f"{path}: rank must be a whole number{shape}, got {rank!r}. Correct it."
+        ]
     if any(not 0 <= number <= limit for number in flatten_rank(array.tolist())):
         return [
             f"{path}: rank must be in [0, {limit}], got {rank}. Lower it; columns that"

@@ -1,0 +1,162 @@
+"""Parameters and MACs of a whole model, at any ranks, without running it.
+
+MACs are those of one example in the layers that hold a kernel (linear, convolution, einsum,
+attend); activations, norms and attention scores are not counted, as in the literature.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from lowrank_jax.cost import LayerCost
+from lowrank_jax.layers import LAYERS, LowRankLayer
+from lowrank_jax.surgery import Ranks, find_factors, find_layers
+
+
+class ModelCost(NamedTuple):
+    """What a model costs as a function of its ranks.
+
+    Args:
+      layers: The cost of each factored layer by path; of layers that share their factors
+        the MACs add up.
+      fixed_params: Parameters outside the factors: dense kernels, biases, norms.
+      fixed_macs: MACs of the layers that stay dense.
+    """
+
+    layers: dict[str, LayerCost]
+    fixed_params: int
+    fixed_macs: int
+
+    def params(self, ranks: Ranks) -> int:
+        """All parameters, each factored layer in the smaller of its forms."""
+        layers = sum(self.layers[path].params(rank) for path, rank in ranks.items())
+        return self.fixed_params + layers
+
+    def macs(self, ranks: Ranks) -> int:
+        """MACs of one example, each factored layer in the cheaper of its forms."""
+        layers = sum(self.layers[path].macs(rank) for path, rank in ranks.items())
+        return self.fixed_macs + layers
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the dense twin of the model."""
+        return self.fixed_params + sum(c.dense_params for c in self.layers.values())
+
+    @property
+    def dense_macs(self) -> int:
+        """MACs of the dense twin of the model."""
+        return self.fixed_macs + sum(cost.dense_macs for cost in self.layers.values())
+
+
+def count(
+    model: nnx.Module, *example: Any, forward: Callable[..., Any] | None = None
+) -> ModelCost:
+    """What the model costs, from tracing it once on abstract input.
+
+    Args:
+      model: Any model, dense or low-rank.
+      *example: Arguments for a batch of one example (arrays or `jax.ShapeDtypeStruct`).
+      forward: How to call the model, `model(*example)` by default.
+
+    >>> cost = count(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), jax.ShapeDtypeStruct((1, 8), "f4"))
+    >>> cost.dense_params, cost.dense_macs
+    (36, 32)
+    """
+    recorders = _trace_calls(
+        model, example, forward or (lambda model, *inputs: model(*inputs))
+    )
+    owners = {id(factors): path for path, factors in find_factors(model).items()}
+    factored: dict[str, LayerCost] = {}
+    fixed_macs = 0
+    for path, (layer, _) in find_layers(model).items():
+        cost = _layer_cost(layer, recorders[path])
+        if isinstance(layer, LowRankLayer):
+            owner = owners[id(layer.factors)]
+            known = factored.get(owner)
+            factored[owner] = _add_positions(known, cost) if known else cost
+        else:
+            fixed_macs += cost.dense_macs
+    shared = {id(p) for f in find_factors(model).values() for p in (f.u, f.s, f.v)}
+    params = {
+        id(node): math.prod(node.shape)
+        for _, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Param)
+    }
+    fixed_params = sum(size for key, size in params.items() if key not in shared)
+    return ModelCost(factored, fixed_params, fixed_macs)
+
+
+class _Recorder:
+    """The shapes a layer was called with; a static attribute of it while it is traced."""
+
+    def __init__(self):
+        self.calls: list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]] = []
+
+
+def _trace_calls(
+    model: nnx.Module, example: tuple[Any, ...], forward: Callable[..., Any]
+) -> dict[str, _Recorder]:
+    """Input and output shapes of every call of every layer, by path."""
+    probe = nnx.clone(model)
+    probe.eval()
+    recorders = {}
+    for path, (layer, _) in find_layers(probe).items():
+        object.__setattr__(layer, "__class__", _recording_type(type(layer)))
+        layer.recorder = recorders[path] = _Recorder()
+    graphdef, state = nnx.split(probe)
+    jax.eval_shape(lambda s, args: forward(nnx.merge(graphdef, s), *args), state, example)
+    return recorders
+
+
+@functools.cache
+def _recording_type(cls: type[nnx.Module]) -> type[nnx.Module]:
+    """A subclass that notes each call; NNX transforms keep it, scans included."""
+
+    def recording(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            outputs = method(self, inputs, *args, **kwargs)
+            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs, outputs)]
+            self.recorder.calls.append(tuple(shapes))
+            return outputs
+
+        return call
+
+    methods = {
+        name: recording(getattr(cls, name))
+        for name in ("__call__", "attend")
+        if hasattr(cls, name)
+    }
+    return type(cls.__name__, (cls,), methods)
+
+
+def _layer_cost(layer: nnx.Module, recorder: _Recorder) -> LayerCost:
+    """The cost of one layer over all its calls."""
+    kind = LAYERS.get(type(layer), type(layer))
+    if isinstance(layer, LowRankLayer):
+        fold = layer.fold
+        stacked = math.prod(layer.factors.stack_shape) // math.prod(fold.stack_shape)
+    else:
+        fold = kind.fold_of(layer)
+        kernel = getattr(layer, kind.kernel_name)
+        stacked = math.prod(kernel.shape) // math.prod(fold.kernel_shape)
+    calls = recorder.calls[:1] if stacked > 1 else recorder.calls  # a scan's one body
+    never = LayerCost(
+        fold.input_size, fold.output_size, math.prod(fold.stack_shape), 0, 0, 0
+    )
+    costs = [kind.cost_of(layer, fold, *shapes) for shapes in calls]
+    total = functools.reduce(_add_positions, costs, never)
+    return dataclasses.replace(total, matrices=total.matrices * stacked)
+
+
+def _add_positions(one: LayerCost, other: LayerCost) -> LayerCost:
+    return dataclasses.replace(
+        one,
+        dense_positions=one.dense_positions + other.dense_positions,
+        first_positions=one.first_positions + other.first_positions,
+        second_positions=one.second_positions + other.second_positions,
+    )

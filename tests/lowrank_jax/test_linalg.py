@@ -1,0 +1,177 @@
+"""Spectra, the canonical form and norms against NumPy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import relative_error, spectrum_error
+
+from lowrank_jax import linalg
+
+SHAPES = {
+    "tall": (7, 4),
+    "wide": (3, 5),
+    "square": (4, 4),
+    "stacked": (2, 5, 3),
+    "two stack axes": (2, 3, 3, 4),
+    "row": (1, 4),
+}
+
+
+def random(*shape: int, seed: int = 0) -> jax.Array:
+    draw = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(draw, jnp.float32)
+
+
+def transposed(x) -> np.ndarray:
+    return np.swapaxes(np.asarray(x), -1, -2)
+
+
+def diagonal(s) -> np.ndarray:
+    return np.asarray(s)[..., None] * np.eye(s.shape[-1])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_balanced_svd_is_the_nearest_of_its_rank_and_balanced(shape):
+    """The product is as near as Eckart-Young allows; both Gram matrices are diag(s)."""
+    matrix = random(*shape)
+    spectrum = np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)
+    for rank in range(min(shape[-2:]) + 1):
+        u, v = linalg.balanced_svd(matrix, rank)
+        assert u.shape == (*shape[:-1], rank)
+        assert v.shape == (*shape[:-2], rank, shape[-1])
+        distance = np.linalg.norm(matrix - u @ v, axis=(-2, -1))
+        np.testing.assert_allclose(distance, spectrum_error(matrix, rank), atol=1e-5)
+        gram = diagonal(spectrum[..., :rank])
+        assert relative_error(transposed(u) @ np.asarray(u), gram) <= 1e-5
+        assert relative_error(np.asarray(v) @ transposed(v), gram) <= 1e-5
+
+
+def test_truncated_svd_computes_bfloat16_in_float32():
+    """Half precision in, half precision out; the triplets differ by rounding alone."""
+    matrix = random(5, 4).astype(jnp.bfloat16)
+    parts = linalg.truncated_svd(matrix, 3)
+    assert {part.dtype for part in parts} == {jnp.dtype(jnp.bfloat16)}
+    for part, wide in zip(
+        parts, linalg.truncated_svd(matrix.astype(jnp.float32), 3), strict=True
+    ):
+        np.testing.assert_array_equal(part, wide.astype(jnp.bfloat16))
+
+
+def factored(name: str):
+    """Factors `u, s, v` of one kind; the product of some has a lower rank than `r`."""
+    match name:
+        case "product":
+            return random(7, 3), None, random(3, 5, seed=1)
+        case "scales of both signs":
+            return random(7, 3), jnp.array([0.5, -3.0, 1.0]), random(3, 5, seed=1)
+        case "stacked":
+            return random(2, 6, 3), random(2, 3, seed=2), random(2, 3, 4, seed=1)
+        case "rank above both sides":
+            return random(3, 6), random(6, seed=2), random(6, 4, seed=1)
+        case "rank above one side, stacked":
+            return random(2, 3, 4), None, random(2, 4, 6, seed=1)
+        case "zero columns":
+            u, v = random(6, 4), random(4, 5, seed=1)
+            return u.at[:, 1].set(0).at[:, 3].set(0), None, v.at[1].set(0)
+        case "all zero":
+            return jnp.zeros((4, 2)), jnp.zeros(2), jnp.zeros((2, 3))
+        case "equal singular values":
+            return jnp.eye(5)[:, :3], jnp.full(3, 2.0), jnp.eye(3)
+
+
+FACTORED = (
+    "product",
+    "scales of both signs",
+    "stacked",
+    "rank above both sides",
+    "rank above one side, stacked",
+    "zero columns",
+    "all zero",
+    "equal singular values",
+)
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_canonical_form_is_the_svd_of_the_product(name):
+    """Same function and shapes, falling spectrum, every prefix by Eckart-Young."""
+    u, s, v = factored(name)
+    scale = 1 if s is None else np.abs(s)[..., None, :]
+    product = (np.asarray(u, np.float64) * scale) @ np.asarray(v, np.float64)
+    left, sigma, right = linalg.canonical_form(u, s, v)
+    assert (left.shape, right.shape) == (u.shape, v.shape)
+    assert np.all(np.diff(sigma, axis=-1) <= 0) and np.all(sigma >= 0)
+    rank, kept = u.shape[-1], min(product.shape[-2:] + u.shape[-1:])
+    spectrum = np.linalg.svd(product, compute_uv=False)
+    np.testing.assert_allclose(sigma[..., :kept], spectrum[..., :kept], atol=1e-5)
+    eye = np.broadcast_to(np.eye(kept), (*product.shape[:-2], kept, kept))
+    head, tail = np.asarray(left)[..., :kept], np.asarray(right)[..., :kept, :]
+    np.testing.assert_allclose(transposed(head) @ head, eye, atol=1e-5)
+    np.testing.assert_allclose(tail @ transposed(tail), eye, atol=1e-5)
+    for array in (left[..., :, kept:], sigma[..., kept:], right[..., kept:, :]):
+        np.testing.assert_array_equal(array, 0)
+    for prefix in range(rank + 1):
+        near = (left * sigma[..., None, :])[..., :prefix] @ right[..., :prefix, :]
+        distance = np.linalg.norm(product - near, axis=(-2, -1))
+        np.testing.assert_allclose(distance, spectrum_error(product, prefix), atol=2e-5)
+
+
+def test_canonical_form_at_rank_zero_is_empty():
+    """Rank 0 is legal and keeps its shapes, stack axes included."""
+    left, sigma, right = linalg.canonical_form(
+        jnp.zeros((2, 4, 0)), None, jnp.zeros((2, 0, 3))
+    )
+    assert [x.shape for x in (left, sigma, right)] == [(2, 4, 0), (2, 0), (2, 0, 3)]
+
+
+@pytest.mark.parametrize("name", ["product", "scales of both signs", "stacked"])
+def test_column_norms_are_squared_norms_of_the_scaled_columns(name):
+    """`|s|` counts on the side of `u`, once."""
+    u, s, v = factored(name)
+    scaled = np.asarray(u) * (1 if s is None else np.asarray(s)[..., None, :])
+    left, right = linalg.column_norms(u, s, v)
+    np.testing.assert_allclose(left, np.linalg.norm(scaled, axis=-2) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(right, np.linalg.norm(v, axis=-1) ** 2, rtol=1e-5)
+
+
+def test_safe_sqrt_is_the_square_root_with_gradient_zero_at_zero():
+    """At 0 both value and gradient are 0; elsewhere they are the usual ones."""
+    x = jnp.array([0.0, 1e-12, 0.25, 9.0])
+    root, pullback = jax.vjp(linalg.safe_sqrt, x)
+    np.testing.assert_allclose(root, [0, 1e-6, 0.5, 3], rtol=1e-6)
+    (gradient,) = pullback(jnp.ones(4))
+    np.testing.assert_allclose(gradient, [0, 5e5, 1, 1 / 6], rtol=1e-5)
+
+
+def test_tail_norms_of_the_golden_spectrum():
+    """Spectrum (4, 3, 2, 1): the norms of what is left from each column on."""
+    norms = linalg.tail_norms(jnp.square(jnp.array([4.0, 3.0, 2.0, 1.0])))
+    np.testing.assert_allclose(norms, np.sqrt([30.0, 14.0, 5.0, 1.0]), rtol=1e-6)
+
+
+def test_tail_norms_of_stacks_follow_the_definition():
+    """Entry b is the Frobenius norm of columns b to the last of each matrix."""
+    matrix = np.asarray(random(2, 5, 4))
+    expected = [np.linalg.norm(matrix[..., b:], axis=(-2, -1)) for b in range(4)]
+    norms = linalg.tail_norms(jnp.sum(jnp.square(matrix), axis=-2))
+    np.testing.assert_allclose(norms, np.stack(expected, axis=-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("zeros", [1, 2, 4])
+def test_gradient_of_tail_norms_is_finite_with_zero_tails(zeros):
+    """Zero columns get gradient 0, the others what they get without the tail."""
+
+    def penalty(x):
+        return jnp.sum(linalg.tail_norms(jnp.sum(jnp.square(x), axis=0)))
+
+    matrix = np.array(random(3, 4))
+    matrix[:, 4 - zeros :] = 0
+    gradient = np.asarray(jax.grad(penalty)(jnp.asarray(matrix)))
+    tails = [np.linalg.norm(matrix[:, b:]) for b in range(4 - zeros)]
+    expected = np.zeros_like(matrix)
+    for column in range(4 - zeros):
+        expected[:, column] = matrix[:, column] * np.sum(
+            1 / np.array(tails[: column + 1])
+        )
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+    np.testing.assert_array_equal(gradient[:, 4 - zeros :], 0)
