@@ -1,0 +1,34 @@
+"""Trainable low-rank layers for JAX: train once, cut at any rank.
+
+The functions for one's own training loop; everything else is in the modules.
+"""
+
+from lowrank_jax.counting import count
+from lowrank_jax.factors import Factors, Rank
+from lowrank_jax.shrinking import shrink, tail_ranks
+from lowrank_jax.surgery import (
+    canonicalize,
+    factorize,
+    find_factors,
+    get_ranks,
+    max_ranks,
+    merge,
+    set_ranks,
+    truncate,
+)
+
+__all__ = [
+    "Factors",
+    "Rank",
+    "canonicalize",
+    "count",
+    "factorize",
+    "find_factors",
+    "get_ranks",
+    "max_ranks",
+    "merge",
+    "set_ranks",
+    "shrink",
+    "tail_ranks",
+    "truncate",
+]

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 import tensorboardX
 import tqdm
 
@@ -131,6 +133,63 @@ class Progress:
         """Ends the bar, so that later output starts on a line of its own."""
         if self._bar is not None:
             self._bar.close()
+
+
+def say(message: str) -> None:
+    """A line on stderr that leaves a progress bar whole."""
+    tqdm.tqdm.write(message, file=sys.stderr)
+
+
+class StepMetrics:
+    """Metrics of steps, left on the device until they are logged together.
+
+    Args:
+        writer: Where their means go.
+        batch_size: Examples in a step, for the rate.
+    """
+
+    def __init__(self, writer: MetricWriter, batch_size: int):
+        self._writer, self._batch_size = writer, batch_size
+        self._pending: list[tuple[int, Mapping[str, Any]]] = []
+        self._began = time.perf_counter()
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Notes the metrics of a step without waiting for them."""
+        self._pending.append((step, metrics))
+
+    def flush(self) -> str:
+        """Writes the means since the last call; returns a short summary.
+
+        Raises:
+            FloatingPointError: A loss is not finite; names the steps.
+        """
+        if not self._pending:
+            return ""
+        steps = [step for step, _ in self._pending]
+        values = jax.device_get([metrics for _, metrics in self._pending])
+        self._pending = []
+        bad = [s for s, v in zip(steps, values, strict=True) if not _finite(v)]
+        if bad:
+            raise FloatingPointError(
+                f"loss: must be finite, got NaN or infinity at step {_ranges(bad)}. Lower"
+                " config.phases[...].optimizer.learning_rate or set its clip_norm; the"
+                " last checkpoint is from before."
+            )
+        means = {key: float(np.mean([v[key] for v in values])) for key in values[0]}
+        now = time.perf_counter()
+        rate = len(steps) * self._batch_size / (now - self._began)
+        self._began = now
+        self._writer.write(steps[-1], {"train": {**means, "examples_per_s": rate}})
+        return f"loss {means['loss']:.4f}"
+
+
+def _finite(metrics: Mapping[str, Any]) -> bool:
+    return all(np.isfinite(value).all() for value in metrics.values())
+
+
+def _ranges(steps: Sequence[int]) -> str:
+    """Steps as text: "7", or "7 to 9" for the first and last of several."""
+    return str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
 
 
 def emit(figures: Mapping[str, Any]) -> None:

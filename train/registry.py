@@ -6,6 +6,7 @@ Importing runs code: a path read from a checkpoint needs the user's consent.
 """
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from typing import Any
 def resolve(
     kind: str,
     name: str,
-    table: Mapping[str, str],
+    table: Mapping[str, str | Callable[..., Any]],
     *,
     allow_imports: Sequence[str] | None,
 ) -> Callable[..., Any]:
@@ -23,7 +24,7 @@ def resolve(
         kind: Section of the config that holds the name; "model" makes errors say
             `config.model.name`.
         name: A key of `table`, or an import path `package.module:function`.
-        table: Import path of each short name.
+        table: Function or import path of each short name.
         allow_imports: Top-level packages that `name` may import from, or None for any.
             Pass None for the user's own config only, never for a checkpoint's.
 
@@ -33,7 +34,8 @@ def resolve(
     """
     where = f"config.{kind}.name"
     if name in table:
-        return _import(where, table[name])
+        entry = table[name]
+        return entry if callable(entry) else _import(where, entry)
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
         raise ValueError(
@@ -49,6 +51,51 @@ def resolve(
             f"it, pass --allow_imports={package}."
         )
     return _import(where, name)
+
+
+def build(
+    kind: str,
+    spec: Mapping[str, Any],
+    table: Mapping[str, str | Callable[..., Any]],
+    *,
+    positional: Sequence[Any] = (),
+    allow_imports: Sequence[str] | None = None,
+    **extra: Any,
+) -> Any:
+    """Resolves `spec["name"]` and calls it with `spec["args"]`.
+
+    Args:
+        kind: Section of the config that `spec` is.
+        spec: A name and the arguments of a choice.
+        table: As in `resolve`.
+        positional: Arguments to put in front.
+        allow_imports: As in `resolve`.
+        **extra: Keyword arguments that the config does not give.
+    """
+    function = resolve(kind, spec["name"], table, allow_imports=allow_imports)
+    return call(f"config.{kind}", function, positional, {**extra, **spec["args"]})
+
+
+def call(
+    where: str,
+    function: Callable[..., Any],
+    positional: Sequence[Any],
+    args: Mapping[str, Any],
+) -> Any:
+    """Calls a function; arguments it does not take are one clear error."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*positional, **args)
+    except TypeError as error:
+        known = [name for name in signature.parameters][len(positional) :]
+        raise ValueError(
+            f"{where}.args: must be arguments of {function.__name__} ({known}), got"
+            f" {sorted(args)}: {error}. Correct them."
+        ) from error
+    try:
+        return function(*positional, **args)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _import(where: str, path: str) -> Callable[..., Any]:

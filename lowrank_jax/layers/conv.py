@@ -88,13 +88,14 @@ class LowRankConv(LowRankLayer):
         self, inputs: Float[Array, "*b c"], out_sharding: Any = None
     ) -> Float[Array, "*b f"]:
         factors, fold = self.factors, self.fold
+        kernel = jax.ShapeDtypeStruct(self.kernel_shape, factors.u.dtype)
         outputs = jax.eval_shape(
-            lambda x: self._dense_call(x, kernel=jnp.zeros(self.kernel_shape, x.dtype)),
-            inputs,
+            lambda x, k: self._dense_call(x, kernel=k), inputs, kernel
         )
-        if factors.max_rank == 0:
-            zeros = jnp.zeros(outputs.shape, outputs.dtype)
-            return zeros if self.bias is None else zeros + self.bias[...]
+        if factors.max_rank == 0:  # XLA has no convolution without channels
+            bias = jnp.zeros(1) if self.bias is None else self.bias[...]
+            bias = bias.reshape((1,) * (len(outputs.shape) - 1) + bias.shape)
+            return jnp.broadcast_to(bias, outputs.shape).astype(outputs.dtype)
         first, second = _positions(fold, inputs.shape, outputs.shape)
         merged = merged_is_cheaper(
             factors.in_size, factors.out_size, factors.max_rank, first, second, second

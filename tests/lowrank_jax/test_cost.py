@@ -100,10 +100,13 @@ def test_grouped_convolutions_and_stacks_count_every_matrix():
 
 
 def test_looking_up_costs_nothing_but_the_second_product():
-    embed = partial(LowRankEmbed, 20, 6)
     tokens = struct(1, 7, dtype=jnp.int32)
-    assert layer_cost(embed, tokens) == LayerCost(20, 6, 1, 0, 0, 7)
-    attend = LowRankEmbed.cost_of(embed, embed.fold, struct(1, 7, 6), struct(1, 7, 20))
+    assert layer_cost(partial(LowRankEmbed, 20, 6), tokens) == LayerCost(
+        20, 6, 1, 0, 0, 7
+    )
+    embed = nnx.Embed(20, 6, rngs=nnx.Rngs(0))
+    fold = LowRankEmbed.fold_of(embed)
+    attend = LowRankEmbed.cost_of(embed, fold, struct(1, 7, 6), struct(1, 7, 20))
     assert attend == LayerCost(20, 6, 1, 7, 7, 7)
 
 

@@ -98,14 +98,14 @@ def test_canonical_form_is_the_svd_of_the_product(name):
     u, s, v = factored(name)
     scale = 1 if s is None else np.abs(s)[..., None, :]
     product = (np.asarray(u, np.float64) * scale) @ np.asarray(v, np.float64)
-    left, sigma, right = linalg.canonical_form(u, s, v)
+    left, sigma, right = map(np.asarray, linalg.canonical_form(u, s, v))
     assert (left.shape, right.shape) == (u.shape, v.shape)
     assert np.all(np.diff(sigma, axis=-1) <= 0) and np.all(sigma >= 0)
     rank, kept = u.shape[-1], min(product.shape[-2:] + u.shape[-1:])
     spectrum = np.linalg.svd(product, compute_uv=False)
     np.testing.assert_allclose(sigma[..., :kept], spectrum[..., :kept], atol=1e-5)
     eye = np.broadcast_to(np.eye(kept), (*product.shape[:-2], kept, kept))
-    head, tail = np.asarray(left)[..., :kept], np.asarray(right)[..., :kept, :]
+    head, tail = left[..., :kept], right[..., :kept, :]
     np.testing.assert_allclose(transposed(head) @ head, eye, atol=1e-5)
     np.testing.assert_allclose(tail @ transposed(tail), eye, atol=1e-5)
     for array in (left[..., :, kept:], sigma[..., kept:], right[..., kept:, :]):

@@ -1,0 +1,198 @@
+"""What a config must hold, checked before any work.
+
+A config is a `ml_collections.ConfigDict` in `configs/`; here it is plain JSON values. Every
+key is present in the file, and no other: a misspelled key is an error, not a default.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NAMED = {"name": str, "args": dict}
+"""A choice from a table, or an import path, and its arguments."""
+
+DATA = {
+    "name": str,
+    "args": dict,
+    "data_dir": str,
+    "batch_size": int,
+    "eval_batch_size": int,
+    "validation_examples": int,
+    "mean": list,
+    "std": list,
+    "augment": list,
+}
+
+OPTIMIZER = {
+    "name": str,
+    "args": dict,
+    "learning_rate": float,
+    "schedule": NAMED,
+    "weight_decay": float,
+    "decayed": str,
+    "clip_norm": float,
+}
+
+PHASE = {
+    "name": str,
+    "until": dict,
+    "sampler": NAMED,
+    "teacher": NAMED,
+    "passes_loss": str,
+    "penalties": list,
+    "optimizer": OPTIMIZER,
+    "shrink": dict,
+}
+
+CONFIG = {
+    "seed": int,
+    "data": DATA,
+    "model": NAMED,
+    "rank_rules": list,
+    "init_from": str,
+    "phases": list,
+    "log_every_steps": int,
+    "eval_every_epochs": int,
+    "eval_fractions": list,
+    "checkpoint_every_epochs": int,
+    "keep_checkpoints": int,
+}
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values, checked (a `ConfigDict` or a mapping).
+
+    Raises:
+      ValueError: Missing or unknown keys, values of another type or out of bounds; all
+        offenders at once.
+    """
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    try:
+        plain = json.loads(json.dumps(values))
+    except TypeError as error:
+        raise ValueError(
+            f"config: must hold JSON values only, got {error}. Name functions by import"
+            " path."
+        ) from error
+    problems = _compare(plain, CONFIG, "config")
+    if not problems:
+        for index, phase in enumerate(plain["phases"]):
+            problems += _compare(phase, PHASE, f"config.phases[{index}]")
+    problems = problems or _bounds(plain)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return plain
+
+
+def difference(one: Any, other: Any, where: str = "config") -> list[str]:
+    """The places where two configs differ, with both values."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return [
+            line
+            for key in sorted({*one, *other})
+            for line in difference(one.get(key), other.get(key), f"{where}.{key}")
+        ]
+    return [] if one == other else [f"{where}: {one!r} there, {other!r} here"]
+
+
+def _compare(value: Any, schema: Any, where: str) -> list[str]:
+    """What keeps a value from having the keys and types of a schema."""
+    if isinstance(schema, Mapping):
+        if not isinstance(value, Mapping):
+            return [f"{where}: must be a mapping with {sorted(schema)}, got {value!r}."]
+        unknown, missing = sorted(value.keys() - schema), sorted(schema.keys() - value)
+        problems = []
+        if unknown:
+            problems.append(
+                f"{where}: keys must be of {sorted(schema)}, got {unknown}. Correct the"
+                " spelling."
+            )
+        if missing:
+            problems.append(f"{where}: must have {missing}, got none. Add them.")
+        known = schema.keys() & value.keys()
+        return problems + [
+            problem
+            for key in sorted(known)
+            for problem in _compare(value[key], schema[key], f"{where}.{key}")
+        ]
+    kinds = (int, float) if schema is float else schema
+    if not isinstance(value, kinds) or (isinstance(value, bool) and schema is not bool):
+        return [f"{where}: must be of type {schema.__name__}, got {value!r}. Correct it."]
+    return []
+
+
+def _bounds(config: Mapping[str, Any]) -> list[str]:
+    """Values that have the right type but make no sense."""
+    data, problems = config["data"], []
+    positive = {f"config.data.{key}": data[key] for key in ("batch_size", "eval_batch_size")}
+    positive["config.log_every_steps"] = config["log_every_steps"]
+    positive["config.keep_checkpoints"] = config["keep_checkpoints"]
+    for where, value in positive.items():
+        if value < 1:
+            problems.append(f"{where}: must be at least 1, got {value}. Raise it.")
+    natural = ("eval_every_epochs", "checkpoint_every_epochs")
+    for key in natural:
+        if config[key] < 0:
+            problems.append(f"config.{key}: must be >= 0 (0 is never), got {config[key]}.")
+    if not config["phases"]:
+        problems.append("config.phases: must hold at least one phase, got none.")
+    if any(not _in_unit(f) for f in config["eval_fractions"]):
+        problems.append(
+            "config.eval_fractions: must be fractions in (0, 1], got"
+            f" {config['eval_fractions']}. Correct them."
+        )
+    if any(not s > 0 for s in data["std"]):
+        problems.append(f"config.data.std: must be positive, got {data['std']}.")
+    for index, phase in enumerate(config["phases"]):
+        problems += _phase_bounds(phase, f"config.phases[{index}] ({phase['name']})")
+    return problems
+
+
+def _phase_bounds(phase: Mapping[str, Any], where: str) -> list[str]:
+    problems = []
+    until = phase["until"]
+    lengths = list(until.values())
+    if set(until) not in ({"steps"}, {"epochs"}) or not all(
+        isinstance(n, int) and n > 0 for n in lengths
+    ):
+        problems.append(
+            f"{where}.until: must be {{'steps': n}} or {{'epochs': n}} with n >= 1, got"
+            f" {until}. Give the phase a length."
+        )
+    if phase["passes_loss"] not in ("mean", "sum"):
+        problems.append(
+            f"{where}.passes_loss: must be 'mean' or 'sum', got"
+            f" {phase['passes_loss']!r}."
+        )
+    shrink = phase["shrink"]
+    if shrink and set(shrink) != {"every_epochs", "threshold", "multiple"}:
+        problems.append(
+            f"{where}.shrink: must be empty or hold every_epochs, threshold and multiple,"
+            f" got {shrink}. Correct it."
+        )
+    elif shrink and (shrink["every_epochs"] < 1 or shrink["multiple"] < 1):
+        problems.append(
+            f"{where}.shrink: every_epochs and multiple must be at least 1, got {shrink}."
+        )
+    for spec in phase["penalties"]:
+        problems += _compare(spec, NAMED, f"{where}.penalties")
+    return problems
+
+
+def _in_unit(fraction: Any) -> bool:
+    return isinstance(fraction, int | float) and 0 < fraction <= 1
+
+
+def pairs(rules: Sequence[Sequence[Any]], where: str) -> list[tuple[str, Any]]:
+    """JSON's lists of two as pairs.
+
+    Raises:
+      ValueError: An entry that is not a pair.
+    """
+    for rule in rules:
+        if not isinstance(rule, list) or len(rule) != 2 or not isinstance(rule[0], str):
+            raise ValueError(
+                f"{where}: every entry must be a pair of a name and a value, got"
+                f" {rule!r}. Correct it."
+            )
+    return [(rule[0], rule[1]) for rule in rules]
