@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+
 def options(arg: str, **known: float | bool) -> dict[str, Any]:
     """What stands after the colon of `--config=FILE:ARG`.
 
@@ -23,7 +24,9 @@ def options(arg: str, **known: float | bool) -> dict[str, Any]:
         name, equals, text = part.partition("=")
         is_word = isinstance(values.get(name), bool)
         if name not in values or is_word == bool(equals):
-            words = [n if isinstance(v, bool) else f"{n}=NUMBER" for n, v in values.items()]
+            words = [
+                n if isinstance(v, bool) else f"{n}=NUMBER" for n, v in values.items()
+            ]
             raise ValueError(
                 f"config argument: must be of {words}, got {part!r}. Separate several with"
                 " commas."

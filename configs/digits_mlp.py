@@ -3,8 +3,9 @@
 Command:  python -m train.main --config=configs/digits_mlp.py --workdir=runs/digits_mlp
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:

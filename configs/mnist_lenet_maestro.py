@@ -1,12 +1,14 @@
 """LeNet on MNIST by Maestro: ordered dropout, group lasso, shrinking every epoch.
 
-Command:  python -m train.main --config=configs/mnist_lenet_maestro.py --workdir=runs/maestro
-Others:   configs/mnist_lenet_maestro.py:lasso=1e-4 for another lambda,
+Command:  python -m train.main --config=configs/mnist_lenet_maestro.py
+--workdir=runs/maestro Others:   configs/mnist_lenet_maestro.py:lasso=1e-4 for another
+lambda,
           configs/mnist_lenet_maestro.py:dense for the dense run under the same recipe
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:

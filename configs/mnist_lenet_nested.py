@@ -1,10 +1,12 @@
 """LeNet on MNIST, one training run for the best frontier: four nested models a step.
 
-Command:  python -m train.main --config=configs/mnist_lenet_nested.py --workdir=runs/nested
+Command:  python -m train.main --config=configs/mnist_lenet_nested.py
+--workdir=runs/nested
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)
 
@@ -13,7 +15,9 @@ def get_config(arg: str = "") -> ConfigDict:
     """The config; "smoke" for a run of a minute."""
     smoke = common.options(arg)["smoke"]
     config = common.base(seed=0)
-    config.data = common.mnist(batch_size=32, augment=(("random_crop", {"padding": 1}),))
+    config.data = common.mnist(
+        batch_size=32, augment=(("random_crop", {"padding": 1}),)
+    )
     config.model = {"name": "lenet", "args": {}}
     config.phases = (
         common.phase(

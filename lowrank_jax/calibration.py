@@ -14,9 +14,10 @@ def recalibrate_batch_norm(
 ) -> nnx.Module:
     """A copy whose BatchNorm statistics are the plain average over these batches.
 
-    A truncation changes the statistics of activations. Every running mean and variance is
-    replaced by the mean of the batches' own (a cumulative average; the momentum is not
-    used and stays as it is). All other layers run as in evaluation; no gradient is taken.
+    A truncation changes the statistics of activations. Every running mean and variance
+    is replaced by the mean of the batches' own (a cumulative average; the momentum is
+    not used and stays as it is). All other layers run as in evaluation; no gradient is
+    taken.
 
     Args:
       model: The model; one without BatchNorm comes back as it is.

@@ -2,11 +2,14 @@
 
 The only file that knows orbax. A checkpoint folder holds one folder per step, each with
 
-- `params`, `model_state`, and whatever else was saved (`opt_state`, `sampler`): arrays, each
-  under its `"/"`-joined path; factors are chunked along the rank axis, so that loading at a
-  lower rank reads little more than what it keeps;
-- `metadata`: JSON with the format version, the active and allocated ranks, every array's
-  shape and dtype, the step, the library's version, and what the caller adds (the config).
+- `params`, `model_state`, and whatever else was saved (`opt_state`, `sampler`): arrays,
+each
+  under its `"/"`-joined path; factors are chunked along the rank axis, so that loading
+  at a lower rank reads little more than what it keeps;
+- `metadata`: JSON with the format version, the active and allocated ranks, every
+array's
+  shape and dtype, the step, the library's version, and what the caller adds (the
+  config).
 
 Nothing in it is executed: arrays are arrays, metadata is JSON. Arrays without elements
 (rank 0) stand in the metadata alone, since orbax cannot store them.
@@ -151,8 +154,8 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
     """Finds a checkpoint and reads its metadata.
 
     Args:
-      path: A step's folder, a folder of steps, or a workdir with a folder `checkpoints`;
-        of several steps the latest that is complete.
+      path: A step's folder, a folder of steps, or a workdir with a folder
+        `checkpoints`; of several steps the latest that is complete.
       flag: What to call the argument in errors.
 
     Raises:
@@ -203,10 +206,10 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
 
     Args:
       saved: An opened checkpoint.
-      model: The model's structure, abstract (`nnx.eval_shape`) or not, factorized by the
-        same rules; its own ranks and values do not matter.
-      ranks: Ranks to cut to; layers that are not named keep the checkpoint's. None keeps
-        the active ranks too.
+      model: The model's structure, abstract (`nnx.eval_shape`) or not, factorized by
+        the same rules; its own ranks and values do not matter.
+      ranks: Ranks to cut to; layers that are not named keep the checkpoint's. None
+        keeps the active ranks too.
 
     Raises:
       ValueError: The checkpoint is of another model (all differences are named), or a
@@ -222,7 +225,10 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
             " with."
         )
     if ranks is not None:
-        allocated = {**allocated, **_check_against(allocated, ranks, find_aliases(model))}
+        allocated = {
+            **allocated,
+            **_check_against(allocated, ranks, find_aliases(model)),
+        }
     template = _at_ranks(nnx.as_pure(params), allocated)
     items = {"params": template, "model_state": model_items(model)["model_state"]}
     restored = restore(saved, items)
@@ -235,8 +241,8 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
 def restore(saved: Saved, items: Mapping[str, Any]) -> dict[str, Any]:
     """Trees of arrays from a checkpoint, each in the shape of its template.
 
-    A template may be smaller than what is stored along the rank axis of factors, and only
-    there.
+    A template may be smaller than what is stored along the rank axis of factors, and
+    only there.
 
     Args:
       saved: An opened checkpoint.
@@ -331,7 +337,9 @@ def _differences(
     stored = arrays.get(name)
     if stored is None:
         return [f"{name}: is not in the checkpoint, which has {sorted(arrays)}"]
-    problems = [f"{name}/{key}: is not in the checkpoint" for key in leaves - stored.keys()]
+    problems = [
+        f"{name}/{key}: is not in the checkpoint" for key in leaves - stored.keys()
+    ]
     problems += [f"{name}/{key}: is not in the model" for key in stored.keys() - leaves]
     for key in leaves.keys() & stored.keys():
         (shape, dtype), leaf = stored[key], leaves[key]
@@ -351,7 +359,9 @@ def _read(path: Path, tree: Any, flat: Mapping[str, Any]) -> Any:
     """One tree of arrays; what has no elements is made here."""
     filled = {key: leaf for key, leaf in flat.items() if math.prod(leaf.shape)}
     arrays = {
-        key: jnp.zeros(leaf.shape, leaf.dtype) for key, leaf in flat.items() if key not in filled
+        key: jnp.zeros(leaf.shape, leaf.dtype)
+        for key, leaf in flat.items()
+        if key not in filled
     }
     if filled:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])

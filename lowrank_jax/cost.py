@@ -111,8 +111,8 @@ def merged_is_cheaper(
 ) -> bool:
     """Whether forming `u v` first takes fewer operations than applying `u`, then `v`.
 
-    The counts are of one matrix and of the forward pass, over all rows of the batch; the
-    backward pass doubles both sides, so it does not change the answer.
+    The counts are of one matrix and of the forward pass, over all rows of the batch;
+    the backward pass doubles both sides, so it does not change the answer.
 
     Args:
       in_size: Rows `i`.

@@ -1,7 +1,8 @@
 """Parameters and MACs of a whole model, at any ranks, without running it.
 
-MACs are those of one example in the layers that hold a kernel (linear, convolution, einsum,
-attend); activations, norms and attention scores are not counted, as in the literature.
+MACs are those of one example in the layers that hold a kernel (linear, convolution,
+einsum, attend); activations, norms and attention scores are not counted, as in the
+literature.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ class ModelCost(NamedTuple):
     """What a model costs as a function of its ranks.
 
     Args:
-      layers: The cost of each factored layer by path; of layers that share their factors
-        the MACs add up.
+      layers: The cost of each factored layer by path; of layers that share their
+        factors the MACs add up.
       fixed_params: Parameters outside the factors: dense kernels, biases, norms.
       fixed_macs: MACs of the layers that stay dense.
     """
@@ -63,7 +64,8 @@ def count(
       *example: Arguments for a batch of one example (arrays or `jax.ShapeDtypeStruct`).
       forward: How to call the model, `model(*example)` by default.
 
-    >>> cost = count(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), jax.ShapeDtypeStruct((1, 8), "f4"))
+    >>> cost = count(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), jax.ShapeDtypeStruct((1, 8),
+    "f4"))
     >>> cost.dense_params, cost.dense_macs
     (36, 32)
     """
@@ -109,7 +111,9 @@ def _trace_calls(
         object.__setattr__(layer, "__class__", _recording_type(type(layer)))
         layer.recorder = recorders[path] = _Recorder()
     graphdef, state = nnx.split(probe)
-    jax.eval_shape(lambda s, args: forward(nnx.merge(graphdef, s), *args), state, example)
+    jax.eval_shape(
+        lambda s, args: forward(nnx.merge(graphdef, s), *args), state, example
+    )
     return recorders
 
 

@@ -103,7 +103,9 @@ class Factors(nnx.Module):
         shape = (*rank.shape, self.max_rank)
         return jax.lax.broadcasted_iota(jnp.int32, shape, rank.ndim) < rank[..., None]
 
-    def active_u(self, dtype: jax.typing.DTypeLike | None) -> Float[Array, "*stack i r"]:
+    def active_u(
+        self, dtype: jax.typing.DTypeLike | None
+    ) -> Float[Array, "*stack i r"]:
         """`u diag(|s|)` with the columns past the rank set to zero.
 
         Masking this one side is enough: the tail of `v` then meets zeros both ways.
@@ -116,7 +118,9 @@ class Factors(nnx.Module):
             u = jnp.where(self.mask()[..., None, :], u, 0)
         return u if dtype is None else u.astype(dtype)
 
-    def active_v(self, dtype: jax.typing.DTypeLike | None) -> Float[Array, "*stack r o"]:
+    def active_v(
+        self, dtype: jax.typing.DTypeLike | None
+    ) -> Float[Array, "*stack r o"]:
         """`v`, in the dtype of the computation."""
         v = self.v[...]
         return v if dtype is None else v.astype(dtype)
@@ -132,9 +136,7 @@ class Factors(nnx.Module):
             )
         return self.active_u(dtype) @ self.active_v(dtype)
 
-    def mask_hidden(
-        self, hidden: Float[Array, "..."]
-    ) -> Float[Array, "..."]:
+    def mask_hidden(self, hidden: Float[Array, "..."]) -> Float[Array, "..."]:
         """Applies per-example ranks to `x u`; with a common rank `u` is masked already."""
         if not self.per_example:
             return hidden
@@ -162,8 +164,8 @@ class Factors(nnx.Module):
     def set_rank(self, rank: RankValue | Int[Array, "..."]) -> None:
         """Sets the active rank, in place: one number, one per stacked matrix, or an array.
 
-        A traced or concrete array of shape `(*stack, b)` sets one rank per example. Values
-        are not checked here (they may be traced); `surgery.set_ranks` does.
+        A traced or concrete array of shape `(*stack, b)` sets one rank per example.
+        Values are not checked here (they may be traced); `surgery.set_ranks` does.
         """
         value = jnp.asarray(rank, jnp.int32)
         stack = self.stack_shape

@@ -1,11 +1,12 @@
 """Folds: how a layer's kernel tensor is read as the matrix that is factored.
 
-A fold sorts the axes of a kernel into stack axes (one matrix for each, such as the groups of
-a convolution), input axes (rows of the matrix) and output axes (columns). Any number of
-further leading axes, as from modules stacked by `nnx.vmap`, pass through.
+A fold sorts the axes of a kernel into stack axes (one matrix for each, such as the
+groups of a convolution), input axes (rows of the matrix) and output axes (columns). Any
+number of further leading axes, as from modules stacked by `nnx.vmap`, pass through.
 
-Convolutions know four schemes, written for a kernel k1 x k2 from c channels to f filters
-(Idelbayev and Carreira-Perpinan, 2020; Yang et al., 2020; Liebenwein et al., 2021):
+Convolutions know four schemes, written for a kernel k1 x k2 from c channels to f
+filters (Idelbayev and Carreira-Perpinan, 2020; Yang et al., 2020; Liebenwein et al.,
+2021):
 
 | scheme | matrix in this orientation | first convolution | second convolution |
 |---|---|---|---|
@@ -29,8 +30,8 @@ class Fold:
 
     Args:
       kernel_shape: Shape of the kernel, leading axes of stacked modules left out.
-      view_shape: Shape in which the axes below are counted: the kernel's own, or one with
-        an axis split (the filters of a grouped convolution).
+      view_shape: Shape in which the axes below are counted: the kernel's own, or one
+        with an axis split (the filters of a grouped convolution).
       stack_axes: Axes of the view with one matrix each.
       input_axes: Axes that make the rows of the matrix.
       output_axes: Axes that make its columns.
@@ -157,8 +158,8 @@ class ConvFold(Fold):
 
     Args:
       groups: Number of feature groups; more than one makes a stack axis.
-      first_axes: Spatial axes that the first convolution handles; the second handles the
-        others.
+      first_axes: Spatial axes that the first convolution handles; the second handles
+        the others.
     """
 
     groups: int

@@ -1,7 +1,8 @@
 """Linear algebra of factored matrices: arrays in, arrays out.
 
-A matrix `W (i, o)` is the product `u (i, r) · diag(|s|) (r) · v (r, o)`; every function takes
-any number of equal leading axes in front of these. Letters: `i` in, `o` out, `r` rank.
+A matrix `W (i, o)` is the product `u (i, r) · diag(|s|) (r) · v (r, o)`; every function
+takes any number of equal leading axes in front of these. Letters: `i` in, `o` out, `r`
+rank.
 """
 
 import jax
@@ -51,8 +52,8 @@ def canonical_form(
 ]:
     """The singular value decomposition of `u diag(|s|) v`, without forming the product.
 
-    QR of both factors, then an SVD of the small matrix `R_u diag(|s|) R_v^T`: O((i + o) r^2
-    + r^3). Every prefix of the result is the best approximation of its rank
+    QR of both factors, then an SVD of the small matrix `R_u diag(|s|) R_v^T`: O((i + o)
+    r^2 + r^3). Every prefix of the result is the best approximation of its rank
     (Eckart-Young). Columns past min(i, o), if there are any, come out as zero.
 
     Returns:
@@ -65,9 +66,7 @@ def canonical_form(
     left = u.astype(wide) if s is None else (u * jnp.abs(s)[..., None, :]).astype(wide)
     q_u, r_u = jnp.linalg.qr(left)
     q_v, r_v = jnp.linalg.qr(jnp.swapaxes(v.astype(wide), -1, -2))
-    p, sigma, z = jnp.linalg.svd(
-        r_u @ jnp.swapaxes(r_v, -1, -2), full_matrices=False
-    )
+    p, sigma, z = jnp.linalg.svd(r_u @ jnp.swapaxes(r_v, -1, -2), full_matrices=False)
     left, right = q_u @ p, z @ jnp.swapaxes(q_v, -1, -2)
     missing = rank - sigma.shape[-1]
     lead = [(0, 0)] * (u.ndim - 2)
@@ -102,6 +101,7 @@ def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def tail_norms(squares: Float[Array, "*stack r"]) -> Float[Array, "*stack r"]:
     """`||X_{>=b}||_F` for every b, from the squared norms of the columns of X.
 
-    Entry b (from 0) is the norm of columns b to the last; entry 0 is that of the whole X.
+    Entry b (from 0) is the norm of columns b to the last; entry 0 is that of the whole
+    X.
     """
     return safe_sqrt(jax.lax.cumsum(squares, axis=squares.ndim - 1, reverse=True))

@@ -1,10 +1,11 @@
 """Ordered dropout: samplers of ranks for nested training.
 
-A sampler is a pair of pure functions: `init(max_ranks) -> state` and `sample(state, key) ->
-(ranks, state)`, traced inside the training step. Its state is saved with the checkpoint and
-made anew whenever ranks are cut. Ranks come as `{path: int32 array}`, ready for `set_ranks`:
-of the shape of the layer's active rank, with a trailing batch axis for one rank per example,
-and with a leading axis of `passes` where a step makes several.
+A sampler is a pair of pure functions: `init(max_ranks) -> state` and `sample(state,
+key) -> (ranks, state)`, traced inside the training step. Its state is saved with the
+checkpoint and made anew whenever ranks are cut. Ranks come as `{path: int32 array}`,
+ready for `set_ranks`: of the shape of the layer's active rank, with a trailing batch
+axis for one rank per example, and with a leading axis of `passes` where a step makes
+several.
 """
 
 import itertools
@@ -60,7 +61,7 @@ class SingleLayerState(NamedTuple):
 class TableState(NamedTuple):
     """Ranks of each layer at each of a list of levels."""
 
-    tables: dict[str, Int[Array, "l *stack"]]
+    tables: dict[str, Int[Array, "level *stack"]]
 
 
 def full() -> RankSampler:
@@ -76,8 +77,9 @@ def single_layer() -> RankSampler:
     """One layer at a time, as in Maestro (Horvath et al., 2024, section 3.2).
 
     Each step takes one pair (layer, rank), uniformly over all of them and without
-    replacement within a shuffled pass; that layer runs at the rank, all others at full. So
-    a layer is chosen in proportion to its rank. Each matrix of a stack is a layer here.
+    replacement within a shuffled pass; that layer runs at the rank, all others at full.
+    So a layer is chosen in proportion to its rank. Each matrix of a stack is a layer
+    here.
     """
 
     def init(max_ranks: Ranks) -> SingleLayerState:
@@ -134,8 +136,8 @@ def independent() -> RankSampler:
 def geometric(*, decay: float) -> RankSampler:
     """Nested dropout (Rippel et al., 2014): rank b with a chance that falls as decay^b.
 
-    The draw is independent for each layer; what lies past the allocated rank is given to
-    it, so that the full model is trained as well.
+    The draw is independent for each layer; what lies past the allocated rank is given
+    to it, so that the full model is trained as well.
 
     Args:
       decay: Ratio of the chances of two neighbouring ranks, in (0, 1).
@@ -276,7 +278,9 @@ def per_example(*, batch_size: int, common_fraction: bool = False) -> RankSample
 
 
 def _init_limits(max_ranks: Ranks) -> LimitsState:
-    return LimitsState({path: jnp.asarray(r, jnp.int32) for path, r in max_ranks.items()})
+    return LimitsState(
+        {path: jnp.asarray(r, jnp.int32) for path, r in max_ranks.items()}
+    )
 
 
 def _one_level(init: Callable[[Ranks], TableState]) -> RankSampler:
@@ -294,7 +298,10 @@ def _table(fractions: Sequence[float], max_ranks: Ranks) -> TableState:
     """The exact ranks at each fraction, so that no rounding happens under jit."""
     rows = [at_fraction(max_ranks, fraction) for fraction in fractions]
     return TableState(
-        {path: jnp.asarray([row[path] for row in rows], jnp.int32) for path in max_ranks}
+        {
+            path: jnp.asarray([row[path] for row in rows], jnp.int32)
+            for path in max_ranks
+        }
     )
 
 

@@ -21,9 +21,9 @@ Penalty: TypeAlias = Callable[
 def hierarchical_group_lasso(*, weight: float) -> Penalty:
     """`weight * sum over layers and b of ||U_{>=b}||_F + ||V_{>=b}||_F`.
 
-    X_{>=b} are columns b to the last, counted from 1 (Horvath et al., 2024, eq. 7). Later
-    columns are in more groups, so they go to zero first and the rank falls from the end.
-    The gradient is finite at zero tails.
+    X_{>=b} are columns b to the last, counted from 1 (Horvath et al., 2024, eq. 7).
+    Later columns are in more groups, so they go to zero first and the rank falls from
+    the end. The gradient is finite at zero tails.
 
     Args:
       weight: The papers' lambda, the same for all layers.

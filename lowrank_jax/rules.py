@@ -40,7 +40,7 @@ def match_rules(
                 used[index] = True
                 values.setdefault(path, rules[index][1])
     uncovered = [path for path in names if path not in values]
-    unused = [pattern.pattern for pattern, hit in zip(patterns, used) if not hit]
+    unused = [rules[n][0] for n, hit in enumerate(used) if not hit]
     if uncovered:
         raise ValueError(
             f"{where}: every layer must be covered by a rule, got none for"

@@ -1,11 +1,12 @@
 """Shrinking: cut a training state, parameters, optimizer state and ranks together.
 
-Cutting a prefix continues the masked run exactly for optimizers that treat every number on
-its own (SGD with momentum, Adam and kin, clipping by value): their moments are sliced with
-the parameters. The state of any other optimizer (Adafactor's factored moments, Muon) starts
-anew, and is named. What belongs to which is decided by the type of the state, never guessed
-from shapes. LARS and LAMB keep Adam's or SGD's moments, which are sliced, but scale updates
-by norms of whole weights, so that their shrunk run leaves the masked one.
+Cutting a prefix continues the masked run exactly for optimizers that treat every number
+on its own (SGD with momentum, Adam and kin, clipping by value): their moments are
+sliced with the parameters. The state of any other optimizer (Adafactor's factored
+moments, Muon) starts anew, and is named. What belongs to which is decided by the type
+of the state, never guessed from shapes. LARS and LAMB keep Adam's or SGD's moments,
+which are sliced, but scale updates by norms of whole weights, so that their shrunk run
+leaves the masked one.
 """
 
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ ELEMENTWISE: tuple[type, ...] = (
 )
 """States whose arrays follow the parameters number by number, counters, and containers of
 such states."""
+
 
 class Shrunk(NamedTuple):
     """What `shrink` returns.
@@ -121,8 +123,8 @@ def tail_ranks(
     Args:
       model: A low-rank model.
       threshold: The papers' epsilon (their code has 1e-5).
-      multiple: Round ranks up to a multiple of this (at most the allocated one), so that a
-        run has a few shapes only.
+      multiple: Round ranks up to a multiple of this (at most the allocated one), so
+        that a run has a few shapes only.
     """
     ranks = {}
     for path, factors in find_factors(model).items():

@@ -1,8 +1,8 @@
 """Surgery: put low rank into a model, read and set its ranks, cut it, take it out again.
 
-Works on any Flax NNX model, without touching its code. A path is the `"/"`-joined NNX path
-of a layer, the same in rules, logs, errors, rank files and checkpoints. Functions that
-change the model's shape return a new model and leave the one they are given alone.
+Works on any Flax NNX model, without touching its code. A path is the `"/"`-joined NNX
+path of a layer, the same in rules, logs, errors, rank files and checkpoints. Functions
+that change the model's shape return a new model and leave the one they are given alone.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,8 +31,8 @@ def find_layers(model: nnx.Module) -> dict[str, tuple[nnx.Module, list[str]]]:
     """All layers that have, or can have, a low-rank form.
 
     Returns:
-      For each layer, under its first path in sorted order, the layer and all its paths (a
-      module that is shared has several).
+      For each layer, under its first path in sorted order, the layer and all its paths
+      (a module that is shared has several).
     """
     found: dict[int, tuple[nnx.Module, list[str]]] = {}
     for path, node in _walk(model):
@@ -74,15 +74,16 @@ def factorize(
 ) -> nnx.Module:
     """A copy of the model with its layers in low-rank form.
 
-    Every kernel becomes the product of its balanced SVD, so that at full rank the function
-    is unchanged. A module or a weight that is shared stays shared.
+    Every kernel becomes the product of its balanced SVD, so that at full rank the
+    function is unchanged. A module or a weight that is shared stays shared.
 
     Args:
       model: Any NNX model; layers that are low-rank already stay as they are.
       rules: Ordered pairs of a pattern (a regular expression for the whole path) and
-        "full", "dense", or a mapping with `max_rank` (at most this, clipped to the layer's)
-        or `rank_fraction` of the full rank, and for convolutions `scheme`.
-      with_s: Keep the singular values in `s` instead of sharing them between the factors.
+        "full", "dense", or a mapping with `max_rank` (at most this, clipped to the
+        layer's) or `rank_fraction` of the full rank, and for convolutions `scheme`.
+      with_s: Keep the singular values in `s` instead of sharing them between the
+        factors.
       where: What to call the rules in errors.
 
     Raises:
@@ -133,8 +134,8 @@ def truncate(model: nnx.Module, ranks: Ranks) -> nnx.Module:
 
     Args:
       model: A low-rank model.
-      ranks: Rank of each layer by path; layers that are not named keep theirs. A stack of
-        layers with different ranks is allocated at the largest and masked below it.
+      ranks: Rank of each layer by path; layers that are not named keep theirs. A stack
+        of layers with different ranks is allocated at the largest and masked below it.
 
     Raises:
       ValueError: An unknown path or a rank outside [0, allocated], all at once.
@@ -189,8 +190,8 @@ def set_ranks(
     Args:
       model: A low-rank model.
       ranks: By path: plain numbers (checked), or arrays, traced ones included (not
-        checked), with a trailing axis for one rank per example. Layers that are not named
-        keep theirs.
+        checked), with a trailing axis for one rank per example. Layers that are not
+        named keep theirs.
     """
     plain = {p: r for p, r in ranks.items() if not isinstance(r, jax.Array)}
     values = {**ranks, **check_ranks(model, plain)} if plain else ranks
@@ -208,8 +209,8 @@ def check_ranks(model: nnx.Module, ranks: Ranks) -> dict[str, RankValue]:
     """The ranks under the paths of `find_factors`, checked against the model.
 
     Raises:
-      ValueError: Unknown paths, ranks that are not whole numbers in [0, allocated] or not
-        of the stack's shape; all offenders at once.
+      ValueError: Unknown paths, ranks that are not whole numbers in [0, allocated] or
+        not of the stack's shape; all offenders at once.
     """
     factors, aliases = find_factors(model), find_aliases(model)
     named = {aliases.get(path, path): rank for path, rank in ranks.items()}

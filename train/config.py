@@ -1,7 +1,8 @@
 """What a config must hold, checked before any work.
 
-A config is a `ml_collections.ConfigDict` in `configs/`; here it is plain JSON values. Every
-key is present in the file, and no other: a misspelled key is an error, not a default.
+A config is a `ml_collections.ConfigDict` in `configs/`; here it is plain JSON values.
+Every key is present in the file, and no other: a misspelled key is an error, not a
+default.
 """
 
 import json
@@ -117,14 +118,18 @@ def _compare(value: Any, schema: Any, where: str) -> list[str]:
         ]
     kinds = (int, float) if schema is float else schema
     if not isinstance(value, kinds) or (isinstance(value, bool) and schema is not bool):
-        return [f"{where}: must be of type {schema.__name__}, got {value!r}. Correct it."]
+        return [
+            f"{where}: must be of type {schema.__name__}, got {value!r}. Correct it."
+        ]
     return []
 
 
 def _bounds(config: Mapping[str, Any]) -> list[str]:
     """Values that have the right type but make no sense."""
     data, problems = config["data"], []
-    positive = {f"config.data.{key}": data[key] for key in ("batch_size", "eval_batch_size")}
+    positive = {
+        f"config.data.{key}": data[key] for key in ("batch_size", "eval_batch_size")
+    }
     positive["config.log_every_steps"] = config["log_every_steps"]
     positive["config.keep_checkpoints"] = config["keep_checkpoints"]
     for where, value in positive.items():
@@ -133,7 +138,9 @@ def _bounds(config: Mapping[str, Any]) -> list[str]:
     natural = ("eval_every_epochs", "checkpoint_every_epochs")
     for key in natural:
         if config[key] < 0:
-            problems.append(f"config.{key}: must be >= 0 (0 is never), got {config[key]}.")
+            problems.append(
+                f"config.{key}: must be >= 0 (0 is never), got {config[key]}."
+            )
     if not config["phases"]:
         problems.append("config.phases: must hold at least one phase, got none.")
     if any(not _in_unit(f) for f in config["eval_fractions"]):

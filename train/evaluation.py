@@ -1,6 +1,8 @@
 """Accuracy and loss of a model at any ranks; one compilation for all of them."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,9 +10,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_jax import counting, surgery
+from lowrank_jax import checkpoint, counting, surgery
 from lowrank_jax.selection.solvers import at_fraction
 from lowrank_jax.surgery import Ranks
+from train import input_pipeline, steps
+from train import state as state_lib
 from train.state import Structure
 
 Figures = dict[str, Any]
@@ -34,7 +38,9 @@ def make_evaluator(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         hits = jnp.argmax(logits, axis=-1) == labels
         weight = batch["weight"]
-        return jnp.stack([jnp.sum(hits * weight), jnp.sum(losses * weight), weight.sum()])
+        return jnp.stack(
+            [jnp.sum(hits * weight), jnp.sum(losses * weight), weight.sum()]
+        )
 
     def evaluate(
         params: Any,
@@ -78,3 +84,46 @@ def sweep(
         results = evaluate(params, model_state, ranks, batches())
         rows.append({"rank_fraction": fraction, **figures(results, cost, ranks)})
     return rows
+
+
+def evaluate_checkpoint(
+    path: str | Path,
+    *,
+    split: str = "test",
+    fractions: Sequence[float] | None = None,
+    data_dir: str | None = None,
+    allow_imports: Sequence[str] = (),
+) -> Figures | list[Figures]:
+    """Figures of a checkpoint at its ranks, or at each of some fractions of them.
+
+    Args:
+      path: A checkpoint, a folder of steps, or a run's workdir.
+      split: "train", "validation" or "test".
+      fractions: Fractions of the ranks in (0, 1]; None for the ranks as they are.
+      data_dir: Where the data set is, if not where the config says.
+      allow_imports: Packages that names in the checkpoint may be imported from.
+    """
+    saved = checkpoint.open_checkpoint(path, flag="--checkpoint")
+    model = state_lib.load_model(saved, allow_imports=list(allow_imports))
+    config = config_of(saved, data_dir)
+    data = input_pipeline.load_data(config["data"], allow_imports=list(allow_imports))
+    structure, params, model_state = state_lib.split_model(model)
+    prepare = steps.normalize(config["data"]["mean"], config["data"]["std"])
+    evaluate = make_evaluator(structure, prepare)
+    cost = state_lib.model_cost(model, data.image_shape)
+    ranks = surgery.get_ranks(model)
+    batches = functools.partial(
+        data.eval_batches, split, config["data"]["eval_batch_size"]
+    )
+    if fractions is None:
+        results = evaluate(params, model_state, ranks, batches())
+        return figures(results, cost, ranks)
+    return sweep(evaluate, params, model_state, ranks, fractions, batches, cost)
+
+
+def config_of(saved: checkpoint.Saved, data_dir: str | None) -> dict[str, Any]:
+    """The config in a checkpoint, with the data set somewhere else if asked for."""
+    config = saved.metadata["config"]
+    if data_dir is None:
+        return config
+    return {**config, "data": {**config["data"], "data_dir": data_dir}}

@@ -9,13 +9,13 @@ import functools
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grain
 import numpy as np
 
-from train import datasets
+from train import datasets, registry
 
 Batch = dict[str, np.ndarray]
 T = TypeVar("T")
@@ -175,6 +175,26 @@ def load_dataset(
         "test": Subset(raw.test, np.arange(len(raw.test))),
     }
     return Dataset(raw.name, raw.image_shape, raw.num_classes, splits)
+
+
+def load_data(
+    spec: Mapping[str, Any], *, allow_imports: Sequence[str] | None
+) -> Dataset:
+    """The data set of a config's `data` section.
+
+    Args:
+        spec: The section.
+        allow_imports: Packages that its name may be imported from; None for any.
+    """
+    name = spec["name"]
+    if ":" in name and not name.rpartition(":")[2][:1].isdigit():  # not "cifar10:3.0.2"
+        name = registry.resolve("data", name, {}, allow_imports=allow_imports)
+    return load_dataset(
+        name,
+        data_dir=spec["data_dir"],
+        validation_examples=spec["validation_examples"],
+        args=spec["args"],
+    )
 
 
 @functools.lru_cache(maxsize=4)

@@ -3,12 +3,10 @@
 Ends with one line of JSON: `{"workdir", "step", "frontier": [...]}`.
 """
 
-import sys
-
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from train import logs
+from train import binary, logs
 from train import train as train_lib
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -19,24 +17,6 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def run(main) -> None:
-    """Runs a binary; a user's mistake ends it with its message, not a traceback."""
-
-    def guarded(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"flags must begin with --, got {argv[1:]}.")
-        logging.set_verbosity(logging.WARNING)  # orbax tells every file at INFO
-        try:
-            main()
-        except (ValueError, FileNotFoundError, FileExistsError) as error:
-            logging.debug("where it came from", exc_info=True)
-            sys.exit(f"error: {error}")
-        except (FloatingPointError, train_lib.Interrupted) as error:
-            sys.exit(f"stopped: {error}")
-
-    app.run(guarded)
-
-
 def _main() -> None:
     result = train_lib.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
     logs.emit({"workdir": _WORKDIR.value, **result})
@@ -44,4 +24,4 @@ def _main() -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    run(_main)
+    binary.run(_main)

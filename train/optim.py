@@ -60,9 +60,10 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer of a phase.
 
-    Decay acts on the parameters whose path matches `spec["decayed"]` (kernels and factors
-    by default, not biases and norms): inside the optimizer where it is decoupled (AdamW),
-    as an addition to the gradient elsewhere (SGD). Clipping is by the global norm.
+    Decay acts on the parameters whose path matches `spec["decayed"]` (kernels and
+    factors by default, not biases and norms): inside the optimizer where it is
+    decoupled (AdamW), as an addition to the gradient elsewhere (SGD). Clipping is by
+    the global norm.
 
     Args:
       spec: The phase's `optimizer`.

@@ -66,7 +66,9 @@ def build_phases(config: Mapping[str, Any], steps_per_epoch: int) -> list[Phase]
     phases, start = [], 0
     for index, spec in enumerate(config["phases"]):
         until, where = spec["until"], f"phases[{index}]"
-        steps = until["steps"] if "steps" in until else until["epochs"] * steps_per_epoch
+        steps = (
+            until["steps"] if "steps" in until else until["epochs"] * steps_per_epoch
+        )
         distill, label_weight = registry.build(
             f"{where}.teacher", spec["teacher"], TEACHERS
         )

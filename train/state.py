@@ -35,7 +35,9 @@ class Structure(NamedTuple):
     ranks: Any
     rngs: Any
 
-    def merge(self, params: Any, model_state: Any, key: PRNGKeyArray | None) -> nnx.Module:
+    def merge(
+        self, params: Any, model_state: Any, key: PRNGKeyArray | None
+    ) -> nnx.Module:
         """A model of its own for one trace: in training mode with a key, else not."""
         graphdef = self.evaluation if key is None else self.train
         rngs = seed_rngs(self.rngs, jax.random.key(0) if key is None else key)

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from lowrank_jax import surgery
@@ -26,7 +25,9 @@ def normalize(
 
     def prepare(images: UInt8[Array, "b x y c"]) -> Float[Array, "b x y c"]:
         shape = (1,) * (images.ndim - 1) + (-1,)
-        return (images.astype(jnp.float32) - shift.reshape(shape)) / scale.reshape(shape)
+        return (images.astype(jnp.float32) - shift.reshape(shape)) / scale.reshape(
+            shape
+        )
 
     return prepare
 
@@ -45,11 +46,11 @@ def make_train_step(
 ) -> Step:
     """The jitted step of a phase.
 
-    Loss of the first pass: cross-entropy with the labels. Of each further one: the same,
-    or when distilling `label_weight` times that plus `1 - label_weight` times the
-    cross-entropy with the first pass's softmax, through which no gradient flows (Horvath
-    et al., 2021). The first pass is the full model whenever there are several; it alone
-    updates BatchNorm, the others use their own batch statistics.
+    Loss of the first pass: cross-entropy with the labels. Of each further one: the
+    same, or when distilling `label_weight` times that plus `1 - label_weight` times the
+    cross-entropy with the first pass's softmax, through which no gradient flows
+    (Horvath et al., 2021). The first pass is the full model whenever there are several;
+    it alone updates BatchNorm, the others use their own batch statistics.
 
     Args:
       structure: The model's structure.
@@ -60,8 +61,8 @@ def make_train_step(
       root_key: Everything random in step n comes from `fold_in(root_key, n)`.
       distill: Train sampled passes towards the full pass; adds one if there is none.
       label_weight: Share of the labels in a distilled pass, in [0, 1].
-      passes_loss: Whether the "mean" or the "sum" of the further passes' losses is added
-        to the first's.
+      passes_loss: Whether the "mean" or the "sum" of the further passes' losses is
+        added to the first's.
     """
 
     def loss_of(params: Any, state: TrainState, batch: Batch, passes: Any, key: Any):

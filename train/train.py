@@ -1,10 +1,11 @@
 """The one training loop. Its order, once and for all, at every step n:
 
-evaluate -> save -> sample ranks, forward, backward, update (one jitted step) -> log -> shrink
+evaluate -> save -> sample ranks, forward, backward, update (one jitted step) -> log ->
+shrink
 
-Evaluation and the checkpoint see the state before the step, so a run that starts again from
-a checkpoint does what the one that wrote it did next. Everything random is a function of
-the seed and the step. Shrinking is the only place where shapes change.
+Evaluation and the checkpoint see the state before the step, so a run that starts again
+from a checkpoint does what the one that wrote it did next. Everything random is a
+function of the seed and the step. Shrinking is the only place where shapes change.
 """
 
 import functools
@@ -19,7 +20,7 @@ import jax
 from flax import nnx
 
 from lowrank_jax import checkpoint, shrinking, surgery
-from train import augment, input_pipeline, logs, registry, steps
+from train import augment, input_pipeline, logs, steps
 from train import config as config_lib
 from train import evaluation as evaluation_lib
 from train import phases as phases_lib
@@ -38,8 +39,8 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
       workdir: Folder of the run; a new one, or one that holds a run of the same config.
 
     Returns:
-      The figures of the last evaluation on the validation split: a list of rows, one for
-      each fraction of `config.eval_fractions`, under "frontier", and the step.
+      The figures of the last evaluation on the validation split: a list of rows, one
+      for each fraction of `config.eval_fractions`, under "frontier", and the step.
 
     Raises:
       ValueError: The config does not hold together (found before any work).
@@ -49,7 +50,7 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
     config = config_lib.to_json(config)
     workdir = Path(workdir)
     saved = _check_workdir(workdir, config)
-    data = load_data(config, allow_imports=None)
+    data = input_pipeline.load_data(config["data"], allow_imports=None)
     batch_size = config["data"]["batch_size"]
     steps_per_epoch = data.steps_per_epoch(batch_size)
     phases = phases_lib.build_phases(config, steps_per_epoch)
@@ -127,22 +128,6 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
     writer.close()
     progress.close()
     return {"step": step, "frontier": frontier}
-
-
-def load_data(
-    config: Mapping[str, Any], *, allow_imports: list[str] | None
-) -> input_pipeline.Dataset:
-    """The data set of a config."""
-    spec = config["data"]
-    name = spec["name"]
-    if ":" in name and not name.rpartition(":")[2][:1].isdigit():  # not "cifar10:3.0.2"
-        name = registry.resolve("data", name, {}, allow_imports=allow_imports)
-    return input_pipeline.load_dataset(
-        name,
-        data_dir=spec["data_dir"],
-        validation_examples=spec["validation_examples"],
-        args=spec["args"],
-    )
 
 
 def _make_prepare(config: Mapping[str, Any]) -> Callable[..., Any]:
@@ -242,7 +227,11 @@ def _check_phases(
                 jax.eval_shape(lambda p=penalty: p(factors, 0))
         except ValueError as error:
             raise ValueError(f"config.phases ({phase.name}): {error}") from error
-        sizes = {rank.shape[-1] for rank in sampled.values()} if phase.sampler.per_example else set()
+        sizes = (
+            {rank.shape[-1] for rank in sampled.values()}
+            if phase.sampler.per_example
+            else set()
+        )
         if sizes - {batch_size}:
             raise ValueError(
                 f"config.phases ({phase.name}): per_example's batch_size must be"

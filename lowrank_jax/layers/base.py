@@ -15,9 +15,9 @@ from lowrank_jax.folds import Fold
 class LowRankLayer(nnx.Module):
     """A Flax layer whose kernel is a `Factors`, folded into a matrix by a `Fold`.
 
-    It keeps every attribute of its dense twin (features, dtypes, bias, ...) under the same
-    name, but for the kernel, and computes the merged order by the twin's own forward
-    function, so that both agree in every option that Flax has.
+    It keeps every attribute of its dense twin (features, dtypes, bias, ...) under the
+    same name, but for the kernel, and computes the merged order by the twin's own
+    forward function, so that both agree in every option that Flax has.
 
     A subclass names its `dense_type` and says how a kernel folds (`fold_of`), how often
     one example multiplies by each factor (`cost_of`) and how to apply the factors.

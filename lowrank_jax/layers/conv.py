@@ -18,8 +18,8 @@ from lowrank_jax.layers.base import LowRankLayer
 class LowRankConv(LowRankLayer):
     """`nnx.Conv` with a factored kernel: two convolutions with `rank` channels between.
 
-    Each of the two takes the kernel size, stride, padding and dilation of its own spatial
-    axes. A grouped convolution has one matrix per group.
+    Each of the two takes the kernel size, stride, padding and dilation of its own
+    spatial axes. A grouped convolution has one matrix per group.
 
     Args:
       in_features: As in `nnx.Conv`.

@@ -93,8 +93,8 @@ class LowRankLinear(ProductLayer):
 class LowRankLinearGeneral(ProductLayer):
     """`nnx.LinearGeneral` with a factored kernel; batch axes hold one matrix each.
 
-    The contracted axes together are the rows of the matrix, the new ones its columns: an
-    attention projection is one matrix over all heads.
+    The contracted axes together are the rows of the matrix, the new ones its columns:
+    an attention projection is one matrix over all heads.
 
     Args:
       in_features: As in `nnx.LinearGeneral`.
