@@ -1,11 +1,13 @@
 """MLP on scikit-learn's digits, nested: the quickstart.
 
 Command:  python -m train.main --config=configs/digits_mlp.py --workdir=runs/digits_mlp
+Hardware: 2 CPU cores
+Time:     about 30 s
+Result:   see docs/results.md
 """
 
-from ml_collections import ConfigDict
-
 from configs import common
+from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -14,18 +16,22 @@ def get_config(arg: str = "") -> ConfigDict:
     config = common.base(seed=0)
     config.data = common.digits(batch_size=32)
     config.model = {"name": "mlp", "args": {"hidden": (256, 256)}}
+    # Ten classes do not fit through two dimensions: the head stays dense.
+    config.rank_rules = (("head", "dense"), (".*", "full"))
     config.phases = (
         common.phase(
             name="nested",
-            until={"epochs": 2 if smoke else 60},
-            sampler={"name": "sandwich", "args": {"passes": 4, "smallest": 0.05}},
-            teacher={"name": "full", "args": {"label_weight": 0.5}},
+            until={"epochs": 2 if smoke else 80},
+            sampler={"name": "sandwich", "args": {"passes": 4, "smallest": 0.125}},
+            teacher={"name": "full", "args": {"label_weight": 0.0}},
             optimizer=common.optimizer(
                 "adamw",
-                learning_rate=2e-3,
-                schedule=common.cosine(warmup_steps=100),
-                weight_decay=0.05,
+                learning_rate=8e-3,
+                schedule=common.cosine(warmup_steps=50),
+                weight_decay=0.3,
             ),
         ),
     )
+    config.eval_every_epochs = 10
+    config.checkpoint_every_epochs = 10
     return config

@@ -101,14 +101,26 @@ def factorize(
     )
     shared: dict[Any, Factors] = {}
     twins: dict[int, nnx.Module] = {}
+    forms: dict[int, dict[Any, str]] = {}  # of each kernel: what is made of it, where
     problems = []
     for path, (layer, _) in layers.items():
-        if chosen[path] == "dense" or isinstance(layer, LowRankLayer):
+        if isinstance(layer, LowRankLayer):
             continue
-        try:
-            twins[id(layer)] = _twin(layer, chosen[path], shared, with_s)
-        except (TypeError, ValueError) as error:
-            problems.append(f"{path}: {error}")
+        kernel, form = getattr(layer, LAYERS[type(layer)].kernel_name), "dense"
+        if chosen[path] != "dense":
+            try:
+                twin = _twin(layer, chosen[path], shared, with_s)
+            except (TypeError, ValueError) as error:
+                problems.append(f"{path}: {error}")
+                continue
+            twins[id(layer)], form = twin, id(twin.factors)
+        forms.setdefault(id(kernel), {}).setdefault(form, path)
+    problems += [
+        f"{', '.join(paths.values())}: layers with one kernel must have one form, got"
+        " several ranks or schemes, or one of them dense. Give them the same rule."
+        for paths in forms.values()
+        if len(paths) > 1
+    ]
     if problems:
         raise ValueError(f"{where}: " + "\n".join(problems))
     return _replace(model, lambda node: twins.get(id(node)))
@@ -271,7 +283,7 @@ def _twin(
     """The low-rank twin of one layer; `shared` holds the factors made so far."""
     kind = LAYERS[type(layer)]
     options = {} if rule == "full" else rule
-    if isinstance(options, str) or not set(options) <= {
+    if not isinstance(options, Mapping) or not set(options) <= {
         "max_rank",
         "rank_fraction",
         "scheme",
@@ -304,7 +316,10 @@ def _allocated_rank(options: Mapping[str, Any], full_rank: int) -> int:
             raise ValueError(f"max_rank must be a whole number >= 0, got {rank!r}.")
         return min(rank, full_rank)
     if "rank_fraction" in options:
-        return fraction_of(options["rank_fraction"], full_rank)
+        fraction = options["rank_fraction"]
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
+            raise ValueError(f"rank_fraction must be a number, got {fraction!r}.")
+        return fraction_of(fraction, full_rank)
     return full_rank
 
 
@@ -326,8 +341,8 @@ def _walk(root: nnx.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _children(node: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(node, Mapping):
-        return sorted(node.items())
+    if isinstance(node, Mapping):  # keys may be of several types
+        return sorted(node.items(), key=lambda item: str(item[0]))
     if isinstance(node, list | tuple | nnx.List):
         return enumerate(node)
     if isinstance(node, nnx.Module):

@@ -7,6 +7,7 @@ of the contract (`docs/contributing`: full rank, ranks, gradients, transforms).
 import contextlib
 import dataclasses
 import functools
+import itertools
 from typing import Any, Literal
 from unittest import mock
 
@@ -247,7 +248,7 @@ def nearest(row: Row, rank: int) -> nnx.Module:
 
 
 @functools.cache
-def outputs_by_rank(name: str) -> dict[Any, np.ndarray]:
+def outputs_by_rank(name: str) -> dict[str, np.ndarray]:
     """All that a layer gives at each of its ranks, in one compiled call.
 
     Compiling is nearly all of what these tests take, so ranks are mapped where shapes
@@ -267,13 +268,13 @@ def outputs_by_rank(name: str) -> dict[Any, np.ndarray]:
         }
         for with_s, layer in layers.items():
             for order in ORDERS:
-                results["masked", order, with_s] = jax.vmap(
+                results[f"masked, {order}, with_s={with_s}"] = jax.vmap(
                     lambda r, x=layer, o=order: forward(at_rank(x, r), row, inputs, o)
                 )(jnp.arange(len(ranks)))
-            results["masked, to_dense", with_s] = jax.vmap(
+            results[f"masked, to_dense, with_s={with_s}"] = jax.vmap(
                 lambda r, x=layer: forward(at_rank(x, r).to_dense(), row, inputs)
             )(jnp.arange(len(ranks)))
-            results["cut", with_s] = jnp.stack(
+            results[f"cut, with_s={with_s}"] = jnp.stack(
                 [forward(x, row, inputs) for x in cut[with_s]]
             )
         results["cut, to_dense"] = jnp.stack(
@@ -333,7 +334,7 @@ def test_gradients_are_those_of_the_dense_layer_and_zero_in_the_tail(row):
     def every(state):
         dense, layers = nnx.merge(graph, state)
         by_rank = {
-            (order, with_s): jax.vmap(
+            f"{order}, with_s={with_s}": jax.vmap(
                 lambda r, x=layer, o=order: gradient(at_rank(x, r), o)
             )(jnp.arange(len(ranks)))
             for with_s, layer in layers.items()
@@ -346,9 +347,10 @@ def test_gradients_are_those_of_the_dense_layer_and_zero_in_the_tail(row):
     by_matrix = layers[False].fold.to_matrix(
         jnp.asarray(expected.pop(layers[False].kernel_name))
     )
-    for (order, with_s), found in by_rank.items():
+    for (with_s, layer), order in itertools.product(layers.items(), ORDERS):
+        found = by_rank[f"{order}, with_s={with_s}"]
         factors = found.pop("factors")
-        chain = chain_rule(layers[with_s].factors, np.asarray(by_matrix))
+        chain = chain_rule(layer.factors, np.asarray(by_matrix))
         for rank in ranks:
             for name in factors:
                 where = (order, with_s, rank, name)

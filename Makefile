@@ -1,0 +1,37 @@
+# Every target sets itself up: a virtual environment in .venv with this project in it.
+# Needs Python >= 3.11 (make PYTHON=python3.12 for another one) and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: quickstart test test-slow lint benchmark clean
+
+quickstart: $(READY)
+	$(BIN)/python -m train.quickstart --workdir=runs/quickstart
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+benchmark: $(READY)
+	$(BIN)/python -m benchmarks.step_time
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " \
+	  + sys.version.split()[0] + "; use make PYTHON=python3.11") \
+	  if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV)

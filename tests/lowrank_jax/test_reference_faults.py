@@ -1,0 +1,515 @@
+"""Faults of the reference code of Maestro, each a test that ours does not have it.
+
+Read in the authors' PyTorch code: its scripts train without ordered dropout, since a
+misspelled flag is swallowed; ranks are not in its checkpoints; pruning loses parameters from
+the optimizer; a convolution of rank 0 returns a wrong shape; the gradient of the lasso is
+NaN at zero; ranks are rounded in floating point; folding back to dense ignores the mask; the
+sampler can be neither seeded nor resumed; the best model is chosen on test data.
+"""
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from reference import relative_error
+
+from configs import common, mnist_lenet_maestro
+from lowrank_jax import (
+    checkpoint,
+    linalg,
+    ordered_dropout,
+    regularizers,
+    shrinking,
+    surgery,
+)
+from lowrank_jax.cost import fraction_of
+from lowrank_jax.factors import Factors
+from lowrank_jax.layers import LowRankConv, LowRankLinear
+from lowrank_jax.selection.solvers import at_fraction
+from train import config as config_lib
+from train import input_pipeline, phases, registry, steps
+from train import state as state_lib
+from train import train as train_lib
+from train.models.mlp import MLP
+
+FULL_RANKS = {"head": 3, "hidden/0": 6}
+SGD = common.optimizer("sgd", learning_rate=0.05, args={"momentum": 0.9})
+
+
+@functools.cache
+def original() -> nnx.Module:
+    return surgery.factorize(MLP(16, (6,), 3, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture
+def small_model() -> nnx.Module:
+    """16 -> 6 -> 3 in low-rank form; arrays of its own, since a step donates them."""
+    graphdef, state = nnx.split(original())
+    return nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
+
+
+def batch(seed: int, size: int = 8) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(seed)
+    images = rng.normal(size=(size, 4, 4, 1)).astype(np.float32)
+    labels = rng.integers(0, 3, size=size, dtype=np.int32)
+    return {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+
+
+def make_step(
+    structure: state_lib.Structure,
+    optimizer: optax.GradientTransformation,
+    sampler: ordered_dropout.RankSampler,
+    penalties: tuple[regularizers.Penalty, ...] = (),
+) -> steps.Step:
+    return steps.make_train_step(
+        structure,
+        optimizer,
+        sampler,
+        penalties,
+        lambda key, images: images,
+        jax.random.key(0),
+    )
+
+
+def host(tree: Any) -> dict[str, np.ndarray]:
+    """Copies of all arrays by path, safe from donation."""
+    return {path: np.array(x) for path, x in checkpoint.flatten(tree).items()}
+
+
+# Scripts train without ordered dropout, since a misspelled flag is swallowed.
+
+
+def maestro_config() -> dict[str, Any]:
+    return config_lib.to_json(mnist_lenet_maestro.get_config())
+
+
+def test_the_maestro_config_trains_with_ordered_dropout():
+    """Its sampler visits every (layer, rank) pair of LeNet once in each pass.
+
+    6 + 16 + 120 + 84 + 10 = 236 steps; all other layers run at full rank meanwhile. Lasso
+    and shrinking are on as well.
+    """
+    config = maestro_config()
+    (phase,) = phases.build_phases(config, steps_per_epoch=430)
+    model = state_lib.abstract_model(
+        lambda: state_lib.build_model(config, (28, 28, 1), 10, allow_imports=None)
+    )
+    limits = {
+        path: factors.max_rank for path, factors in surgery.find_factors(model).items()
+    }
+    drawn = draw(phase.sampler, limits, 0, sum(limits.values()))
+    ranks = {path: np.asarray(column) for path, column in drawn.items()}
+    visits = {
+        (path, int(rank))
+        for row in range(236)
+        for path, rank in [deviating(ranks, limits, row)]
+    }
+    below_full = {(p, b) for p, limit in limits.items() for b in range(1, limit)}
+    assert visits - {("", 0)} == below_full
+    assert phase.penalties and phase.shrink
+
+
+def deviating(
+    ranks: Mapping[str, np.ndarray], limits: Mapping[str, int], row: int
+) -> tuple[str, int]:
+    """The one layer below its full rank in this step, or none: `("", 0)`."""
+    below = [(p, int(r[row])) for p, r in ranks.items() if r[row] != limits[p]]
+    assert len(below) <= 1
+    return below[0] if below else ("", 0)
+
+
+def test_a_sampled_rank_reaches_the_training_step(small_model):
+    """In the real step the columns past the sampled rank stand still, all others move."""
+    sampler, optimizer = ordered_dropout.single_layer(), optax.sgd(0.1)
+    structure, state = state_lib.new_state(small_model, optimizer, sampler, 0)
+    step = make_step(structure, optimizer, sampler)
+    seen = set()
+    for number in range(9):  # one pass over all pairs
+        old = host(state.params)
+        state, _ = step(state, batch(number))
+        new, moving = host(state.params), {}
+        for path, limit in FULL_RANKS.items():
+            moved = (old[f"{path}/factors/u"] != new[f"{path}/factors/u"]).any(axis=0)
+            moving[path] = int(moved.sum())
+            assert moved[: moving[path]].all()
+            assert moving[path] <= limit
+        seen |= {(path, rank) for path, rank in moving.items()}
+    assert seen == {(p, b + 1) for p, limit in FULL_RANKS.items() for b in range(limit)}
+
+
+MISSPELLED = {
+    "key of the config": ((), "rank_rule", []),
+    "key of the data": (("data",), "agument", []),
+    "key of a phase": (("phases", 0), "smapler", {"name": "single_layer", "args": {}}),
+    "key of the sampler": (("phases", 0, "sampler"), "arg", {}),
+    "name of the sampler": (("phases", 0, "sampler"), "name", "single_layr"),
+    "argument of the sampler": (("phases", 0, "sampler", "args"), "pases", 2),
+    "name of the penalty": (("phases", 0, "penalties", 0), "name", "group_laso"),
+    "argument of the penalty": (("phases", 0, "penalties", 0, "args"), "wieght", 1.0),
+    "name of the teacher": (("phases", 0, "teacher"), "name", "ful"),
+    "unit of the length": (("phases", 0, "until"), "epoch", 1),
+    "key of shrinking": (("phases", 0, "shrink"), "treshold", 1e-5),
+    "key of the optimizer": (("phases", 0, "optimizer"), "learing_rate", 0.1),
+    "argument of the optimizer": (("phases", 0, "optimizer", "args"), "momntum", 0.9),
+    "name of the schedule": (("phases", 0, "optimizer", "schedule"), "name", "cosin"),
+}
+
+
+@pytest.mark.parametrize("place", MISSPELLED)
+def test_a_misspelled_word_is_an_error(place):
+    """Nothing in a config is swallowed; the message has the word as it was written."""
+    path, key, value = MISSPELLED[place]
+    config = copy.deepcopy(maestro_config())
+    section = config
+    for part in path:
+        section = section[part]
+    section[key] = value
+    with pytest.raises(ValueError, match=value if isinstance(value, str) else key):
+        phases.build_phases(config_lib.to_json(config), steps_per_epoch=430)
+
+
+def test_the_config_without_a_misspelling_builds():
+    """The control of the test above."""
+    assert phases.build_phases(maestro_config(), steps_per_epoch=430)
+
+
+# Ranks are not in its checkpoints.
+
+
+def test_ranks_are_in_the_checkpoint(small_model, tmp_path):
+    """Allocated and active ranks come back, outputs bit for bit, and lower ranks too."""
+    model = surgery.truncate(small_model, {"hidden/0": 4})
+    surgery.set_ranks(model, {"hidden/0": 2, "head": 1})
+    checkpoint.save(tmp_path / "saved", model)
+    saved = checkpoint.open_checkpoint(tmp_path / "saved")
+    assert saved.metadata["max_ranks"] == {"head": 3, "hidden/0": 4}
+    assert saved.metadata["ranks"] == {"head": 1, "hidden/0": 2}
+
+    images = batch(0)["image"]
+    loaded = checkpoint.load(saved, small_model)
+    assert surgery.get_ranks(loaded) == {"head": 1, "hidden/0": 2}
+    np.testing.assert_array_equal(loaded(images), model(images))
+    lower = checkpoint.load(saved, small_model, ranks={"hidden/0": 3, "head": 2})
+    expected = surgery.truncate(model, {"hidden/0": 3, "head": 2})
+    np.testing.assert_array_equal(lower(images), expected(images))
+
+
+# Pruning loses parameters from the optimizer.
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_shrinking_keeps_every_parameter_in_the_optimizer(small_model, name):
+    """Every parameter keeps its moments, cut to its shape, and goes on moving."""
+    optimizer = optax.sgd(0.05, momentum=0.9) if name == "sgd" else optax.adam(1e-2)
+    sampler = ordered_dropout.full()
+    structure, state = state_lib.new_state(small_model, optimizer, sampler, 0)
+    step = make_step(structure, optimizer, sampler)
+    for number in range(2):
+        state, _ = step(state, batch(number))
+    before = host(state.opt_state)
+
+    model = state_lib.join_model(structure, state.params, state.model_state)
+    ranks = {"hidden/0": 4, "head": 1}
+    shrunk = shrinking.shrink(model, ranks, state.opt_state, optimizer)
+    assert shrunk.restarted == []
+    structure, params, model_state = state_lib.split_model(shrunk.model)
+    old, moments = host(params), host(shrunk.opt_state)
+    assert moments.keys() == before.keys()
+    assert len(moments) >= len(old) == 6
+    for path, array in moments.items():
+        owner = [key for key in old if path.endswith(f"/{key}")]
+        assert [old[key].shape for key in owner] in ([array.shape], [])
+        kept = tuple(map(slice, array.shape))
+        np.testing.assert_array_equal(array, before[path][kept])
+        assert np.any(array != 0)
+
+    state = state._replace(
+        params=params,
+        model_state=model_state,
+        opt_state=shrunk.opt_state,
+        sampler_state=sampler.init(ranks),
+    )
+    state, _ = make_step(structure, optimizer, sampler)(state, batch(2))
+    for path, array in host(state.params).items():
+        assert array.shape == old[path].shape
+        assert np.all(np.any(array != old[path], axis=0)), path
+
+
+# A convolution of rank 0 returns a wrong shape.
+
+
+@pytest.mark.parametrize("scheme", [0, 2])
+@pytest.mark.parametrize(("strides", "padding"), [(1, "SAME"), (2, "VALID"), (2, 1)])
+def test_a_convolution_of_rank_zero_is_its_bias(strides, padding, scheme):
+    """Its shape is the dense one's and its value the bias; the bias still learns.
+
+    However the rank became 0: by the mask, by truncation or at the start.
+    """
+    dense = nnx.Conv(3, 4, (3, 3), strides, padding=padding, rngs=nnx.Rngs(0))
+    dense.bias.set_value(jnp.arange(1.0, 5.0))
+    full = LowRankConv.from_dense(dense, scheme=scheme)
+    masked = nnx.clone(full)
+    masked.factors.set_rank(0)
+    cut = surgery.truncate(full, {"": 0})
+    born = LowRankConv.from_dense(dense, max_rank=0, scheme=scheme)
+    images = jnp.ones((2, 7, 7, 3))
+    expected = np.broadcast_to(np.arange(1.0, 5.0), dense(images).shape)
+    for layer in (masked, cut, born):
+        np.testing.assert_array_equal(layer(images), expected)
+        np.testing.assert_array_equal(surgery.merge(layer)(images), expected)
+        grads = nnx.grad(lambda layer: jnp.sum(layer(images)))(layer)
+        np.testing.assert_allclose(
+            grads["bias"][...], expected[..., 0].size * np.ones(4)
+        )
+
+
+# The gradient of the lasso is NaN at zero.
+
+
+@pytest.mark.parametrize("with_s", [False, True])
+@pytest.mark.parametrize("live", [0, 2, 5])
+@pytest.mark.parametrize("name", sorted(regularizers.PENALTIES))
+def test_the_gradient_of_the_lasso_is_finite_at_zero(name, live, with_s):
+    """Zero on columns that are zero, and unchanged by them on columns that are not."""
+    rng = np.random.default_rng(0)
+    u, v = rng.normal(size=(6, 5)), rng.normal(size=(5, 4))
+    u[:, live:], v[live:] = 0, 0
+    penalty = regularizers.PENALTIES[name](weight=1.0)
+
+    def gradient(columns: int) -> nnx.State:
+        s = jnp.ones(columns) if with_s else None
+        arrays = jnp.float32(u[:, :columns]), jnp.float32(v[:columns])
+        return nnx.grad(lambda f: penalty({"": f}, 0))(Factors(*arrays, s))
+
+    padded, alone = gradient(5), gradient(live)
+    for part, axis in (("u", -1), ("v", 0)):
+        array = np.moveaxis(np.asarray(padded[part][...]), axis, 0)
+        assert np.isfinite(array).all()
+        np.testing.assert_array_equal(array[live:], 0)
+        reference = np.moveaxis(np.asarray(alone[part][...]), axis, 0)
+        np.testing.assert_allclose(array[:live], reference, rtol=1e-6)
+
+
+# Ranks are rounded in floating point.
+
+
+def test_fractions_of_a_rank_are_exact():
+    """`rank / width` of a width is that rank, for all 131,328 pairs up to width 512.
+
+    The control, `ceil` in floats, is wrong for 4,122 of them (75,010 up to width 2,048),
+    the first at width 25, rank 7.
+    """
+    pairs = [(width, rank) for width in range(1, 513) for rank in range(1, width + 1)]
+    wrong = [(w, r) for w, r in pairs if math.ceil(r / w * w) != r]
+    assert len(wrong) == 4122 and wrong[0] == (25, 7)
+    assert [(w, r) for w, r in pairs if fraction_of(r / w, w) != r] == []
+
+
+def test_every_user_of_a_fraction_rounds_exactly():
+    """7/25 of rank 25 is 7 in evaluation, in samplers and in rules."""
+    limits = {"a": 25, "stack": [25, 50]}
+    expected = {"a": 7, "stack": [7, 14]}
+    assert at_fraction(limits, 7 / 25) == expected
+    for sampler in (
+        ordered_dropout.matryoshka(fractions=[1.0, 7 / 25]),
+        ordered_dropout.sandwich(passes=2, smallest=7 / 25),
+    ):
+        ranks, _ = sampler.sample(sampler.init(limits), jax.random.key(0))
+        assert {path: rank[1].tolist() for path, rank in ranks.items()} == expected
+    sampler = ordered_dropout.uniform_fraction(fractions=[7 / 25])
+    ranks, _ = sampler.sample(sampler.init(limits), jax.random.key(0))
+    assert {path: rank.tolist() for path, rank in ranks.items()} == expected
+    dense = nnx.Linear(25, 30, rngs=nnx.Rngs(0))
+    low_rank = surgery.factorize(dense, [(".*", {"rank_fraction": 7 / 25})])
+    assert surgery.max_ranks(low_rank) == {"": 7}
+
+
+# Folding back to dense ignores the mask.
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_merging_respects_the_mask(kind):
+    """The dense twin of a masked layer is that layer, not the one at full rank."""
+    if kind == "linear":
+        layer = LowRankLinear(6, 5, rngs=nnx.Rngs(0))
+        inputs = batch(0)["image"].reshape(-1, 16)[:, :6]
+    else:
+        layer = LowRankConv(1, 5, (3, 3), rngs=nnx.Rngs(0))
+        inputs = batch(0)["image"]
+    at_full = layer(inputs)
+    surgery.set_ranks(layer, {"": 2})
+    dense = surgery.merge(layer)
+    assert type(dense) is type(layer).dense_type
+    assert relative_error(dense(inputs), layer(inputs)) <= 1e-5
+    assert relative_error(dense(inputs), at_full) >= 1e-2
+    kernel = np.asarray(dense.kernel[...]).reshape(-1, 5)
+    assert np.linalg.matrix_rank(kernel, tol=1e-5) == 2
+
+
+# The sampler can be neither seeded nor resumed.
+
+
+def draw(
+    sampler: ordered_dropout.RankSampler,
+    limits: surgery.Ranks,
+    seed: int,
+    count: int,
+    *,
+    state: Any = None,
+    start: int = 0,
+) -> dict[str, jax.Array]:
+    """Ranks of `count` steps from step `start`, a row for each; keys as in training."""
+    return draw_on(sampler, limits, seed, count, state=state, start=start)[0]
+
+
+def draw_on(sampler, limits, seed, count, *, state=None, start=0):
+    """As `draw`, with the state after it."""
+
+    def body(state, number):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        ranks, state = sampler.sample(state, key)
+        return state, ranks
+
+    state = sampler.init(limits) if state is None else state
+    state, ranks = jax.lax.scan(body, state, start + jnp.arange(count))
+    return ranks, state
+
+
+RESUMED = {
+    "single_layer": {},
+    "independent": {},
+    "geometric": {"decay": 0.7},
+    "uniform_fraction": {"fractions": [0.25, 0.5, 1.0]},
+    "sandwich": {"passes": 4, "smallest": 0.125},
+    "per_example": {"batch_size": 3},
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_sampler_is_seeded_and_goes_on_where_it_stopped(name, small_model, tmp_path):
+    """The same key gives the same ranks, another key others; a checkpoint continues them.
+
+    20 steps at once equal 13 steps, a checkpoint, and 7 more (for `single_layer` a second
+    shuffled pass over 9 pairs is under way then).
+    """
+    sampler = ordered_dropout.SAMPLERS[name](**RESUMED[name])
+    whole = host(draw(sampler, FULL_RANKS, 1, 20))
+    again = host(draw(sampler, FULL_RANKS, 1, 20))
+    other = host(draw(sampler, FULL_RANKS, 2, 20))
+    assert all(np.array_equal(whole[path], again[path]) for path in whole)
+    assert any(not np.array_equal(whole[path], other[path]) for path in whole)
+
+    first, state = draw_on(sampler, FULL_RANKS, 1, 13)
+    checkpoint.save(tmp_path / "saved", small_model, items={"sampler": state})
+    saved = checkpoint.open_checkpoint(tmp_path / "saved")
+    fresh = {"sampler": sampler.init(FULL_RANKS)}
+    restored = checkpoint.restore(saved, fresh)["sampler"]
+    rest = draw(sampler, FULL_RANKS, 1, 7, state=restored, start=13)
+    for path, ranks in whole.items():
+        parts = [np.asarray(part[path]) for part in (first, rest)]
+        np.testing.assert_array_equal(np.concatenate(parts), ranks)
+
+
+# The best model is chosen on test data.
+
+
+@dataclasses.dataclass(frozen=True)
+class Sealed:
+    """A test split that nobody may read; its size may be asked for."""
+
+    size: int
+    streams: bool = False
+
+    def __len__(self) -> int:
+        return self.size
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        raise AssertionError("the test split was read")
+
+
+class Run(NamedTuple):
+    """A run of the real loop, with single-layer sampling, lasso and shrinking."""
+
+    config: dict[str, Any]
+    data: input_pipeline.Dataset
+    result: dict[str, Any]
+    saved: checkpoint.Saved
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Run:
+    """Maestro on the digits for three epochs, the test split sealed."""
+    config = common.base(seed=0)
+    config.data = common.digits(batch_size=100)
+    config.model = {"name": "mlp", "args": {"hidden": (8,)}}
+    config.keep_checkpoints = 1
+    lasso = {"name": "hierarchical_group_lasso", "args": {"weight": 0.02}}
+    config.phases = (
+        common.phase(
+            name="maestro",
+            until={"epochs": 3},
+            sampler={"name": "single_layer", "args": {}},
+            penalties=(lasso,),
+            optimizer=SGD,
+            shrink={"every_epochs": 2, "threshold": 0.3, "multiple": 1},
+        ),
+    )
+    config = config_lib.to_json(config)
+    data = train_lib.load_data(config, allow_imports=None)
+    sealed = dataclasses.replace(
+        data.splits["test"], source=Sealed(len(data.splits["test"]))
+    )
+    data = dataclasses.replace(data, splits={**data.splits, "test": sealed})
+    workdir: Path = tmp_path_factory.mktemp("run") / "workdir"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_lib, "load_data", lambda *_, **__: data)
+        result = train_lib.train_and_evaluate(config, workdir)
+    return Run(config, data, result, checkpoint.open_checkpoint(workdir))
+
+
+def test_training_never_reads_the_test_split(finished_run):
+    """A run evaluates on validation data and keeps its last state, not its best."""
+    with pytest.raises(AssertionError, match="test split was read"):
+        next(iter(finished_run.data.eval_batches("test", 10)))  # the seal holds
+    assert len(finished_run.result["frontier"]) == 4
+    assert finished_run.result["step"] == finished_run.saved.step == 39
+
+
+def test_a_run_leaves_its_ranks_sampler_and_optimizer_in_the_checkpoint(finished_run):
+    """After shrinking in the loop: ranks that load, a moment for each parameter, a place.
+
+    The sampler was made anew when ranks were cut, at step 26, and has been used in each of
+    the 13 steps since.
+    """
+    saved = finished_run.saved
+    full = {"head": 8, "hidden/0": 8}
+    ranks = saved.metadata["ranks"]
+    assert ranks == saved.max_ranks and sum(ranks.values()) < sum(full.values())
+    model = state_lib.load_model(saved, allow_imports=())
+    assert surgery.get_ranks(model) == ranks
+
+    arrays = saved.metadata["arrays"]
+    moments = arrays["opt_state"]
+    for path, shape in arrays["params"].items():
+        assert [m for p, m in moments.items() if p.endswith(f"/{path}")] == [shape]
+
+    (phase,) = phases.build_phases(finished_run.config, 13)
+    template = {"sampler": phase.sampler.init(ranks)}
+    place = checkpoint.restore(saved, template)["sampler"].position
+    assert int(place) == (13 - 1) % sum(ranks.values()) + 1
+
+
+def test_a_checkpoint_names_no_path_that_imports_code(finished_run):
+    """Loading with no package allowed works for our own names (used above)."""
+    with pytest.raises(ValueError, match="--allow_imports"):
+        registry.resolve("model", "os:system", {}, allow_imports=())

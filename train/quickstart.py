@@ -1,0 +1,65 @@
+"""From nothing to three model sizes: `python -m train.quickstart`, or `make quickstart`.
+
+Trains configs/digits_mlp.py on scikit-learn's digits (embedded, no download), cuts the
+checkpoint at three budgets, evaluates each from its own checkpoint, prints the table and
+draws the frontier. Ends with one line of JSON holding the rows.
+"""
+
+import shutil
+from pathlib import Path
+
+from absl import flags
+
+from configs import digits_mlp
+from train import binary, evaluation, logs, plots, truncation
+from train.train import train_and_evaluate
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/quickstart", "Folder of the run; an earlier quickstart there goes."
+)
+_ARG = flags.DEFINE_string("arg", "", "Argument of the config, such as smoke.")
+
+BUDGETS = (0.5, 0.25, 0.125)
+"""Shares of the factored layers' dense parameters."""
+FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09)
+_MARK = "quickstart"
+
+
+def _clear(workdir: Path) -> None:
+    """Removes an earlier quickstart, and nothing else."""
+    if workdir.exists() and not (workdir / _MARK).exists():
+        raise ValueError(
+            f"--workdir: must be new or of an earlier quickstart, got {workdir}. Nothing"
+            " is overwritten; name another."
+        )
+    shutil.rmtree(workdir, ignore_errors=True)
+    workdir.mkdir(parents=True)
+    (workdir / _MARK).touch()
+
+
+def _main() -> None:
+    workdir = Path(_WORKDIR.value)
+    _clear(workdir)
+    config = digits_mlp.get_config(_ARG.value)
+    run = workdir / "run"
+    train_and_evaluate(config, run)
+    rows = [{"size": "full", **evaluation.evaluate_checkpoint(run)}]
+    for budget in BUDGETS:
+        output = workdir / f"params_{budget}"
+        truncation.truncate_checkpoint(run, output, "params_fraction", budget)
+        rows.append(
+            {"size": f"{budget:g}", **evaluation.evaluate_checkpoint(output)}
+        )
+    curve = evaluation.evaluate_checkpoint(run, fractions=FRACTIONS)
+    picture = workdir / "frontier.png"
+    plots.plot_frontier({"any rank fraction": curve, "cut checkpoints": rows}, picture)
+    headers = ["size", "accuracy", "params", "macs", "ranks"]
+    cells = [[str(row[k]) if k == "ranks" else row[k] for k in headers] for row in rows]
+    print("\nTest accuracy of one trained model, cut at budgets of parameters:\n")
+    print(logs.table(headers, cells))
+    print(f"\nfrontier: {picture}")
+    logs.emit({"rows": rows})
+
+
+if __name__ == "__main__":
+    binary.run(_main)
