@@ -1,9 +1,10 @@
 """A small ViT on scikit-learn's digits, nested.
 
 Command:  python -m train.main --config=configs/digits_vit.py --workdir=runs/digits_vit
+Hardware: 2 CPU cores
+Time:     2 minutes
+Result:   docs/results.md
 """
-
-from ml_collections import ConfigDict
 
 from configs import common
 

@@ -1,10 +1,10 @@
 """LeNet on MNIST, one training run for the best frontier: four nested models a step.
 
-Command:  python -m train.main --config=configs/mnist_lenet_nested.py
---workdir=runs/nested
+Command:  python -m train.main --config=configs/mnist_lenet_nested.py --workdir=runs/n
+Hardware: 2 CPU cores
+Time:     9 minutes
+Result:   docs/results.md
 """
-
-from ml_collections import ConfigDict
 
 from configs import common
 

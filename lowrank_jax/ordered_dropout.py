@@ -268,7 +268,8 @@ def per_example(*, batch_size: int, common_fraction: bool = False) -> RankSample
         for path, limit in state.max_ranks.items():
             limit = limit[..., None]
             if common_fraction:
-                ranks[path] = _round_up(fractions, limit)
+                shared = fractions.reshape(*[1] * (limit.ndim - 1), batch_size)
+                ranks[path] = _round_up(shared, limit)
             else:
                 shape = (*limit.shape[:-1], batch_size)
                 ranks[path] = _uniform(keys[path], limit, shape)

@@ -44,7 +44,10 @@ ELEMENTWISE: tuple[type, ...] = (
     optax.InjectStatefulHyperparamsState,
     optax.ApplyIfFiniteState,
     optax.contrib.ScheduleFreeState,
-    type(optax.scale_by_rms(bias_correction=True).init({})),  # not exported by name
+    # not exported by name; abstractly, since an array here would start the backend,
+    # after which jax.distributed.initialize fails
+    type(jax.eval_shape(lambda: optax.scale_by_rms(bias_correction=True).init({}))),
+    type(jax.eval_shape(optax.schedules.WrappedSchedule(lambda count: 0.0).init)),
 )
 """States whose arrays follow the parameters number by number, counters, and containers of
 such states."""

@@ -19,9 +19,9 @@ _WORKDIR = flags.DEFINE_string(
 )
 _ARG = flags.DEFINE_string("arg", "", "Argument of the config, such as smoke.")
 
-BUDGETS = (0.5, 0.25, 0.125)
+BUDGETS = (0.5, 0.35, 0.25)
 """Shares of the factored layers' dense parameters."""
-FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09)
+FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.18, 0.125)
 _MARK = "quickstart"
 
 

@@ -127,8 +127,7 @@ def test_products_cost_what_xla_reports(rank):
 def test_unpadded_convolutions_cost_what_xla_reports(scheme):
     """Strides and several examples included (XLA leaves padding out, so none here)."""
     fold = folds.conv_fold((3, 2), 4, 6, scheme=scheme)
-    layer = partial(LowRankConv, 
-        4, 6, (3, 2), (2, 1), padding="VALID", scheme=scheme)
+    layer = partial(LowRankConv, 4, 6, (3, 2), (2, 1), padding="VALID", scheme=scheme)
     inputs = struct(5, 9, 8, 4)
     cost, rank = layer_cost(layer, inputs), 2
 

@@ -142,7 +142,7 @@ def test_ranks_are_read_as_they_were_set(stack, rank, expected):
 
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
 def test_ranks_per_example_mask_the_hidden_activations(stack):
-    """Example b keeps the first `rank[..., b]` of them; the middle axes do not matter."""
+    """Example b keeps the first `rank[..., b]` of them, whatever lies between."""
     factors = make(stack)
     ranks = np.arange(np.prod(stack, dtype=int) * 4).reshape(*stack, 4) % (R + 1)
     factors.set_rank(jnp.asarray(ranks))

@@ -1,0 +1,128 @@
+"""Time of an ordered-dropout step against a dense step, as ratios from one run.
+
+`python -m benchmarks.step_time`: LeNet at batch 128 and a ViT, on random images. The steps
+are the training loop's own (`train.steps`), optimizer and all. Variants are timed in turn,
+round by round, so that a machine that slows down slows all of them; the ratio is the
+median over rounds. Ends with one line of JSON.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags
+from flax import nnx
+
+from lowrank_jax import factorize
+from lowrank_jax.ordered_dropout import RankSampler, full, single_layer, uniform_fraction
+from lowrank_jax.shrinking import shrink
+from lowrank_jax.selection.solvers import at_fraction
+from lowrank_jax.surgery import max_ranks
+from train import logs, state, steps
+from train.models import lenet, vit
+
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds; each variant runs once in each.")
+_STEPS = flags.DEFINE_integer("steps", 10, "Steps of each variant in a round.")
+_BATCH = flags.DEFINE_integer("batch_size", 128, "Examples in a batch.")
+
+Timed = Callable[[int], float]
+
+
+def make_timer(
+    model: nnx.Module, sampler: RankSampler, batch: Mapping[str, Any]
+) -> Timed:
+    """A function that runs some training steps and says how long one took, in seconds."""
+    optimizer = optax.sgd(0.01, momentum=0.9)
+    structure, first = state.new_state(model, optimizer, sampler, 0)
+    channels = batch["image"].shape[-1]
+    normalize = steps.normalize([33.3] * channels, [78.6] * channels)
+    step = steps.make_train_step(
+        structure,
+        optimizer,
+        sampler,
+        [],
+        lambda key, images: normalize(images),
+        jax.random.key(0),
+    )
+    holder = [jax.tree.map(jax.numpy.copy, first)]
+
+    def timed(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            holder[0], metrics = step(holder[0], batch)
+        jax.block_until_ready(metrics)
+        return (time.perf_counter() - began) / count
+
+    timed(2)  # compiles
+    return timed
+
+
+def variants(dense: nnx.Module) -> dict[str, tuple[nnx.Module, RankSampler]]:
+    """What is timed: dense, ordered dropout at full rank, and shrunk models."""
+    low_rank = factorize(dense)
+    cut = {}
+    for fraction in (0.5, 0.25):
+        ranks = at_fraction(max_ranks(low_rank), fraction)
+        optimizer = optax.sgd(0.01)
+        params = nnx.as_pure(nnx.state(low_rank, nnx.Param))
+        small = shrink(low_rank, ranks, optimizer.init(params), optimizer).model
+        cut[f"shrunk to {fraction}"] = (small, single_layer())
+    return {
+        "dense": (dense, full()),
+        "single_layer at full rank": (low_rank, single_layer()),
+        "uniform_fraction at full rank": (low_rank, uniform_fraction()),
+        **cut,
+    }
+
+
+def measure(
+    timers: Mapping[str, Timed], rounds: int, count: int
+) -> dict[str, dict[str, float]]:
+    """Median time of a step and median ratio to the first variant, over rounds."""
+    times = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timed in timers.items():
+            times[name].append(timed(count))
+    base = np.asarray(next(iter(times.values())))
+    return {
+        name: {
+            "ms": 1000 * float(np.median(values)),
+            "ratio_to_dense": float(np.median(np.asarray(values) / base)),
+        }
+        for name, values in times.items()
+    }
+
+
+def _main(argv: list[str]) -> None:
+    del argv
+    rng, size = np.random.default_rng(0), _BATCH.value
+    models = {
+        "lenet": lenet.build(
+            image_shape=(28, 28, 1), num_classes=10, rngs=nnx.Rngs(0)
+        ),
+        "vit": vit.build(image_shape=(16, 16, 3), num_classes=10, rngs=nnx.Rngs(0)),
+    }
+    shapes = {"lenet": (28, 28, 1), "vit": (16, 16, 3)}
+    figures = {}
+    for name, dense in models.items():
+        batch = {
+            "image": rng.integers(0, 256, (size, *shapes[name]), dtype=np.uint8),
+            "label": rng.integers(0, 10, size).astype(np.int32),
+        }
+        batch = jax.device_put(batch)
+        timers = {
+            variant: make_timer(model, sampler, batch)
+            for variant, (model, sampler) in variants(dense).items()
+        }
+        figures[name] = measure(timers, _ROUNDS.value, _STEPS.value)
+        rows = [[k, v["ms"], v["ratio_to_dense"]] for k, v in figures[name].items()]
+        print(f"\n{name}, batch {size}, {jax.devices()[0].device_kind}")
+        print(logs.table(["step", "ms", "ratio to dense"], rows))
+    logs.emit(figures)
+
+
+if __name__ == "__main__":
+    app.run(_main)

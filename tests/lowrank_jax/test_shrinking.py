@@ -1,0 +1,352 @@
+"""Shrinking: the cut run continues the masked one, optimizer by optimizer.
+
+A new optimizer is one more row: elementwise, or named as started anew.
+"""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from reference import relative_error
+
+from lowrank_jax.factors import Factors
+from lowrank_jax.shrinking import cut_opt_state, shrink, tail_ranks
+from lowrank_jax.surgery import (
+    factorize,
+    find_factors,
+    get_ranks,
+    max_ranks,
+    set_ranks,
+    truncate,
+)
+
+RANKS = {"first": 2, "groups": [1, 2], "second": 1}
+"""Below the allocated 5, [3, 3], 3; of the two groups one stays masked."""
+
+
+class Net(nnx.Module):
+    """Two linear layers around a convolution in two groups."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(6, 6, rngs=rngs)
+        self.groups = nnx.Conv(6, 6, (1,), feature_group_count=2, rngs=rngs)
+        self.second = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, inputs):
+        hidden = jnp.tanh(self.first(inputs))
+        return self.second(jnp.tanh(self.groups(hidden[:, None])[:, 0]))
+
+
+def matrices(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def by_size(params):
+    return jax.tree.map(lambda leaf: "wide" if leaf.ndim > 1 else "thin", params)
+
+
+ELEMENTWISE = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "nesterov": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": optax.adam(1e-2),
+    "adamw, masked": optax.adamw(1e-2, weight_decay=0.1, mask=matrices),
+    "lion": optax.lion(1e-3),
+    "nadam": optax.nadam(1e-2),
+    "rmsprop": optax.rmsprop(1e-2),
+    "rmsprop, centered": optax.rmsprop(1e-2, centered=True, momentum=0.9),
+    "rmsprop, corrected": optax.rmsprop(1e-2, bias_correction=True),
+    "adagrad": optax.adagrad(0.1),
+    "amsgrad": optax.amsgrad(1e-2),
+    "adabelief": optax.adabelief(1e-2),
+    "clip by value": optax.chain(optax.clip(1e-2), optax.adam(1e-2)),
+    "clip by global norm": optax.chain(
+        optax.clip_by_global_norm(0.1), optax.adamw(optax.cosine_decay_schedule(0.01, 20))
+    ),
+    "injected": optax.inject_hyperparams(optax.adam)(
+        learning_rate=optax.linear_schedule(0.01, 0.001, 10)
+    ),
+    "multi steps": optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
+    "schedule free": optax.contrib.schedule_free_adamw(1e-2, warmup_steps=2),
+    "ema": optax.chain(optax.adam(1e-2), optax.ema(0.9)),
+    "apply if finite": optax.apply_if_finite(optax.adam(1e-2), 3),
+    "partitioned": optax.partition(
+        {"wide": optax.adam(1e-2), "thin": optax.sgd(0.1, momentum=0.9)}, by_size
+    ),
+}
+RESTARTED = {
+    "adafactor": (optax.adafactor(1e-2), ["FactoredState"]),
+    "muon": (optax.contrib.muon(1e-2), ["MuonState"]),
+    "adafactor in a chain": (
+        optax.chain(optax.ema(0.9), optax.adafactor(1e-2, multiply_by_parameter_scale=False)),
+        ["FactoredState"],
+    ),
+}
+
+
+@functools.cache
+def net(with_s: bool = True) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(factorize(Net(nnx.Rngs(0)), with_s=with_s))
+
+
+def masked_net() -> nnx.Module:
+    model = nnx.merge(*net(), copy=True)
+    set_ranks(model, RANKS)
+    return model
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(graph, params, rest, step):
+    """Of a loss on a batch of its own for each step."""
+    inputs = jnp.sin(jnp.arange(24.0).reshape(4, 6) * (1 + step))
+    target = jnp.cos(jnp.arange(12.0).reshape(4, 3) * (2 + step))
+
+    def loss(params):
+        return jnp.mean(jnp.square(nnx.merge(graph, params, rest)(inputs) - target))
+
+    return jax.grad(loss)(params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def update(optimizer, gradients, state, params):
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def train(model, state, optimizer, steps: range):
+    """The model and the optimizer state after these steps, on pure arrays."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+    for step in steps:
+        gradients = gradient(graph, params, rest, jnp.float32(step))
+        params, state = update(optimizer, gradients, state, params)
+    return nnx.merge(graph, params, rest), state
+
+
+def pure_params(model: nnx.Module):
+    return nnx.as_pure(nnx.state(model, nnx.Param))
+
+
+def by_path(tree) -> dict[str, np.ndarray]:
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_the_cut_run_continues_the_masked_one(name):
+    """(6) 10 masked steps, or 5, a cut and 5 more: the same parameters on the head.
+
+    The optimizer's state is that of the masked run, cut to the head, too.
+    """
+    optimizer, model = ELEMENTWISE[name], masked_net()
+    state = optimizer.init(pure_params(model))
+    model, state = train(model, state, optimizer, range(5))
+    start = pure_params(truncate(model, RANKS))
+    masked, masked_state = train(model, state, optimizer, range(5, 10))
+
+    small, small_state, restarted = shrink(model, RANKS, state, optimizer)
+    assert restarted == [] and get_ranks(small) == RANKS
+    assert jax.tree.structure(small_state) == jax.tree.structure(state)
+    before = by_path(state)
+    for path, leaf in by_path(small_state).items():
+        head = before[path][tuple(slice(size) for size in leaf.shape)]
+        np.testing.assert_array_equal(leaf, head, path, strict=True)
+    small, small_state = train(small, small_state, optimizer, range(5, 10))
+
+    expected = by_path(pure_params(truncate(masked, RANKS)))
+    found = by_path(pure_params(small))
+    assert found.keys() == expected.keys()
+    for path in found:
+        assert relative_error(found[path], expected[path]) <= 1e-5, path
+    assert any(relative_error(found[k], x) > 1e-4 for k, x in by_path(start).items())
+    shapes = jax.tree.map(jnp.shape, optimizer.init(pure_params(small)))
+    assert jax.tree.map(jnp.shape, small_state) == shapes
+    ends = by_path(masked_state)
+    for path, leaf in by_path(small_state).items():
+        head = ends[path][tuple(slice(size) for size in leaf.shape)]
+        np.testing.assert_allclose(leaf, head, rtol=1e-3, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("name", RESTARTED)
+def test_what_couples_numbers_starts_anew_and_is_named(name):
+    """(6) Only that part of the state; what is beside it goes on; training runs."""
+    optimizer, names = RESTARTED[name]
+    model = masked_net()
+    model, state = train(model, optimizer.init(pure_params(model)), optimizer, range(3))
+    small, small_state, restarted = shrink(model, RANKS, state, optimizer)
+    assert restarted == names
+    fresh = optimizer.init(pure_params(small))
+    assert jax.tree.structure(small_state) == jax.tree.structure(fresh)
+    assert jax.tree.map(jnp.shape, small_state) == jax.tree.map(jnp.shape, fresh)
+    found, new, old = by_path(small_state), by_path(fresh), by_path(state)
+    same = {path for path in new if np.array_equal(found[path], new[path])}
+    assert same  # the restarted part
+    for path in found.keys() - same:  # all else is cut
+        head = old[path][tuple(slice(size) for size in found[path].shape)]
+        np.testing.assert_array_equal(found[path], head, path)
+    if name != "adafactor":
+        assert found.keys() - same
+    train(small, small_state, optimizer, range(3, 4))
+
+
+def test_square_second_moments_are_not_mistaken_for_the_parameter():
+    """Adafactor's two vectors of a square matrix have its sizes: never cut by shape."""
+    optimizer = optax.adafactor(1e-2, min_dim_size_to_factor=2)
+    model = masked_net()
+    _, state, restarted = shrink(
+        model, RANKS, optimizer.init(pure_params(model)), optimizer
+    )
+    assert "FactoredState" in restarted
+    for leaf, new in zip(
+        jax.tree.leaves(state),
+        jax.tree.leaves(optimizer.init(pure_params(truncate(model, RANKS)))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(leaf, new)
+
+
+@pytest.mark.parametrize("pure", [False, True])
+def test_states_of_variables_and_of_arrays_both_work(pure):
+    """An optimizer made on `nnx.state` or on its pure form; the kind stays."""
+    model, optimizer = masked_net(), optax.adam(1e-2)
+    params = nnx.state(model, nnx.Param)
+    params = nnx.as_pure(params) if pure else params
+    state = optimizer.init(params)
+    state = jax.tree.map(lambda x: x + 1, state)
+    small, cut, _ = shrink(model, RANKS, state, optimizer)
+    own = nnx.state(small, nnx.Param)
+    own = nnx.as_pure(own) if pure else own
+    expected = optimizer.init(own)
+    assert jax.tree.structure(cut) == jax.tree.structure(expected)
+    assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, expected)
+    assert all(np.all(np.asarray(leaf) == 1) for leaf in jax.tree.leaves(cut))
+    kinds = jax.tree.leaves(cut, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    assert any(isinstance(x, nnx.Variable) for x in kinds) != pure
+    updates, cut = optimizer.update(jax.tree.map(jnp.ones_like, own), cut, own)
+    assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, expected)
+
+
+def test_unchanged_ranks_change_nothing():
+    """No cut, the same optimizer state, a model equal to the one given."""
+    model, optimizer = masked_net(), optax.adam(1e-2)
+    state = optimizer.init(pure_params(model))
+    for ranks in ({}, max_ranks(model), {"groups": [3, 1]}):
+        small, same, restarted = shrink(model, ranks, state, optimizer)
+        assert same is state and restarted == []
+        assert get_ranks(small) == {**RANKS, **ranks}
+        assert nnx.graphdef(small) == nnx.graphdef(model) and small is not model
+        for path, leaf in by_path(pure_params(model)).items():
+            np.testing.assert_array_equal(by_path(pure_params(small))[path], leaf)
+    assert get_ranks(model) == RANKS
+
+
+def test_shrinking_leaves_its_input_alone_and_cuts_only_what_is_named():
+    """The given model and state stay; other layers keep shapes and masks."""
+    model, optimizer = masked_net(), optax.adam(1e-2)
+    state = optimizer.init(pure_params(model))
+    before = by_path((pure_params(model), state))
+    small, cut, _ = shrink(model, {"first": 1}, state, optimizer)
+    for path, leaf in by_path((pure_params(model), state)).items():
+        np.testing.assert_array_equal(leaf, before[path], path, strict=True)
+    assert get_ranks(model) == RANKS and get_ranks(small) == {**RANKS, "first": 1}
+    assert max_ranks(small) == {**max_ranks(model), "first": 1}
+
+
+def test_shrinking_to_rank_zero_leaves_a_bias_to_train():
+    """Arrays without elements go through the optimizer as well."""
+    model, optimizer = masked_net(), ELEMENTWISE["momentum"]
+    model, state = train(model, optimizer.init(pure_params(model)), optimizer, range(2))
+    zeros = {path: 0 for path in RANKS}
+    small, state, restarted = shrink(model, zeros, state, optimizer)
+    assert restarted == [] and max_ranks(small)["groups"] == [0, 0]
+    after, _ = train(small, state, optimizer, range(2, 4))
+    assert np.any(after.second.bias[...] != small.second.bias[...])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [({"first": 7, "second": -1}, r"(?s)first: .*\[0, 6\].*second: "), ({"x": 1}, "'x'")],
+)
+def test_wrong_ranks_are_refused(ranks, message):
+    """As `truncate` refuses them, all at once."""
+    model, optimizer = masked_net(), optax.sgd(0.1)
+    with pytest.raises(ValueError, match=message):
+        shrink(model, ranks, optimizer.init(pure_params(model)), optimizer)
+
+
+def test_an_unknown_state_starts_anew_and_is_named():
+    """Somebody's own transformation is never cut by guess."""
+    Norms = collections.namedtuple("Norms", ["norms"])
+    old = (optax.TraceState({"u": jnp.ones((4, 3))}), Norms({"u": jnp.ones((4, 3))}))
+    new = (optax.TraceState({"u": jnp.zeros((4, 2))}), Norms({"u": jnp.zeros((4, 2))}))
+    cut, restarted = cut_opt_state(old, new)
+    assert restarted == ["Norms"]
+    np.testing.assert_array_equal(cut[0].trace["u"], np.ones((4, 2)))
+    np.testing.assert_array_equal(cut[1].norms["u"], np.zeros((4, 2)))
+
+
+def numpy_tail_rank(left: np.ndarray, right: np.ndarray, threshold: float) -> int:
+    """Columns `left (i, r)`, `right (o, r)`: the first b whose tail is too small."""
+    for first in range(left.shape[1]):
+        if np.linalg.norm(left[:, first:]) * np.linalg.norm(right[:, first:]) < threshold:
+            return first
+    return left.shape[1]
+
+
+@pytest.mark.parametrize("with_s", [False, True])
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_tail_ranks_equal_numpy(with_s, multiple):
+    """Maestro's rule, each matrix of a stack by itself, rounded up to a multiple."""
+    random, seen = np.random.default_rng(0), set()
+    scale = 10.0 ** -np.arange(7)
+    for threshold in (1e-9, 1e-5, 1e-3, 1e-1, 1e3):
+        u = random.normal(size=(2, 5, 7)) * scale[random.permutation(7)]
+        u = u * scale
+        v = random.normal(size=(2, 7, 4))
+        s = random.normal(size=(2, 7)) if with_s else None
+        model = nnx.Dict(
+            one=Factors(*(None if x is None else jnp.float32(x) for x in (u, v, s)))
+        )
+        expected = []
+        for n in range(2):
+            left = u[n] * (1 if s is None else np.abs(s[n]))
+            rank = numpy_tail_rank(left, v[n].T, threshold)
+            seen.add(rank)
+            expected.append(min(-(-rank // multiple) * multiple, 7))
+        found = tail_ranks(model, threshold=threshold, multiple=multiple)
+        assert found == {"one": expected}
+    assert {0, 7} < seen
+
+
+def test_tail_ranks_see_allocated_columns_and_small_ones_inside():
+    """Masked columns count while they are there; a small column before a large stays."""
+    u = jnp.diag(jnp.asarray([1.0, 1e-9, 1.0, 1e-9]))
+    model = nnx.Dict(one=Factors(u, jnp.eye(4)))
+    assert tail_ranks(model, threshold=1e-5) == {"one": 3}
+    set_ranks(model, {"one": 1})
+    assert tail_ranks(model, threshold=1e-5) == {"one": 3}
+    none = nnx.Dict(one=Factors(jnp.zeros((4, 0)), jnp.zeros((0, 3))))
+    assert tail_ranks(none, threshold=1e-5) == {"one": 0}
+    assert tail_ranks(nnx.Dict(one=Factors(0 * u, jnp.eye(4))), threshold=1e-5) == {
+        "one": 0
+    }
+
+
+def test_tail_ranks_go_into_shrink():
+    """Columns that a lasso has driven to zero go, and the function stays."""
+    model = nnx.merge(*net(False), copy=True)
+    for path, factors in find_factors(model).items():
+        tail = max_ranks(truncate(model, RANKS))[path]
+        factors.u.set_value(factors.u[...].at[..., np.max(tail) :].set(0))
+    ranks = tail_ranks(model, threshold=1e-5)
+    assert ranks == {"first": 2, "groups": [2, 2], "second": 1}
+    optimizer = optax.sgd(0.1)
+    small, _, _ = shrink(model, ranks, optimizer.init(pure_params(model)), optimizer)
+    assert max_ranks(small) == ranks
+    inputs = jnp.ones((2, 6))
+    assert relative_error(small(inputs), model(inputs)) <= 1e-6
