@@ -180,8 +180,8 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
             f" has {sorted(p.name for p in root.iterdir())}. A save that was cut off"
             " leaves a temporary or half-written folder; use another step or workdir."
         )
-    text = (complete[0] / "metadata" / "metadata").read_text()
     try:
+        text = (complete[0] / "metadata" / "metadata").read_text()
         metadata = json.loads(text)
         version = metadata["format_version"]
         missing = {"step", "ranks", "max_ranks", "arrays"} - set(metadata)
@@ -232,7 +232,7 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
     template = _at_ranks(nnx.as_pure(params), allocated)
     items = {"params": template, "model_state": model_items(model)["model_state"]}
     restored = restore(saved, items)
-    model = nnx.merge(graphdef, restored["params"], rest)
+    model = nnx.merge(graphdef, restored["params"], rest, copy=True)
     nnx.update(model, restored["model_state"])
     set_ranks(model, saved.metadata["ranks"] if ranks is None else allocated)
     return model

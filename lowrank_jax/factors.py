@@ -142,11 +142,12 @@ class Factors(nnx.Module):
             return hidden
         mask = self.mask()
         stack = len(self.stack_shape)
-        if hidden.shape[stack] != mask.shape[stack]:
+        batch = hidden.shape[stack] if hidden.ndim >= mask.ndim else None
+        if batch != mask.shape[stack]:
             raise ValueError(
                 "rank: one rank per example needs as many ranks as examples, got"
-                f" {mask.shape[stack]} for a batch of {hidden.shape[stack]}. Sample ranks"
-                " for this batch size, and keep the batch as the first axis."
+                f" {mask.shape[stack]} for a batch of {batch}. Sample ranks for this"
+                " batch size, and keep the batch as the first axis."
             )
         between = hidden.ndim - mask.ndim
         mask = mask.reshape(*mask.shape[:-1], *[1] * between, mask.shape[-1])

@@ -8,6 +8,7 @@ from a checkpoint does what the one that wrote it did next. Everything random is
 function of the seed and the step. Shrinking is the only place where shapes change.
 """
 
+import contextlib
 import functools
 import json
 import signal
@@ -73,7 +74,10 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
     frontier: list[evaluation_lib.Figures] = []
     first_phase = phases_lib.phase_at(phases, step)
 
-    with _StopRequest() as stop:
+    with contextlib.ExitStack() as resources:
+        for resource in (saver, writer, progress):  # closed however the run ends
+            resources.enter_context(contextlib.closing(resource))
+        stop = resources.enter_context(_StopRequest())
         for index, phase in enumerate(phases[first_phase:], first_phase):
             structure, state = state_lib.new_state(
                 model, phase.optimizer, phase.sampler, step
@@ -105,7 +109,6 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
                 if finished:
                     break
                 if stop.requested:
-                    saver.close()
                     raise Interrupted(f"stopped at step {step}; run it again to go on.")
 
                 state, metrics = train_step(state, next(batches))
@@ -124,9 +127,6 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
             batches.close()
             model = state_lib.join_model(structure, *state[1:3])
 
-    saver.close()
-    writer.close()
-    progress.close()
     return {"step": step, "frontier": frontier}
 
 

@@ -141,6 +141,11 @@ class LowRankConv(LowRankLayer):
 
     def _mask_hidden(self, hidden: Float[Array, "*b gr"]) -> Float[Array, "*b gr"]:
         """Applies ranks per example, which a stack of groups keeps as its first axis."""
+        if self.factors.per_example and hidden.ndim == len(self.kernel_size) + 1:
+            raise ValueError(
+                "rank: one rank per example needs a batch axis, got one image, hidden"
+                f" shape {hidden.shape}. Add the axis, or set one rank."
+            )
         if self.fold.groups == 1:
             return self.factors.mask_hidden(hidden)
         grouped = hidden.reshape(*hidden.shape[:-1], self.fold.groups, -1)

@@ -1,7 +1,7 @@
 """The contract of every low-rank layer: one table, one test for each point.
 
-A new layer, or a new option of one, is one more row. Numbers in docstrings are points of
-the contract: (1) full rank, (2) lower ranks, (3) gradients, (9) dtypes and transforms.
+A new layer, or a new option of one, is one more row. Numbers in docstrings are points
+of the contract: (1) full rank, (2) lower ranks, (3) gradients, (9) dtypes, transforms.
 """
 
 import contextlib
@@ -708,6 +708,17 @@ def test_ranks_for_another_batch_size_are_an_error(name):
     layer.factors.set_rank(jnp.ones((*stack, examples), jnp.int32))
     with pytest.raises(ValueError, match=f"got {examples} for a batch of"):
         nnx.eval_shape(lambda x, i: getattr(x, row.call)(i), layer, inputs)
+
+
+@pytest.mark.parametrize("name", [x for x, row in ROWS.items() if row.batch is None])
+def test_ranks_per_example_need_a_batch_axis(name):
+    """Even where the first axis happens to be as long as there are ranks."""
+    row = ROWS[name]
+    layer, inputs = factorized(row), row.inputs()
+    for ranks in {inputs.shape[0], layer.factors.max_rank}:
+        layer.factors.set_rank(jnp.ones(ranks, jnp.int32))
+        with pytest.raises(ValueError, match="one rank per example needs"):
+            layer(inputs)
 
 
 @pytest.mark.parametrize("name", ["linear", "conv, groups", "embed, lookup"])

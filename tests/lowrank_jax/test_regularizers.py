@@ -55,7 +55,9 @@ def row(request: pytest.FixtureRequest) -> Row:
     return ROWS[request.param]
 
 
-def arrays(seed: int, with_s: bool, stack: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+def arrays(
+    seed: int, with_s: bool, stack: tuple[int, ...] = ()
+) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     shapes = {"u": (*stack, 4, 3), "v": (*stack, 3, 2)}
     if with_s:

@@ -59,7 +59,8 @@ def test_energy_rule_knows_columns_of_nothing():
 def test_energy_rule_is_monotone():
     """More energy never means a lower rank."""
     found = [
-        solvers.by_energy({"a": STACK}, energy)["a"] for energy in np.linspace(0.01, 1, 60)
+        solvers.by_energy({"a": STACK}, energy)["a"]
+        for energy in np.linspace(0.01, 1, 60)
     ]
     assert np.all(np.diff(np.asarray(found), axis=0) >= 0)
 

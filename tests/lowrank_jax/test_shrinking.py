@@ -66,7 +66,8 @@ ELEMENTWISE = {
     "adabelief": optax.adabelief(1e-2),
     "clip by value": optax.chain(optax.clip(1e-2), optax.adam(1e-2)),
     "clip by global norm": optax.chain(
-        optax.clip_by_global_norm(0.1), optax.adamw(optax.cosine_decay_schedule(0.01, 20))
+        optax.clip_by_global_norm(0.1),
+        optax.adamw(optax.cosine_decay_schedule(0.01, 20)),
     ),
     "injected": optax.inject_hyperparams(optax.adam)(
         learning_rate=optax.linear_schedule(0.01, 0.001, 10)
@@ -83,7 +84,9 @@ RESTARTED = {
     "adafactor": (optax.adafactor(1e-2), ["FactoredState"]),
     "muon": (optax.contrib.muon(1e-2), ["MuonState"]),
     "adafactor in a chain": (
-        optax.chain(optax.ema(0.9), optax.adafactor(1e-2, multiply_by_parameter_scale=False)),
+        optax.chain(
+            optax.ema(0.9), optax.adafactor(1e-2, multiply_by_parameter_scale=False)
+        ),
         ["FactoredState"],
     ),
 }
@@ -270,7 +273,10 @@ def test_shrinking_to_rank_zero_leaves_a_bias_to_train():
 
 @pytest.mark.parametrize(
     ("ranks", "message"),
-    [({"first": 7, "second": -1}, r"(?s)first: .*\[0, 6\].*second: "), ({"x": 1}, "'x'")],
+    [
+        ({"first": 7, "second": -1}, r"(?s)first: .*\[0, 6\].*second: "),
+        ({"x": 1}, "'x'"),
+    ],
 )
 def test_wrong_ranks_are_refused(ranks, message):
     """As `truncate` refuses them, all at once."""
@@ -293,7 +299,10 @@ def test_an_unknown_state_starts_anew_and_is_named():
 def numpy_tail_rank(left: np.ndarray, right: np.ndarray, threshold: float) -> int:
     """Columns `left (i, r)`, `right (o, r)`: the first b whose tail is too small."""
     for first in range(left.shape[1]):
-        if np.linalg.norm(left[:, first:]) * np.linalg.norm(right[:, first:]) < threshold:
+        if (
+            np.linalg.norm(left[:, first:]) * np.linalg.norm(right[:, first:])
+            < threshold
+        ):
             return first
     return left.shape[1]
 

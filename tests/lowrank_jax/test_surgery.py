@@ -35,7 +35,9 @@ from lowrank_jax.surgery import (
 
 def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Normal numbers by NumPy: Flax's initialisers compile anew for every shape."""
-    seed = 0 if isinstance(key, jax.core.Tracer) else np.asarray(jax.random.key_data(key))
+    seed = (
+        0 if isinstance(key, jax.core.Tracer) else np.asarray(jax.random.key_data(key))
+    )
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 2, dtype)
 
 
@@ -74,9 +76,7 @@ class Products(nnx.Module):
     """An einsum, and a general linear layer over two axes."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.split = nnx.Einsum(
-            "bti,ihd->bthd", (4, 2, 3), (2, 3), **DRAWN, rngs=rngs
-        )
+        self.split = nnx.Einsum("bti,ihd->bthd", (4, 2, 3), (2, 3), **DRAWN, rngs=rngs)
         self.join = nnx.LinearGeneral((2, 3), 4, axis=(-2, -1), **DRAWN, rngs=rngs)
 
     def __call__(self, tokens):
@@ -257,7 +257,9 @@ def lower(ranks: dict[str, Any], down: int = 1, least: int = 0) -> dict[str, Any
             return max(rank - by, least)
         return [cut(one, by + n) for n, one in enumerate(rank)]
 
-    return {path: cut(rank, down + n % 3) for n, (path, rank) in enumerate(ranks.items())}
+    return {
+        path: cut(rank, down + n % 3) for n, (path, rank) in enumerate(ranks.items())
+    }
 
 
 def values(model: nnx.Module) -> dict[str, np.ndarray]:
@@ -359,7 +361,14 @@ def test_truncate_keeps_what_is_not_named(name):
         merge,
         canonicalize,
     ],
-    ids=["factorize", "factorize_low", "truncate", "truncate_nothing", "merge", "canon"],
+    ids=[
+        "factorize",
+        "factorize_low",
+        "truncate",
+        "truncate_nothing",
+        "merge",
+        "canon",
+    ],
 )
 def test_surgery_leaves_its_input_alone(name, operation):
     """Bit for bit, and when the output's variables are changed afterwards."""
@@ -393,7 +402,9 @@ def test_surgery_works_abstractly_and_under_jit(name):
 
     graph, state = nnx.split(dense_of(name))
     found = nnx.merge(graph, surgery(state))
-    assert relative_error(outputs_of(found, name), outputs_of(expected[1], name)) <= 1e-5
+    assert (
+        relative_error(outputs_of(found, name), outputs_of(expected[1], name)) <= 1e-5
+    )
 
 
 def test_a_training_step_moves_active_columns_only(name):
@@ -465,7 +476,9 @@ def test_canonicalize_sees_active_columns_only():
     set_ranks(model, {"hidden/0": 2, "head": 0})
     canonical = canonicalize(model)
     assert get_ranks(canonical) == get_ranks(model)
-    assert relative_error(outputs_of(canonical, "list"), outputs_of(model, "list")) < 1e-5
+    assert (
+        relative_error(outputs_of(canonical, "list"), outputs_of(model, "list")) < 1e-5
+    )
     for path, rank in (("hidden/0", 2), ("head", 0)):
         factors = find_factors(canonical)[path]
         norms = np.linalg.norm(factors.u[...], axis=0)
@@ -521,9 +534,9 @@ def test_scanned_layers_have_ranks_of_their_own():
     for layer in range(3):
         block = nnx.merge(graph, jax.tree.map(lambda x, n=layer: x[n], state))
         own = {path: rank[layer] for path, rank in ranks.items()}
-        tokens = truncate(block, {p.removeprefix("blocks/"): r for p, r in own.items()})(
-            tokens
-        )
+        tokens = truncate(
+            block, {p.removeprefix("blocks/"): r for p, r in own.items()}
+        )(tokens)
     assert relative_error(outputs_of(model, "scanned"), tokens) <= 1e-6
 
 
@@ -532,10 +545,14 @@ def test_scanned_layers_take_ranks_per_example():
     model = factored_of("scanned")
     inputs, examples = ROWS["scanned"].inputs(), 2
     table = np.random.default_rng(0).integers(0, 5, (3, examples))
-    set_ranks(model, dict.fromkeys(ROWS["scanned"].ranks, jnp.asarray(table, jnp.int32)))
+    set_ranks(
+        model, dict.fromkeys(ROWS["scanned"].ranks, jnp.asarray(table, jnp.int32))
+    )
     found = outputs_of(model, "scanned")
     for example in range(examples):
-        set_ranks(model, dict.fromkeys(ROWS["scanned"].ranks, table[:, example].tolist()))
+        set_ranks(
+            model, dict.fromkeys(ROWS["scanned"].ranks, table[:, example].tolist())
+        )
         expected = model(inputs[example : example + 1])[0]
         assert relative_error(found[example], expected) <= 1e-5
 
@@ -590,7 +607,9 @@ def test_subclasses_of_a_layer_stay_as_they_are():
         def __call__(self, inputs):
             return 2 * super().__call__(inputs)
 
-    model = nnx.Sequential(Scaled(4, 3, rngs=nnx.Rngs(0)), linear(3, 2, rngs=nnx.Rngs(1)))
+    model = nnx.Sequential(
+        Scaled(4, 3, rngs=nnx.Rngs(0)), linear(3, 2, rngs=nnx.Rngs(1))
+    )
     assert list(max_ranks(factorize(model))) == ["layers/1"]
 
 
@@ -601,7 +620,8 @@ def test_low_rank_layers_stay_as_they_are():
     assert_same(values(again), values(model))
     assert nnx.graphdef(again) == nnx.graphdef(model)
     mixed = nnx.Sequential(
-        LowRankLinear(4, 3, max_rank=2, rngs=nnx.Rngs(0)), linear(3, 2, rngs=nnx.Rngs(1))
+        LowRankLinear(4, 3, max_rank=2, rngs=nnx.Rngs(0)),
+        linear(3, 2, rngs=nnx.Rngs(1)),
     )
     assert max_ranks(factorize(mixed)) == {"layers/0": 2, "layers/1": 2}
 
@@ -664,7 +684,10 @@ WRONG_RANKS = {
     "float": ({"hidden/0": 2.0, "head": 1.5}, ["hidden/0", "2.0", "head", "1.5"]),
     "text": ({"head": "2"}, ["head", "'2'"]),
     "none": ({"head": None}, ["head", "None"]),
-    "unknown": ({"body": 1, "tail": 1, "head": 9}, ["body", "tail", "head", "hidden/0"]),
+    "unknown": (
+        {"body": 1, "tail": 1, "head": 9},
+        ["body", "tail", "head", "hidden/0"],
+    ),
     "list": ({"head": [1]}, ["head", "[1]"]),
 }
 WRONG_STACK_RANKS = {

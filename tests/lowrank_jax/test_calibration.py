@@ -1,0 +1,131 @@
+"""BatchNorm re-estimation, against plain averages in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference import relative_error
+
+from lowrank_jax.calibration import recalibrate_batch_norm
+from lowrank_jax.surgery import factorize, set_ranks
+
+
+class Net(nnx.Module):
+    """Two normalized layers, with dropout between, and one norm that never runs."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(3, 4, rngs=rngs)
+        self.norms = nnx.List(
+            [nnx.BatchNorm(4, momentum=0.9, rngs=rngs) for _ in range(2)]
+        )
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.second = nnx.Linear(4, 4, rngs=rngs)
+        self.unused = nnx.BatchNorm(2, rngs=rngs)
+
+    def __call__(self, inputs):
+        hidden = self.dropout(jnp.tanh(self.norms[0](self.first(inputs))))
+        return self.norms[1](self.second(hidden))
+
+
+@pytest.fixture
+def net() -> Net:
+    """A model in train mode, its running statistics far from any batch's own."""
+    model = Net(nnx.Rngs(0))
+    for norm in (*model.norms, model.unused):
+        norm.mean.set_value(norm.mean[...] + 7)
+        norm.var.set_value(norm.var[...] * 5)
+    return model
+
+
+BATCHES = [
+    jnp.asarray(np.random.default_rng(n).normal(n, 1 + n, size=(8, 3)), jnp.float32)
+    for n in range(3)
+]
+
+
+def numpy_statistics(model: Net, batches) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The average over batches of each layer's batch mean and (biased) variance.
+
+    Each batch is normalized by its own statistics on the way, and nothing is dropped.
+    """
+    seen = [[], []]
+    for batch in batches:
+        hidden = np.asarray(batch, np.float64)
+        layers = zip((model.first, model.second), model.norms, seen, strict=True)
+        for layer, norm, into in layers:
+            dense = layer if isinstance(layer, nnx.Linear) else layer.to_dense()
+            hidden = hidden @ np.float64(dense.kernel[...]) + np.float64(
+                dense.bias[...]
+            )
+            mean, variance = hidden.mean(0), hidden.var(0)
+            into.append((mean, variance))
+            hidden = np.tanh((hidden - mean) / np.sqrt(variance + norm.epsilon))
+    return [
+        tuple(np.mean(part, axis=0) for part in zip(*one, strict=True)) for one in seen
+    ]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_statistics_are_the_plain_average_over_the_batches(net, number):
+    """A cumulative average, whatever the momentum and the statistics before."""
+    found = recalibrate_batch_norm(net, iter(BATCHES[:number]))
+    expected = numpy_statistics(net, BATCHES[:number])
+    for norm, (mean, variance) in zip(found.norms, expected, strict=True):
+        assert relative_error(norm.mean[...], mean) <= 1e-5
+        assert relative_error(norm.var[...], variance) <= 1e-5
+
+
+def test_a_cut_model_gets_its_own_statistics(net):
+    """Those of the activations at the active rank, through low-rank layers."""
+    model = factorize(net)
+    set_ranks(model, {"first": 1, "second": 0})
+    found = recalibrate_batch_norm(model, BATCHES)
+    expected = numpy_statistics(model, BATCHES)
+    for norm, (mean, variance) in zip(found.norms, expected, strict=True):
+        assert relative_error(norm.mean[...], mean) <= 1e-5
+        np.testing.assert_allclose(norm.var[...], variance, rtol=1e-4, atol=1e-6)
+    assert found.first.factors.rank[...] == 1
+    full = numpy_statistics(net, BATCHES)
+    assert relative_error(found.norms[0].mean[...], full[0][0]) > 1e-2
+
+
+def test_nothing_else_changes(net):
+    """The given model, and in the copy parameters, momentum, mode and random keys."""
+    before = jax.tree.map(np.array, nnx.state(net, nnx.BatchStat))
+    found = recalibrate_batch_norm(net, BATCHES)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(net, nnx.BatchStat), before)
+    assert nnx.graphdef(found) == nnx.graphdef(net)
+    assert found.norms[0].momentum == 0.9 and not found.norms[0].use_running_average
+    assert not found.dropout.deterministic
+    others = nnx.Not(nnx.BatchStat)
+    old, new = nnx.state(net, others), nnx.state(found, others)
+    for leaf, same in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf, same = jax.random.key_data(leaf), jax.random.key_data(same)
+        np.testing.assert_array_equal(leaf, same)
+    np.testing.assert_array_equal(found.unused.mean[...], net.unused.mean[...])
+    np.testing.assert_array_equal(found.unused.var[...], net.unused.var[...])
+
+
+def test_forward_says_how_to_run_the_model(net):
+    """Batches may be anything that it understands."""
+    batches = [{"image": batch, "label": None} for batch in BATCHES]
+    found = recalibrate_batch_norm(net, batches, lambda m, batch: m(batch["image"]))
+    expected = recalibrate_batch_norm(net, BATCHES)
+    for one, other in zip(found.norms, expected.norms, strict=True):
+        np.testing.assert_array_equal(one.mean[...], other.mean[...])
+
+
+def test_a_model_without_batch_norm_comes_back_as_it_is():
+    """And no batch is taken from the pipeline for it."""
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    batches = iter(BATCHES)
+    assert recalibrate_batch_norm(model, batches) is model
+    assert len(list(batches)) == 3
+
+
+def test_no_batches_are_refused(net):
+    """Averages over nothing would silently keep, or zero, the statistics."""
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        recalibrate_batch_norm(net, [])
