@@ -1,8 +1,10 @@
 """Time of an ordered-dropout step against a dense step, as ratios from one run.
 
-`python -m benchmarks.step_time`: LeNet at batch 128 and a ViT, on random images. The steps
-are the training loop's own (`train.steps`), optimizer and all. Variants are timed in turn,
-round by round, so that a machine that slows down slows all of them; the ratio is the
+`python -m benchmarks.step_time`: LeNet at batch 128 and a ViT, on random images. The
+steps are the training loop's own (`train.steps`), optimizer and all. Variants are timed
+in
+turn, round by round, so that a machine that slows down slows all of them; the ratio is
+the
 median over rounds. Ends with one line of JSON.
 """
 
@@ -17,9 +19,14 @@ from absl import app, flags
 from flax import nnx
 
 from lowrank_jax import factorize
-from lowrank_jax.ordered_dropout import RankSampler, full, single_layer, uniform_fraction
-from lowrank_jax.shrinking import shrink
+from lowrank_jax.ordered_dropout import (
+    RankSampler,
+    full,
+    single_layer,
+    uniform_fraction,
+)
 from lowrank_jax.selection.solvers import at_fraction
+from lowrank_jax.shrinking import shrink
 from lowrank_jax.surgery import max_ranks
 from train import logs, state, steps
 from train.models import lenet, vit
@@ -34,7 +41,8 @@ Timed = Callable[[int], float]
 def make_timer(
     model: nnx.Module, sampler: RankSampler, batch: Mapping[str, Any]
 ) -> Timed:
-    """A function that runs some training steps and says how long one took, in seconds."""
+    """A function that runs some training steps and says how long one took, in
+    seconds."""
     optimizer = optax.sgd(0.01, momentum=0.9)
     structure, first = state.new_state(model, optimizer, sampler, 0)
     channels = batch["image"].shape[-1]
@@ -100,9 +108,7 @@ def _main(argv: list[str]) -> None:
     del argv
     rng, size = np.random.default_rng(0), _BATCH.value
     models = {
-        "lenet": lenet.build(
-            image_shape=(28, 28, 1), num_classes=10, rngs=nnx.Rngs(0)
-        ),
+        "lenet": lenet.build(image_shape=(28, 28, 1), num_classes=10, rngs=nnx.Rngs(0)),
         "vit": vit.build(image_shape=(16, 16, 3), num_classes=10, rngs=nnx.Rngs(0)),
     }
     shapes = {"lenet": (28, 28, 1), "vit": (16, 16, 3)}

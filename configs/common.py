@@ -1,4 +1,5 @@
-"""Parts that several configs share. A config sets every key; nothing is hidden in train/."""
+"""Parts that several configs share. A config sets every key; nothing is hidden in
+train/."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +29,8 @@ def options(arg: str, **known: float | bool) -> dict[str, Any]:
                 n if isinstance(v, bool) else f"{n}=NUMBER" for n, v in values.items()
             ]
             raise ValueError(
-                f"config argument: must be of {words}, got {part!r}. Separate several with"
+                f"config argument: must be of {words}, got {part!r}. Separate several"
+                " with"
                 " commas."
             )
         values[name] = True if is_word else float(text)
@@ -95,7 +97,8 @@ def optimizer(
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
 ) -> dict[str, Any]:
-    """An optimizer with every key; kernels and factors decay, biases and norms do not."""
+    """An optimizer with every key; kernels and factors decay, biases and norms do
+    not."""
     constant = {"name": "constant", "args": {"warmup_steps": 0}}
     return {
         "name": name,

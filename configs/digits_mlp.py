@@ -6,8 +6,9 @@ Time:     about 30 s
 Result:   see docs/results.md
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -6,6 +6,8 @@ Time:     2 minutes
 Result:   docs/results.md
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 

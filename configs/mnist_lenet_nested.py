@@ -6,6 +6,8 @@ Time:     9 minutes
 Result:   docs/results.md
 """
 
+from ml_collections import ConfigDict
+
 from configs import common
 
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)

@@ -145,7 +145,8 @@ def check_new_folder(directory: str | Path, *, flag: str = "directory") -> None:
     """Raises FileExistsError where an output folder exists already."""
     if Path(directory).exists():
         raise FileExistsError(
-            f"{flag}: must not exist yet, got {directory}. Nothing is overwritten; name a"
+            f"{flag}: must not exist yet, got {directory}. Nothing is overwritten;"
+            " name a"
             " new folder, or move this one away."
         )
 
@@ -165,7 +166,8 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
     root = Path(path).absolute()
     if not root.is_dir():
         raise FileNotFoundError(
-            f"{flag}: must be a folder with a checkpoint, got {path}, which is not there."
+            f"{flag}: must be a folder with a checkpoint, got {path}, which is not"
+            " there."
             " Check the path."
         )
     if (root / "checkpoints").is_dir():
@@ -176,7 +178,8 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
     complete = [p for p in complete if (p / "_CHECKPOINT_METADATA").is_file()]
     if not complete:
         raise FileNotFoundError(
-            f"{flag}: must hold a complete checkpoint of this library, got {path}, which"
+            f"{flag}: must hold a complete checkpoint of this library, got {path},"
+            " which"
             f" has {sorted(p.name for p in root.iterdir())}. A save that was cut off"
             " leaves a temporary or half-written folder; use another step or workdir."
         )
@@ -192,7 +195,8 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
         ) from error
     if version != FORMAT_VERSION or missing:
         raise ValueError(
-            f"{flag}: must be of format {FORMAT_VERSION}, got {version} in {complete[0]}"
+            f"{flag}: must be of format {FORMAT_VERSION}, got {version} in"
+            f" {complete[0]}"
             f" (missing: {sorted(missing)}). Use the library version"
             f" {metadata.get('library_version')} that wrote it."
         )
@@ -221,7 +225,8 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
     if set(allocated) != set(factors):
         raise ValueError(
             f"checkpoint {saved.path}: low-rank layers must be {sorted(factors)}, as in"
-            f" the model, got {sorted(allocated)}. Load it with the config it was trained"
+            f" the model, got {sorted(allocated)}. Load it with the config it was"
+            " trained"
             " with."
         )
     if ranks is not None:
@@ -269,7 +274,8 @@ def restore(saved: Saved, items: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_items(model: nnx.Module) -> dict[str, Any]:
-    """A model's arrays as two trees: parameters, and the rest but ranks and random keys."""
+    """A model's arrays as two trees: parameters, and the rest but ranks and random
+    keys."""
     _, params, _, state = nnx.split(model, nnx.Param, (Rank, nnx.RngState), ...)
     return {"params": nnx.as_pure(params), "model_state": nnx.as_pure(state)}
 
@@ -281,7 +287,8 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def _at_ranks(params: Any, ranks: Ranks) -> Any:
-    """Shapes of the parameters with the factors of each layer allocated at these ranks."""
+    """Shapes of the parameters with the factors of each layer allocated at these
+    ranks."""
 
     def shape(key_path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         key = jax.tree_util.keystr(key_path, simple=True, separator="/")

@@ -46,7 +46,8 @@ class LayerCost:
 
     @property
     def break_even_rank(self) -> float:
-        """Rank below which the factored form has fewer parameters than the dense one."""
+        """Rank below which the factored form has fewer parameters than the dense
+        one."""
         return self.in_size * self.out_size / (self.in_size + self.out_size)
 
     def factored_params(self, rank: RankValue) -> int:

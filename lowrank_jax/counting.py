@@ -94,7 +94,8 @@ def count(
 
 
 class _Recorder:
-    """The shapes a layer was called with; a static attribute of it while it is traced."""
+    """The shapes a layer was called with; a static attribute of it while it is
+    traced."""
 
     def __init__(self):
         self.calls: list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]] = []

@@ -1,4 +1,5 @@
-"""`Factors`: one weight matrix in ordered low-rank form, the object everything works on.
+"""`Factors`: one weight matrix in ordered low-rank form, the object everything works
+on.
 
 Letters: `i` in, `o` out, `r` rank; `stack` are leading axes, one for modules stacked by
 `nnx.vmap` or `nnx.scan`, one for the groups of a convolution.
@@ -15,11 +16,13 @@ from lowrank_jax.cost import RankValue, flatten_rank
 
 
 class Rank(nnx.Variable):
-    """The active rank of a `Factors`: int32, `(*stack)`, or `(*stack, b)` per example."""
+    """The active rank of a `Factors`: int32, `(*stack)`, or `(*stack, b)` per
+    example."""
 
 
 class Factors(nnx.Module):
-    """A matrix `W (i, o) = u (i, r) · diag(|s|) (r) · v (r, o)` with an ordered rank axis.
+    """A matrix `W (i, o) = u (i, r) · diag(|s|) (r) · v (r, o)` with an ordered rank
+    axis.
 
     Only the first `rank` columns act. The active rank is a traced array, so changing it
     never recompiles; columns at or past it contribute nothing and get exactly zero
@@ -42,7 +45,8 @@ class Factors(nnx.Module):
             s is not None and s.shape != (*stack, allocated)
         ):
             raise ValueError(
-                "Factors: u (*stack, i, r), s (*stack, r) and v (*stack, r, o) must agree"
+                "Factors: u (*stack, i, r), s (*stack, r) and v (*stack, r, o) must"
+                " agree"
                 f" in stack and r, got {u.shape}, {getattr(s, 'shape', None)} and"
                 f" {v.shape}. Transpose them to this order."
             )
@@ -56,7 +60,8 @@ class Factors(nnx.Module):
     def from_matrix(
         cls, matrix: Float[Array, "*stack i o"], max_rank: int, *, with_s: bool = False
     ) -> "Factors":
-        """The best factors of a matrix: balanced, or with the singular values in `s`."""
+        """The best factors of a matrix: balanced, or with the singular values in
+        `s`."""
         if with_s:
             u, s, v = linalg.truncated_svd(matrix, max_rank)
             return cls(u, v, s)
@@ -137,7 +142,8 @@ class Factors(nnx.Module):
         return self.active_u(dtype) @ self.active_v(dtype)
 
     def mask_hidden(self, hidden: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Applies per-example ranks to `x u`; with a common rank `u` is masked already."""
+        """Applies per-example ranks to `x u`; with a common rank `u` is masked
+        already."""
         if not self.per_example:
             return hidden
         mask = self.mask()
@@ -163,7 +169,8 @@ class Factors(nnx.Module):
         self.set_rank(rank)
 
     def set_rank(self, rank: RankValue | Int[Array, "..."]) -> None:
-        """Sets the active rank, in place: one number, one per stacked matrix, or an array.
+        """Sets the active rank, in place: one number, one per stacked matrix, or an
+        array.
 
         A traced or concrete array of shape `(*stack, b)` sets one rank per example.
         Values are not checked here (they may be traced); `surgery.set_ranks` does.
@@ -173,7 +180,8 @@ class Factors(nnx.Module):
         per_example = value.ndim == len(stack) + 1
         if value.ndim and value.shape[: value.ndim - per_example] != stack:
             raise ValueError(
-                f"rank: must be one number, or an array of shape {stack} (a rank for each"
+                f"rank: must be one number, or an array of shape {stack} (a rank for"
+                " each"
                 f" matrix) or {(*stack, 'batch')}, got shape {value.shape}. Give one of"
                 " these."
             )

@@ -61,7 +61,7 @@ class SingleLayerState(NamedTuple):
 class TableState(NamedTuple):
     """Ranks of each layer at each of a list of levels."""
 
-    tables: dict[str, Int[Array, "level *stack"]]
+    tables: dict[str, Int[Array, "..."]]  # (level, *stack)
 
 
 def full() -> RankSampler:
@@ -176,7 +176,8 @@ def uniform_fraction(*, fractions: Sequence[float] = ()) -> RankSampler:
 
 
 def sandwich(*, passes: int = 4, smallest: float = 0.125) -> RankSampler:
-    """The full model, the smallest, and random ones between (US-Nets, Yu & Huang, 2019).
+    """The full model, the smallest, and random ones between (US-Nets, Yu & Huang,
+    2019).
 
     Args:
       passes: Forward passes a step, at least 2: full, smallest, and passes - 2 with one
@@ -252,7 +253,8 @@ def family(*, profiles: Sequence[Ranks]) -> RankSampler:
 
 
 def per_example(*, batch_size: int, common_fraction: bool = False) -> RankSampler:
-    """A rank of its own for each example of the batch, uniform in 1 to the allocated one.
+    """A rank of its own for each example of the batch, uniform in 1 to the allocated
+    one.
 
     Layers run in the factored order then, since the examples share no merged matrix.
 
@@ -315,7 +317,8 @@ def _ranks_at(
 def _round_up(
     fraction: Float[Array, "..."], limit: Int[Array, "..."]
 ) -> Int[Array, "..."]:
-    """ceil(fraction * limit) for a random fraction, at least 1 where there is a rank."""
+    """ceil(fraction * limit) for a random fraction, at least 1 where there is a
+    rank."""
     rank = jnp.ceil(fraction * limit).astype(jnp.int32)
     return jnp.clip(rank, jnp.minimum(limit, 1), limit)
 
@@ -343,7 +346,8 @@ def _check_family(profiles: Sequence[Ranks], max_ranks: Ranks) -> None:
             rank = np.asarray(profile[path])
             if (rank < 0).any() or (rank > np.asarray(limit)).any():
                 raise ValueError(
-                    f"{path}: rank must be in [0, {limit}], got {profile[path]}. Lower it"
+                    f"{path}: rank must be in [0, {limit}], got {profile[path]}. Lower"
+                    " it"
                     " in the family's profiles."
                 )
     ordered = sorted(profiles, key=lambda p: sum(np.sum(r) for r in p.values()))
@@ -355,7 +359,8 @@ def _check_family(profiles: Sequence[Ranks], max_ranks: Ranks) -> None:
         ]
         if wrong:
             raise ValueError(
-                f"family: profiles must be nested, got a smaller one with a higher rank at"
+                "family: profiles must be nested, got a smaller one with a higher"
+                " rank at"
                 f" {wrong}. Lower it there."
             )
 

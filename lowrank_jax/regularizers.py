@@ -32,7 +32,8 @@ def hierarchical_group_lasso(*, weight: float) -> Penalty:
 
 
 def group_lasso(*, weight: float) -> Penalty:
-    """`weight * sum over layers and b of ||u_b|| + ||v_b||`, each column its own group."""
+    """`weight * sum over layers and b of ||u_b|| + ||v_b||`, each column its own
+    group."""
     return _sum_of_norms(weight, linalg.safe_sqrt)
 
 

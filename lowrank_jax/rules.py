@@ -49,7 +49,8 @@ def match_rules(
     if unused:
         raise ValueError(
             f"{where}: every rule must match a layer, got no match for {unused} among"
-            f" {sorted(names)}. Patterns must match the whole path; remove or mend them."
+            f" {sorted(names)}. Patterns must match the whole path; remove or mend"
+            " them."
         )
     return values
 

@@ -49,7 +49,8 @@ ELEMENTWISE: tuple[type, ...] = (
     type(jax.eval_shape(lambda: optax.scale_by_rms(bias_correction=True).init({}))),
     type(jax.eval_shape(optax.schedules.WrappedSchedule(lambda count: 0.0).init)),
 )
-"""States whose arrays follow the parameters number by number, counters, and containers of
+"""States whose arrays follow the parameters number by number, counters, and containers
+of
 such states."""
 
 

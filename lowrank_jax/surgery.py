@@ -1,4 +1,5 @@
-"""Surgery: put low rank into a model, read and set its ranks, cut it, take it out again.
+"""Surgery: put low rank into a model, read and set its ranks, cut it, take it out
+again.
 
 Works on any Flax NNX model, without touching its code. A path is the `"/"`-joined NNX
 path of a layer, the same in rules, logs, errors, rank files and checkpoints. Functions

@@ -30,8 +30,8 @@ LAYERS = (
 )
 """Parts of the library, lowest first: each may import the ones above it in this list.
 
-Within a set nobody imports another. `layers` and `selection` are packages, whose files may
-import one another; `lowrank_jax` is the package's own `__init__`.
+Within a set nobody imports another. `layers` and `selection` are packages, whose files
+may import one another; `lowrank_jax` is the package's own `__init__`.
 """
 FORBIDDEN = {
     "absl",
@@ -81,7 +81,8 @@ def is_ours(module: str) -> bool:
 
 
 def part_of(module: str) -> str:
-    """The library's part to which a module belongs: `layers` for `lowrank_jax.layers.conv`."""
+    """The library's part to which a module belongs: `layers` for
+    `lowrank_jax.layers.conv`."""
     return (module.split(".") + ["lowrank_jax"])[1] if "." in module else "lowrank_jax"
 
 
@@ -146,7 +147,8 @@ def test_models_know_nothing_of_low_rank():
 
 
 def test_no_hidden_defaults_and_nothing_is_unpickled():
-    """Every key that the code reads is in the config file; files hold data, not code."""
+    """Every key that the code reads is in the config file; files hold data, not
+    code."""
     wrong = []
     for path in files("lowrank_jax", "train"):
         for module, line in imports(path):

@@ -34,6 +34,9 @@ OPTIMIZER = {
     "clip_norm": float,
 }
 
+SHRINK = {"every_epochs": int, "threshold": float, "multiple": int}
+"""When and how ranks are cut; an empty mapping for never."""
+
 PHASE = {
     "name": str,
     "until": dict,
@@ -135,6 +138,8 @@ def _bounds(config: Mapping[str, Any]) -> list[str]:
     for where, value in positive.items():
         if value < 1:
             problems.append(f"{where}: must be at least 1, got {value}. Raise it.")
+    if config["seed"] < 0:
+        problems.append(f"config.seed: must be at least 0, got {config['seed']}.")
     natural = ("eval_every_epochs", "checkpoint_every_epochs")
     for key in natural:
         if config[key] < 0:
@@ -148,8 +153,13 @@ def _bounds(config: Mapping[str, Any]) -> list[str]:
             "config.eval_fractions: must be fractions in (0, 1], got"
             f" {config['eval_fractions']}. Correct them."
         )
-    if any(not s > 0 for s in data["std"]):
-        problems.append(f"config.data.std: must be positive, got {data['std']}.")
+    for key in ("mean", "std"):
+        if not all(_is_number(n) and (key == "mean" or n > 0) for n in data[key]):
+            rule = "numbers" if key == "mean" else "positive numbers"
+            problems.append(
+                f"config.data.{key}: must be {rule}, one for each channel, got"
+                f" {data[key]}. Correct it."
+            )
     for index, phase in enumerate(config["phases"]):
         problems += _phase_bounds(phase, f"config.phases[{index}] ({phase['name']})")
     return problems
@@ -160,7 +170,7 @@ def _phase_bounds(phase: Mapping[str, Any], where: str) -> list[str]:
     until = phase["until"]
     lengths = list(until.values())
     if set(until) not in ({"steps"}, {"epochs"}) or not all(
-        isinstance(n, int) and n > 0 for n in lengths
+        isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths
     ):
         problems.append(
             f"{where}.until: must be {{'steps': n}} or {{'epochs': n}} with n >= 1, got"
@@ -172,12 +182,9 @@ def _phase_bounds(phase: Mapping[str, Any], where: str) -> list[str]:
             f" {phase['passes_loss']!r}."
         )
     shrink = phase["shrink"]
-    if shrink and set(shrink) != {"every_epochs", "threshold", "multiple"}:
-        problems.append(
-            f"{where}.shrink: must be empty or hold every_epochs, threshold and multiple,"
-            f" got {shrink}. Correct it."
-        )
-    elif shrink and (shrink["every_epochs"] < 1 or shrink["multiple"] < 1):
+    mistakes = _compare(shrink, SHRINK, f"{where}.shrink") if shrink else []
+    problems += mistakes
+    if shrink and not mistakes and min(shrink["every_epochs"], shrink["multiple"]) < 1:
         problems.append(
             f"{where}.shrink: every_epochs and multiple must be at least 1, got {shrink}."
         )
@@ -187,7 +194,11 @@ def _phase_bounds(phase: Mapping[str, Any], where: str) -> list[str]:
 
 
 def _in_unit(fraction: Any) -> bool:
-    return isinstance(fraction, int | float) and 0 < fraction <= 1
+    return _is_number(fraction) and 0 < fraction <= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def pairs(rules: Sequence[Sequence[Any]], where: str) -> list[tuple[str, Any]]:

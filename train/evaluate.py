@@ -48,7 +48,8 @@ def parse_fractions(values: Sequence[str]) -> list[float]:
             fractions.append(0.0)
         if not 0 < fractions[-1] <= 1:
             raise ValueError(
-                f"--rank_fractions: must be numbers in (0, 1], got {value!r}. Write them"
+                f"--rank_fractions: must be numbers in (0, 1], got {value!r}. Write"
+                " them"
                 " as 1,0.5,0.25."
             )
     return fractions

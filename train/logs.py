@@ -171,7 +171,8 @@ class StepMetrics:
         bad = [s for s, v in zip(steps, values, strict=True) if not _finite(v)]
         if bad:
             raise FloatingPointError(
-                f"loss: must be finite, got NaN or infinity at step {_ranges(bad)}. Lower"
+                f"loss: must be finite, got NaN or infinity at step {_ranges(bad)}."
+                " Lower"
                 " config.phases[...].optimizer.learning_rate or set its clip_norm; the"
                 " last checkpoint is from before."
             )

@@ -1,4 +1,5 @@
-"""The phases of a run: what each trains with, built and checked before the first step."""
+"""The phases of a run: what each trains with, built and checked before the first
+step."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

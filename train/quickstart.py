@@ -1,8 +1,9 @@
-"""From nothing to three model sizes: `python -m train.quickstart`, or `make quickstart`.
+"""From nothing to three model sizes: `python -m train.quickstart`, or `make
+quickstart`.
 
 Trains configs/digits_mlp.py on scikit-learn's digits (embedded, no download), cuts the
-checkpoint at three budgets, evaluates each from its own checkpoint, prints the table and
-draws the frontier. Ends with one line of JSON holding the rows.
+checkpoint at three budgets, evaluates each from its own checkpoint, prints the table
+and draws the frontier. Ends with one line of JSON holding the rows.
 """
 
 import shutil
@@ -29,7 +30,8 @@ def _clear(workdir: Path) -> None:
     """Removes an earlier quickstart, and nothing else."""
     if workdir.exists() and not (workdir / _MARK).exists():
         raise ValueError(
-            f"--workdir: must be new or of an earlier quickstart, got {workdir}. Nothing"
+            f"--workdir: must be new or of an earlier quickstart, got {workdir}."
+            " Nothing"
             " is overwritten; name another."
         )
     shutil.rmtree(workdir, ignore_errors=True)
@@ -47,9 +49,7 @@ def _main() -> None:
     for budget in BUDGETS:
         output = workdir / f"params_{budget}"
         truncation.truncate_checkpoint(run, output, "params_fraction", budget)
-        rows.append(
-            {"size": f"{budget:g}", **evaluation.evaluate_checkpoint(output)}
-        )
+        rows.append({"size": f"{budget:g}", **evaluation.evaluate_checkpoint(output)})
     curve = evaluation.evaluate_checkpoint(run, fractions=FRACTIONS)
     picture = workdir / "frontier.png"
     plots.plot_frontier({"any rank fraction": curve, "cut checkpoints": rows}, picture)

@@ -56,7 +56,7 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
     steps_per_epoch = data.steps_per_epoch(batch_size)
     phases = phases_lib.build_phases(config, steps_per_epoch)
     total_steps = phases[-1].end
-    prepare = _make_prepare(config)
+    prepare = _make_prepare(config, data.image_shape[-1])
     root_key = jax.random.key(config["seed"])
     model = _initial_model(config, data, saved)
     _check_phases(phases, model, batch_size)
@@ -130,8 +130,15 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
     return {"step": step, "frontier": frontier}
 
 
-def _make_prepare(config: Mapping[str, Any]) -> Callable[..., Any]:
+def _make_prepare(config: Mapping[str, Any], channels: int) -> Callable[..., Any]:
     """From pixels to the model's input: augmented with a key, plain without one."""
+    for key in ("mean", "std"):
+        values = config["data"][key]
+        if len(values) not in (1, channels):
+            raise ValueError(
+                f"config.data.{key}: must hold one number, or one for each of"
+                f" {channels} channels, got {values}. Correct it."
+            )
     normalize = steps.normalize(config["data"]["mean"], config["data"]["std"])
     change = augment.make_augment(
         config_lib.pairs(config["data"]["augment"], "config.data.augment")
@@ -224,7 +231,7 @@ def _check_phases(
             sampled, _ = jax.eval_shape(phase.sampler.sample, state, jax.random.key(0))
             factors = surgery.find_factors(model)
             for penalty in phase.penalties:
-                jax.eval_shape(lambda p=penalty: p(factors, 0))
+                jax.eval_shape(functools.partial(penalty, factors, 0))
         except ValueError as error:
             raise ValueError(f"config.phases ({phase.name}): {error}") from error
         sizes = (
@@ -266,7 +273,8 @@ def _compile(
     prepare: Callable[..., Any],
     root_key: jax.Array,
 ) -> tuple[steps.Step, Callable[..., Any]]:
-    """The step and the evaluation for the shapes at hand; compiled when first called."""
+    """The step and the evaluation for the shapes at hand; compiled when first
+    called."""
     train_step = steps.make_train_step(
         structure,
         phase.optimizer,
@@ -326,7 +334,8 @@ def _frontier(
     model: nnx.Module,
     state: state_lib.TrainState,
 ) -> list[evaluation_lib.Figures]:
-    """Figures on the validation split at the config's fractions; none without a split."""
+    """Figures on the validation split at the config's fractions; none without a
+    split."""
     if not data.sizes["validation"]:
         return []
     return evaluation_lib.sweep(

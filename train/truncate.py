@@ -1,4 +1,5 @@
-"""Cuts a checkpoint: `python -m train.truncate --checkpoint=DIR --output=DIR2 --rank=8`.
+"""Cuts a checkpoint: `python -m train.truncate --checkpoint=DIR --output=DIR2
+--rank=8`.
 
 Exactly one selector says what to keep: --rank, --rank_fraction, --ranks, --energy or
 --params_fraction. The new checkpoint stands alone and can be cut, evaluated and trained
@@ -49,7 +50,8 @@ def _main() -> None:
     given = {name: value for name, value in values.items() if value is not None}
     if len(given) != 1:
         raise ValueError(
-            f"flags: exactly one of {', '.join('--' + s for s in truncation.SELECTORS)} must be"
+            "flags: exactly one of"
+            f" {', '.join('--' + s for s in truncation.SELECTORS)} must be"
             f" given, got {['--' + name for name in given]}. Keep one."
         )
     ((selector, value),) = given.items()

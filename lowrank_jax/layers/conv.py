@@ -140,7 +140,8 @@ class LowRankConv(LowRankLayer):
         return {"in_features": in_features, "out_features": out_features}
 
     def _mask_hidden(self, hidden: Float[Array, "*b gr"]) -> Float[Array, "*b gr"]:
-        """Applies ranks per example, which a stack of groups keeps as its first axis."""
+        """Applies ranks per example, which a stack of groups keeps as its first
+        axis."""
         if self.factors.per_example and hidden.ndim == len(self.kernel_size) + 1:
             raise ValueError(
                 "rank: one rank per example needs a batch axis, got one image, hidden"

@@ -76,7 +76,8 @@ class LowRankEinsum(ProductLayer):
         )
 
     def _equations(self) -> tuple[str, str]:
-        """The two einsums that apply `u`, then `v`; stack axes come first in between."""
+        """The two einsums that apply `u`, then `v`; stack axes come first in
+        between."""
         operands, outputs = self.einsum_str.split("->")
         inputs, kernel = operands.split(",")
         stack, rows, columns = (

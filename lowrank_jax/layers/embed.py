@@ -15,7 +15,8 @@ from lowrank_jax.layers.base import LowRankLayer
 
 
 class LowRankEmbed(LowRankLayer):
-    """`nnx.Embed` with a factored table: row `n` is `u[n] v`; `attend` is its transpose.
+    """`nnx.Embed` with a factored table: row `n` is `u[n] v`; `attend` is its
+    transpose.
 
     Args:
       num_embeddings: As in `nnx.Embed`.
@@ -52,7 +53,8 @@ class LowRankEmbed(LowRankLayer):
         inputs: jax.ShapeDtypeStruct,
         outputs: jax.ShapeDtypeStruct,
     ) -> LayerCost:
-        """Looking a row up costs nothing, multiplying it by `v` does; `attend` is a product."""
+        """Looking a row up costs nothing, multiplying it by `v` does; `attend` is a
+        product."""
         if jnp.issubdtype(inputs.dtype, jnp.integer):
             return LayerCost(fold.input_size, fold.output_size, 1, 0, 0, inputs.size)
         rows = math.prod(inputs.shape[:-1])

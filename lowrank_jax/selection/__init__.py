@@ -1,1 +1,2 @@
-"""Rank selection: curves of what a rank costs and loses, and solvers from them to ranks."""
+"""Rank selection: curves of what a rank costs and loses, and solvers from them to
+ranks."""

@@ -12,7 +12,8 @@ from lowrank_jax.factors import Factors
 def column_importances(
     factors: Mapping[str, Factors],
 ) -> dict[str, Float[np.ndarray, "*stack r"]]:
-    """`||u_b|| ||v_b||` of each allocated column, `|s_b|` included where there is one."""
+    """`||u_b|| ||v_b||` of each allocated column, `|s_b|` included where there is
+    one."""
     importances = {}
     for path, one in factors.items():
         left, right = linalg.column_norms(*one.arrays())

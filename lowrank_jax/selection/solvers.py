@@ -82,7 +82,8 @@ def by_params_fraction(
     if params(low / steps) > params_fraction * dense:
         least = params(low / steps) / max(dense, 1)
         raise ValueError(
-            f"params_fraction: must be at least {least:.4g} here (rank 1 in every layer),"
+            f"params_fraction: must be at least {least:.4g} here (rank 1 in every"
+            " layer),"
             f" got {params_fraction}. Raise it, or set ranks to 0 with a rank file."
         )
     while low < high:

@@ -113,7 +113,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_loading_gives_back_what_was_saved(case, tmp_path):
-    """(7) Arrays, dtypes, allocated and active ranks, statistics; outputs bit for bit."""
+    """(7) Arrays, dtypes, allocated and active ranks, statistics; outputs bit for
+    bit."""
     kind, with_s, cut, active = CASES[case]
     model = truncate(low_rank(kind, with_s), cut)
     set_ranks(model, active)
@@ -153,7 +154,8 @@ def test_loading_at_lower_ranks_equals_truncating(ranks, folder):
 
 
 def test_the_given_model_does_not_matter_but_for_its_structure(folder):
-    """Concrete or abstract, cut or not: the checkpoint decides, the model is left alone."""
+    """Concrete or abstract, cut or not: the checkpoint decides, the model is left
+    alone."""
     saved = checkpoint.open_checkpoint(folder)
     given = truncate(low_rank(), {"again": 2})
     found = checkpoint.load(saved, given)
@@ -413,7 +415,8 @@ def bytes_read() -> int:
 
 
 class Wide(nnx.Module):
-    """Two matrices; orbax keeps columns below 1 KiB in its index, which is read whole."""
+    """Two matrices; orbax keeps columns below 1 KiB in its index, which is read
+    whole."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.up = nnx.Linear(384, 1024, rngs=rngs)

@@ -1,4 +1,5 @@
-"""Parameters and MACs of whole models: the literature's, by hand, and what XLA reports."""
+"""Parameters and MACs of whole models: the literature's, by hand, and what XLA
+reports."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,8 @@ MODELS = {
 
 
 def test_lenet_has_the_counts_of_the_literature():
-    """methods.md section 1: dense, and factored at full rank, where nothing is merged."""
+    """methods.md section 1: dense, and factored at full rank, where nothing is
+    merged."""
     model = factored(abstract(lenet.build, **MODELS["lenet"][1]))
     cost, ranks = count(model, image(28, 28, 1)), max_ranks(model)
     assert (cost.dense_params, cost.dense_macs) == (44_426, 281_640)
@@ -111,7 +113,8 @@ def test_counts_are_those_of_the_arrays_after_the_cut():
 
 
 class Tied(nnx.Module):
-    """A table that is also the head, a layer that runs twice, a kernel in two layers."""
+    """A table that is also the head, a layer that runs twice, a kernel in two
+    layers."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.table = nnx.Embed(11, 6, rngs=rngs)

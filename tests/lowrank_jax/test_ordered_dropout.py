@@ -53,7 +53,8 @@ def sampler(name: str) -> RankSampler:
 
 
 def draws(sampler: RankSampler, max_ranks, number: int, seed: int = 0):
-    """Ranks of many steps, `{path: (number, ...)}`, carrying the state as a run does."""
+    """Ranks of many steps, `{path: (number, ...)}`, carrying the state as a run
+    does."""
 
     def step(state, key):
         ranks, state = sampler.sample(state, key)
@@ -169,7 +170,8 @@ def small_model() -> nnx.Module:
 
 
 def test_ranks_fit_the_model_they_were_made_for(sampler):
-    """`set_ranks` takes each pass's ranks as they are, of stacks and per example too."""
+    """`set_ranks` takes each pass's ranks as they are, of stacks and per example
+    too."""
     model = small_model()
     limits = surgery.max_ranks(model)
     if sampler is ROWS["family"]:
@@ -199,7 +201,8 @@ def pairs_of(ranks, limits):
 def test_single_layer_visits_every_pair_once_per_pass():
     """(Maestro) Every (layer, rank) once, all other layers full; then shuffled anew.
 
-    The pair (layer, full rank) shows as no layer below full: there is one for each layer.
+    The pair (layer, full rank) shows as no layer below full: there is one for each
+    layer.
     """
     total = sum(np.sum(limit) for limit in MAX_RANKS.values())
     ranks = draws(ROWS["single_layer"], MAX_RANKS, 3 * total)
@@ -234,7 +237,8 @@ def test_single_layer_chooses_a_layer_in_proportion_to_its_rank():
 
 
 def chi_square(counts: np.ndarray, chances: np.ndarray) -> float:
-    """Pearson's statistic over its degrees of freedom: near 1 if the chances are right."""
+    """Pearson's statistic over its degrees of freedom: near 1 if the chances are
+    right."""
     expected = counts.sum() * chances
     return float(np.sum((counts - expected) ** 2 / expected) / (len(counts) - 1))
 
@@ -273,7 +277,8 @@ def test_geometric_ranks_fall_by_the_decay_and_the_tail_is_the_full_rank():
 
 
 def test_one_fraction_serves_all_layers():
-    """Rank ceil(p r) with one p, uniform in (0, 1]: a layer of 12 is a third of one of 4.
+    """Rank ceil(p r) with one p, uniform in (0, 1]: a layer of 12 is a third of one of
+    4.
 
     The largest layer tells p to 1 in 1,000, which bounds every other rank.
     """
@@ -293,7 +298,8 @@ def test_one_fraction_serves_all_layers():
 
 
 def test_levels_are_exact():
-    """ceil(p r) without the errors of floats, all levels equally often (FjORD's five)."""
+    """ceil(p r) without the errors of floats, all levels equally often (FjORD's
+    five)."""
     limits = {"a": 25, "b": 7, "c": [10, 3]}
     levels = tuple(n / 25 for n in (7, 14, 25))
     for fractions in (FJORD, levels):

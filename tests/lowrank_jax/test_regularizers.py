@@ -22,7 +22,8 @@ WEIGHT = 0.3
 
 
 def numpy_hierarchical(left: np.ndarray, right: np.ndarray) -> float:
-    """The double sum of eq. 7 as it stands: columns `left (i, r)` and `right (o, r)`."""
+    """The double sum of eq. 7 as it stands: columns `left (i, r)` and `right (o,
+    r)`."""
     return sum(
         np.linalg.norm(side[:, first:])
         for side in (left, right)
@@ -91,7 +92,8 @@ def test_every_penalty_has_a_row():
 
 @pytest.mark.parametrize("with_s", [False, True])
 def test_value_and_gradient_equal_the_formula(row, with_s):
-    """In float64, the gradient by central differences; stacks are sums over matrices."""
+    """In float64, the gradient by central differences; stacks are sums over
+    matrices."""
     layers = [arrays(0, with_s), arrays(1, with_s, (2,)), arrays(2, not with_s, (2, 1))]
     with jax.enable_x64(True):
         inputs = jax.tree.map(jnp.asarray, layers)
@@ -128,7 +130,8 @@ def test_gradients_are_finite_where_columns_are_zero(row, zeros, with_s):
 
 
 def test_all_allocated_columns_count_and_no_others(row):
-    """Masked columns are penalized, so that the lasso can shrink them; cut ones are not."""
+    """Masked columns are penalized, so that the lasso can shrink them; cut ones are
+    not."""
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     model = surgery.factorize(model)
     whole = row.penalty(surgery.find_factors(model), 0)

@@ -1,4 +1,5 @@
-"""Rank selection: curves from factors, and solvers from curves and a budget to ranks."""
+"""Rank selection: curves from factors, and solvers from curves and a budget to
+ranks."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +36,8 @@ def test_energy_rule_is_the_least_prefix(energy):
 
 
 def test_energy_rule_meets_shares_exactly():
-    """A share that is met exactly is met, floats or not; all of it is all that is there."""
+    """A share that is met exactly is met, floats or not; all of it is all that is
+    there."""
     equal = {"a": np.ones(10), "b": np.sqrt(np.full(7, 0.1))}
     for kept in range(1, 8):
         assert solvers.by_energy({"b": equal["b"]}, kept / 7) == {"b": kept}

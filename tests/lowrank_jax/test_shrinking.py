@@ -333,7 +333,8 @@ def test_tail_ranks_equal_numpy(with_s, multiple):
 
 
 def test_tail_ranks_see_allocated_columns_and_small_ones_inside():
-    """Masked columns count while they are there; a small column before a large stays."""
+    """Masked columns count while they are there; a small column before a large
+    stays."""
     u = jnp.diag(jnp.asarray([1.0, 1e-9, 1.0, 1e-9]))
     model = nnx.Dict(one=Factors(u, jnp.eye(4)))
     assert tail_ranks(model, threshold=1e-5) == {"one": 3}

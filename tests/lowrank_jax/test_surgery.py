@@ -1,6 +1,7 @@
 """Surgery on whole models: one table of models, one test for each promise.
 
-A new kind of model, or of layer in one, is one more row. No model here knows of low rank.
+A new kind of model, or of layer in one, is one more row. No model here knows of low
+rank.
 """
 
 import dataclasses
@@ -515,7 +516,8 @@ def test_shared_kernels_are_one():
 
 
 def test_a_shared_kernel_takes_one_rule():
-    """Different ranks for the two layers, or one left dense, would untie it silently."""
+    """Different ranks for the two layers, or one left dense, would untie it
+    silently."""
     rules = [("first", {"max_rank": 2}), ("second", {"max_rank": 3})]
     with pytest.raises(ValueError, match=r"(?s)first.*second|second.*first"):
         factorize(dense_of("tied parameters"), rules)
@@ -705,7 +707,8 @@ WRONG_STACK_RANKS = {
     + [("convolutions", *case) for case in WRONG_STACK_RANKS.values()],
 )
 def test_wrong_ranks_are_refused_with_all_offenders(operation, name, ranks, parts):
-    """(4) The message names every layer, its limit and what was given; nothing changes."""
+    """(4) The message names every layer, its limit and what was given; nothing
+    changes."""
     model = factored_of(name)
     with pytest.raises(ValueError) as error:
         operation(model, ranks)

@@ -1,4 +1,5 @@
-"""A mistake in a config or workdir: one clear error before any work, nothing changed."""
+"""A mistake in a config or workdir: one clear error before any work, nothing
+changed."""
 
 import json
 from collections.abc import Callable
@@ -101,14 +102,26 @@ MISTAKES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
     "nothing kept": ("keep_checkpoints", 0, ("config.keep_checkpoints", "got 0")),
     "fraction of zero": ("eval_fractions", [1.0, 0], ("config.eval_fractions", "0]")),
     "fraction above one": ("eval_fractions", [1.5], ("config.eval_fractions", "1.5")),
-    "fraction that is text": ("eval_fractions", ["1"], ("config.eval_fractions", "'1'")),
+    "fraction that is text": (
+        "eval_fractions",
+        ["1"],
+        ("config.eval_fractions", "'1'"),
+    ),
     "deviation of zero": ("data/std", [0.0], ("config.data.std", "[0.0]")),
     "deviation that is text": ("data/std", ["a"], ("config.data.std", "['a']")),
-    "mean of three channels": ("data/mean", [1.0, 2.0, 3.0], ("config.data.mean", "3.0")),
+    "mean of three channels": (
+        "data/mean",
+        [1.0, 2.0, 3.0],
+        ("config.data.mean", "3.0"),
+    ),
     "deviation of three channels": ("data/std", [1.0, 2.0, 3.0], ("config.data.std",)),
     "mean that is text": ("data/mean", ["a"], ("config.data.mean", "'a'")),
     "no phases": ("phases", [], ("config.phases: must hold at least one",)),
-    "phase without length": ("phases/0/until", {}, ("config.phases[0] (only).until", "{}")),
+    "phase without length": (
+        "phases/0/until",
+        {},
+        ("config.phases[0] (only).until", "{}"),
+    ),
     "phase of two lengths": (
         "phases/0/until",
         {"steps": 3, "epochs": 1},
@@ -148,8 +161,16 @@ MISTAKES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
         [["no_such_layer|x", "full"]],
         ("config.rank_rules: every layer must be covered", "'head'", "'hidden/0'"),
     ),
-    "rule that is no pattern": ("rank_rules", [["(", "full"]], ("config.rank_rules", "'('")),
-    "unknown kind of rule": ("rank_rules", [[".*", "ful"]], ("config.rank_rules", "'ful'")),
+    "rule that is no pattern": (
+        "rank_rules",
+        [["(", "full"]],
+        ("config.rank_rules", "'('"),
+    ),
+    "unknown kind of rule": (
+        "rank_rules",
+        [[".*", "ful"]],
+        ("config.rank_rules", "'ful'"),
+    ),
     "negative rank": (
         "rank_rules",
         [[".*", {"max_rank": -1}]],
@@ -381,9 +402,7 @@ def test_a_run_of_another_config(finished):
     ],
     ids=["a file", "foreign files"],
 )
-def test_a_workdir_that_is_taken(
-    tmp_path, make: Callable[[Path], Any], message: str
-):
+def test_a_workdir_that_is_taken(tmp_path, make: Callable[[Path], Any], message: str):
     path = tmp_path / "run"
     make(path)
     before = contents(tmp_path)

@@ -365,7 +365,8 @@ class TestOrder:
 
 class TestTraces:
     def test_ranks_change_without_recompiling(self, whole_run):
-        """One trace of the step for each set of shapes of a phase, whatever the ranks."""
+        """One trace of the step for each set of shapes of a phase, whatever the
+        ranks."""
         traces = whole_run["traces"]
         assert len(traces) == len(set(traces))
 
@@ -509,7 +510,9 @@ class TestDistillation:
             label_weight=label_weight,
             passes_loss=passes_loss,
         )
-        logs_of = [log_softmax(logits_at(network, f, batch["image"])) for f in fractions]
+        logs_of = [
+            log_softmax(logits_at(network, f, batch["image"])) for f in fractions
+        ]
         labels = np.asarray(batch["label"])
         hard = [-one[np.arange(6), labels].mean() for one in logs_of]
         soft = [-(np.exp(logs_of[0]) * one).sum(-1).mean() for one in logs_of]
@@ -602,9 +605,7 @@ class TestInitFrom:
 
     def test_a_truncated_checkpoint_trains_on(self, whole_run, tmp_path):
         cut = tmp_path / "cut"
-        truncation.truncate_checkpoint(
-            whole_run["workdir"], cut, "rank_fraction", 0.5
-        )
+        truncation.truncate_checkpoint(whole_run["workdir"], cut, "rank_fraction", 0.5)
         config = make_config(phase(8), init_from=str(cut))
         train_lib.train_and_evaluate(config, tmp_path / "run")
         before = evaluation.evaluate_checkpoint(cut, split="train")
@@ -615,7 +616,10 @@ class TestInitFrom:
     @pytest.mark.parametrize(
         "changes, message",
         [
-            ({"model": "convnet"}, "config.init_from: must be a checkpoint of the same"),
+            (
+                {"model": "convnet"},
+                "config.init_from: must be a checkpoint of the same",
+            ),
             ({"rank_rules": ((".*", "dense"),)}, "config.rank_rules: .*'hidden/0'"),
         ],
     )
@@ -663,7 +667,11 @@ class TestOptimizer:
     def test_kernels_and_factors_decay_biases_and_norms_do_not(self, name):
         """Updates of a step without gradient."""
         config = config_lib.to_json(
-            make_config(phase(1), model="convnet", rank_rules=(("head", "dense"), (".*", "full")))
+            make_config(
+                phase(1),
+                model="convnet",
+                rank_rules=(("head", "dense"), (".*", "full")),
+            )
         )
         model = state_lib.build_model(config, (8, 8, 1), 10, allow_imports=None)
         params = nnx.as_pure(nnx.state(model, nnx.Param))
@@ -782,6 +790,8 @@ def test_one_rank_per_example_trains(tmp_path):
     adam = common.optimizer("adam", learning_rate=1e-2)
     config = make_config(phase(8, sampler=sampler, optimizer=adam))
     result = train_lib.train_and_evaluate(config, tmp_path / "run")
-    losses = [x["train/loss"] for x in metric_lines(tmp_path / "run") if "train/loss" in x]
+    losses = [
+        x["train/loss"] for x in metric_lines(tmp_path / "run") if "train/loss" in x
+    ]
     assert losses[-1] < losses[0]
     assert result["frontier"][0]["accuracy"] > 0.2

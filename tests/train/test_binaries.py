@@ -1,0 +1,474 @@
+"""Truncation and evaluation, from the command line and as functions.
+
+Subprocesses take seconds to import JAX, so they run side by side, and only where the
+command line itself is tested.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference import relative_error
+
+from configs import common
+from lowrank_jax import checkpoint, surgery
+from train import evaluate as evaluate_binary
+from train import evaluation, input_pipeline, truncation
+from train import state as state_lib
+from train import train as train_lib
+
+ROOT = Path(__file__).parents[2]
+FULL = {"head": 10, "hidden/0": 64}
+FIGURES = {"accuracy", "loss", "params", "macs", "ranks"}
+
+
+def make_config(model: str, args: dict[str, Any], epochs: int) -> Any:
+    config = common.base(seed=1)
+    config.data = common.digits(batch_size=65)
+    config.data.validation_examples = 1177  # 260 to train on
+    config.model = {"name": model, "args": args}
+    config.phases = (
+        common.phase(
+            name="only",
+            until={"epochs": epochs},
+            sampler={"name": "matryoshka", "args": {"fractions": (1.0, 0.25)}},
+            optimizer=common.optimizer("adam", learning_rate=1e-2),
+        ),
+    )
+    config.eval_every_epochs, config.checkpoint_every_epochs = 0, 0
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """An MLP of ranks `FULL`, big enough for its factors to be saved in chunks."""
+    workdir = tmp_path_factory.mktemp("mlp") / "run"
+    config = make_config("mlp", {"hidden": (80,)}, epochs=3)
+    train_lib.train_and_evaluate(config, workdir)
+    assert checkpoint.open_checkpoint(workdir).metadata["ranks"] == FULL
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def norm_run(tmp_path_factory) -> Path:
+    """A convolutional network with BatchNorm."""
+    workdir = tmp_path_factory.mktemp("convnet") / "run"
+    config = make_config("convnet", {"widths": (4, 8)}, epochs=1)
+    train_lib.train_and_evaluate(config, workdir)
+    return workdir
+
+
+def load(path: Path) -> nnx.Module:
+    saved = checkpoint.open_checkpoint(path)
+    model = state_lib.load_model(saved, allow_imports=[])
+    model.eval()
+    return model
+
+
+def images(count: int = 32) -> jnp.ndarray:
+    config = common.digits(batch_size=count).to_dict()
+    data = input_pipeline.load_data(config, allow_imports=[])
+    batch = next(data.eval_batches("test", count))
+    return (jnp.asarray(batch["image"], jnp.float32) - 4.88) / 6.02
+
+
+def size_on_disk(path: Path) -> int:
+    params = checkpoint.open_checkpoint(path).path / "params"
+    return sum(p.stat().st_size for p in params.rglob("*") if p.is_file())
+
+
+def masked(path: Path, ranks: dict[str, int]) -> nnx.Module:
+    model = load(path)
+    surgery.set_ranks(model, ranks)
+    return model
+
+
+class TestTruncate:
+    def test_rank(self, run, tmp_path):
+        """Every layer at most at it."""
+        result = truncation.truncate_checkpoint(run, tmp_path / "cut", "rank", 16)
+        assert result["ranks"] == {"head": 10, "hidden/0": 16}
+        assert set(result) == {"output", "params", "macs", "ranks"}
+
+    def test_rank_of_zero(self, run, tmp_path):
+        """What is left is the biases: one answer for all images."""
+        truncation.truncate_checkpoint(run, tmp_path / "cut", "rank", 0)
+        logits = np.asarray(load(tmp_path / "cut")(images()))
+        assert np.ptp(logits, axis=0).max() == 0
+        row = evaluation.evaluate_checkpoint(tmp_path / "cut")
+        assert row["ranks"] == {"head": 0, "hidden/0": 0}
+
+    def test_rank_fraction(self, run, tmp_path):
+        """Of each layer's rank, rounded up."""
+        output = tmp_path / "cut"
+        result = truncation.truncate_checkpoint(run, output, "rank_fraction", 0.23)
+        assert result["ranks"] == {"head": 3, "hidden/0": 15}
+
+    def test_ranks(self, run, tmp_path):
+        """By file; a layer that is not named keeps its rank."""
+        (tmp_path / "ranks.json").write_text('{"hidden/0": 5}')
+        output = tmp_path / "cut"
+        result = truncation.truncate_checkpoint(
+            run, output, "ranks", str(tmp_path / "ranks.json")
+        )
+        assert result["ranks"] == {"head": 10, "hidden/0": 5}
+
+    def test_energy(self, run, tmp_path):
+        """The least prefix with the share of the squared importances, by NumPy."""
+        result = truncation.truncate_checkpoint(run, tmp_path / "cut", "energy", 0.8)
+        for path, factors in surgery.find_factors(load(run)).items():
+            u, v = (np.asarray(x[...], np.float64) for x in (factors.u, factors.v))
+            importance = np.linalg.norm(u, axis=0) * np.linalg.norm(v, axis=1)
+            share = np.cumsum(importance**2) / np.sum(importance**2)
+            rank = result["ranks"][path]
+            assert share[rank - 1] >= 0.8 > share[rank - 2]
+
+    @pytest.mark.parametrize("budget", [0.5, 0.25])
+    def test_params_fraction(self, run, tmp_path, budget):
+        """The largest common fraction within the budget of the factored layers."""
+        output = tmp_path / "cut"
+        result = truncation.truncate_checkpoint(run, output, "params_fraction", budget)
+        kept = sum(r * s for r, s in zip(
+            (result["ranks"][p] for p in ("head", "hidden/0")), (90, 144), strict=True
+        ))
+        dense = 80 * 10 + 64 * 80
+        assert kept <= budget * dense
+        assert kept + 90 + 144 > budget * dense
+        stored = sum(np.size(x) for x in _params(output))
+        assert stored == kept + 80 + 10
+        assert result["params"] == stored
+
+    @pytest.mark.parametrize(
+        "ranks", [{"head": 3, "hidden/0": 7}, {"head": 10, "hidden/0": 1}]
+    )
+    def test_the_output_is_that_of_the_masked_model(self, run, tmp_path, ranks):
+        (tmp_path / "ranks.json").write_text(json.dumps(ranks))
+        output = tmp_path / "cut"
+        truncation.truncate_checkpoint(run, output, "ranks", tmp_path / "ranks.json")
+        small, inputs = load(output), images()
+        assert surgery.max_ranks(small) == ranks
+        assert relative_error(small(inputs), masked(run, ranks)(inputs)) < 1e-6
+
+    def test_files_shrink_with_the_ranks(self, run, tmp_path):
+        sizes = [size_on_disk(run)]
+        for rank in (32, 8, 1):
+            output = tmp_path / str(rank)
+            truncation.truncate_checkpoint(run, output, "rank", rank)
+            sizes.append(size_on_disk(output))
+        assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+        assert sizes[1] < 0.75 * sizes[0]
+
+    def test_twice_is_once(self, run, tmp_path):
+        """A truncated checkpoint can be cut again, to the same bits."""
+        for source, name, rank in (
+            (run, "a", 8),
+            (tmp_path / "a", "b", 3),
+            (run, "c", 3),
+        ):
+            truncation.truncate_checkpoint(source, tmp_path / name, "rank", rank)
+        twice, once = (load(tmp_path / name)(images()) for name in "bc")
+        np.testing.assert_array_equal(twice, once)
+
+    def test_the_table(self, run, tmp_path, capsys):
+        result = truncation.truncate_checkpoint(run, tmp_path / "cut", "rank", 2)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split() == "path rank cut to params cut to MACs cut to".split()
+        assert lines[2].split()[:3] == ["head", "10", "2"]
+        assert lines[3].split()[:3] == ["hidden/0", "64", "2"]
+        assert lines[-1].split()[-3] == f"{result['params']:,}"
+
+    def test_recalibration_changes_the_statistics_alone(self, norm_run, tmp_path):
+        """The convolutions' statistics become those of the cut model's activations."""
+        for name, batches in (("plain", 0), ("new", 4)):
+            truncation.truncate_checkpoint(
+                norm_run,
+                tmp_path / name,
+                "rank",
+                2,
+                recalibration_batches=batches,
+            )
+        plain, new = (checkpoint.model_items(load(tmp_path / n)) for n in ("plain", "new"))
+        for key, array in checkpoint.flatten(plain["params"]).items():
+            other = checkpoint.flatten(new["params"])[key]
+            np.testing.assert_array_equal(array, other, err_msg=key)
+        statistics = checkpoint.flatten(plain["model_state"])
+        assert len(statistics) == 4  # mean and variance of two layers
+        for key, array in statistics.items():
+            other = checkpoint.flatten(new["model_state"])[key]
+            assert relative_error(other, array) > 1e-3, key
+        losses = [
+            evaluation.evaluate_checkpoint(tmp_path / n, split="train")["loss"]
+            for n in ("plain", "new")
+        ]
+        assert losses[1] < losses[0]
+
+
+def _params(path: Path) -> list[Any]:
+    return list(checkpoint.flatten(checkpoint.model_items(load(path))["params"]).values())
+
+
+class TestTruncateRefuses:
+    """Before any work: the error names flag and value, and there is no output."""
+
+    @pytest.mark.parametrize(
+        "selector, value, parts",
+        [
+            ("rank", -1, ("--rank:", "-1")),
+            ("rank_fraction", 0.0, ("--rank_fraction:", "(0, 1]", "0.0")),
+            ("rank_fraction", 1.5, ("--rank_fraction:", "1.5")),
+            ("energy", 0.0, ("--energy:", "(0, 1]", "0.0")),
+            ("energy", 1.5, ("--energy:", "1.5")),
+            ("params_fraction", 2.0, ("--params_fraction:", "2.0")),
+            ("params_fraction", 1e-4, ("--params_fraction:", "at least", "0.0001")),
+        ],
+    )
+    def test_values_out_of_bounds(self, run, tmp_path, selector, value, parts):
+        with pytest.raises(ValueError) as caught:
+            truncation.truncate_checkpoint(run, tmp_path / "cut", selector, value)
+        for part in parts:
+            assert part in str(caught.value)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        "text, parts",
+        [
+            ("{", ("--ranks: must be a JSON file", "ranks.json")),
+            ("[3]", ("--ranks: must be a JSON object", "[3]")),
+            ('{"hiden/0": 3, "tail": 1}', ("['hiden/0', 'tail']", "'hidden/0'")),
+            ('{"head": 11, "hidden/0": -1}', ("head: rank must be in [0, 10], got 11",)),
+            ('{"hidden/0": -1}', ("hidden/0: rank must be in [0, 64], got -1",)),
+            ('{"head": 2.5}', ("head: rank must be a whole number", "2.5")),
+            ('{"head": "3"}', ("head: rank must be a whole number", "'3'")),
+        ],
+    )
+    def test_rank_files(self, run, tmp_path, text, parts):
+        (tmp_path / "ranks.json").write_text(text)
+        with pytest.raises(ValueError) as caught:
+            truncation.truncate_checkpoint(
+                run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json")
+            )
+        for part in parts:
+            assert part in str(caught.value)
+        assert not (tmp_path / "cut").exists()
+
+    def test_all_bad_ranks_at_once(self, run, tmp_path):
+        (tmp_path / "ranks.json").write_text('{"head": 11, "hidden/0": -1, "tail": 1}')
+        with pytest.raises(ValueError) as caught:
+            truncation.truncate_checkpoint(
+                run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json")
+            )
+        for part in ("got 11", "got -1", "'tail'"):
+            assert part in str(caught.value)
+
+    def test_a_rank_file_that_is_not_there(self, run, tmp_path):
+        with pytest.raises(ValueError, match="--ranks: .*nothing.json"):
+            truncation.truncate_checkpoint(
+                run, tmp_path / "cut", "ranks", str(tmp_path / "nothing.json")
+            )
+
+    def test_a_rank_above_that_of_a_truncated_one(self, run, tmp_path):
+        """Columns that were cut away do not come back."""
+        truncation.truncate_checkpoint(run, tmp_path / "a", "rank", 4)
+        (tmp_path / "ranks.json").write_text('{"head": 5}')
+        with pytest.raises(ValueError, match=r"head: rank must be in \[0, 4\], got 5"):
+            truncation.truncate_checkpoint(
+                tmp_path / "a", tmp_path / "b", "ranks", tmp_path / "ranks.json"
+            )
+
+    def test_a_half_written_checkpoint(self, run, tmp_path):
+        shutil.copytree(run / "checkpoints", tmp_path / "half")
+        (step,) = (tmp_path / "half").iterdir()
+        (step / "_CHECKPOINT_METADATA").unlink()
+        for path in (tmp_path / "half", step):
+            with pytest.raises(FileNotFoundError, match="--checkpoint: .*complete"):
+                truncation.truncate_checkpoint(path, tmp_path / "cut", "rank", 4)
+        assert not (tmp_path / "cut").exists()
+
+    def test_damaged_metadata(self, run, tmp_path):
+        shutil.copytree(run / "checkpoints", tmp_path / "bad")
+        (file,) = (tmp_path / "bad").glob("*/metadata/metadata")
+        file.write_text("{")
+        with pytest.raises(ValueError, match="--checkpoint: metadata must be JSON"):
+            truncation.truncate_checkpoint(tmp_path / "bad", tmp_path / "cut", "rank", 4)
+
+    def test_a_newer_format(self, run, tmp_path):
+        shutil.copytree(run / "checkpoints", tmp_path / "new")
+        (file,) = (tmp_path / "new").glob("*/metadata/metadata")
+        metadata = json.loads(file.read_text())
+        file.write_text(json.dumps({**metadata, "format_version": 99}))
+        with pytest.raises(ValueError, match="--checkpoint: must be of format 1, got 99"):
+            evaluation.evaluate_checkpoint(tmp_path / "new")
+
+    def test_a_checkpoint_of_another_program(self, run, tmp_path):
+        """One without a config, as someone's own loop writes it, is named as such."""
+        model = load(run)
+        checkpoint.save(tmp_path / "own", model)
+        with pytest.raises(ValueError, match="must hold config and inputs"):
+            evaluation.evaluate_checkpoint(tmp_path / "own")
+
+
+class TestEvaluate:
+    def test_figures_by_numpy(self, run):
+        """Accuracy and loss on all 360 test images, from the logits."""
+        config = common.digits(batch_size=1).to_dict()
+        data = input_pipeline.load_data(config, allow_imports=[])
+        batch = next(data.eval_batches("test", 360))
+        logits = np.asarray(
+            load(run)((jnp.asarray(batch["image"], jnp.float32) - 4.88) / 6.02),
+            np.float64,
+        )
+        chosen = logits[np.arange(360), batch["label"]]
+        losses = np.log(np.exp(logits).sum(axis=-1)) - chosen
+        row = evaluation.evaluate_checkpoint(run)
+        assert set(row) == FIGURES
+        assert row["accuracy"] == (logits.argmax(axis=-1) == batch["label"]).mean()
+        assert row["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+    def test_a_moved_checkpoint_stands_alone(self, run, tmp_path):
+        """Neither the run nor the first checkpoint is needed; nor is the folder's name."""
+        truncation.truncate_checkpoint(run, tmp_path / "cut", "rank", 8)
+        before = evaluation.evaluate_checkpoint(tmp_path / "cut")
+        (tmp_path / "far").mkdir()
+        shutil.move(tmp_path / "cut", tmp_path / "far" / "moved")
+        assert evaluation.evaluate_checkpoint(tmp_path / "far/moved") == before
+        (step,) = (p for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+        shutil.copytree(step, tmp_path / "alone")
+        expected = evaluation.evaluate_checkpoint(run)
+        assert evaluation.evaluate_checkpoint(tmp_path / "alone") == expected
+
+    def test_fractions_are_those_of_truncated_checkpoints(self, run, tmp_path):
+        rows = evaluation.evaluate_checkpoint(run, fractions=[1.0, 0.25])
+        assert [row["rank_fraction"] for row in rows] == [1.0, 0.25]
+        assert all(set(row) == FIGURES | {"rank_fraction"} for row in rows)
+        truncation.truncate_checkpoint(run, tmp_path / "cut", "rank_fraction", 0.25)
+        cut = evaluation.evaluate_checkpoint(tmp_path / "cut")
+        assert {k: rows[1][k] for k in ("accuracy", "params", "macs", "ranks")} == {
+            k: cut[k] for k in ("accuracy", "params", "macs", "ranks")
+        }
+        assert rows[1]["loss"] == pytest.approx(cut["loss"], rel=1e-5)
+
+    @pytest.mark.parametrize("values", [["1", "half"], ["0"], ["1.5"], ["nan"], [""]])
+    def test_bad_fractions(self, values):
+        with pytest.raises(ValueError, match="--rank_fractions: must be numbers in"):
+            evaluate_binary.parse_fractions(values)
+
+
+# The command line.
+
+
+def start(*args: Any) -> subprocess.Popen:
+    command = [sys.executable, "-W", "ignore", "-m", *map(str, args)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, list[str], list[str]]:
+    """Exit status and lines of stdout and stderr."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out.splitlines(), err.splitlines()
+
+
+def figures(process: subprocess.Popen) -> Any:
+    """What the last line of a binary that went well holds."""
+    status, out, err = finish(process)
+    assert status == 0, err
+    return json.loads(out[-1])
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """The quickstart's config through the binary."""
+    workdir = tmp_path_factory.mktemp("smoke") / "run"
+    config = "--config=configs/digits_mlp.py:smoke"
+    return workdir, figures(start("train.main", config, f"--workdir={workdir}"))
+
+
+def test_main(smoke_run):
+    workdir, result = smoke_run
+    assert set(result) == {"workdir", "step", "frontier"}
+    assert result["workdir"] == str(workdir)
+    assert result["step"] == checkpoint.open_checkpoint(workdir).step == 80
+    rows = result["frontier"]
+    assert [row["rank_fraction"] for row in rows] == [1.0, 0.5, 0.25, 0.125]
+    assert all(set(row) == FIGURES | {"rank_fraction"} for row in rows)
+    assert rows[0]["accuracy"] > 0.8
+
+
+def test_truncate_and_evaluate(smoke_run, tmp_path):
+    """From a run to a cut checkpoint to its figures; the picture is a PNG."""
+    workdir, cut, picture = smoke_run[0], tmp_path / "cut", tmp_path / "frontier.png"
+    cutting = start(
+        "train.truncate",
+        f"--checkpoint={workdir}",
+        f"--output={cut}",
+        "--params_fraction=0.25",
+    )
+    sweeping = start(
+        "train.evaluate",
+        f"--checkpoint={workdir}",
+        "--rank_fractions=1,0.5",
+        f"--plot={picture}",
+    )
+    result = figures(cutting)
+    evaluating = start("train.evaluate", f"--checkpoint={cut}")
+    rows, row = figures(sweeping), figures(evaluating)
+    assert set(result) == {"output", "params", "macs", "ranks"}
+    assert result["output"] == str(cut)
+    assert set(row) == FIGURES
+    assert {k: row[k] for k in ("params", "macs", "ranks")} == {
+        k: result[k] for k in ("params", "macs", "ranks")
+    }
+    assert row["accuracy"] > 0.5
+    assert [one["rank_fraction"] for one in rows] == [1.0, 0.5]
+    assert all(set(one) == FIGURES | {"rank_fraction"} for one in rows)
+    assert rows[0]["ranks"] == {"hidden/0": 64, "hidden/1": 256}
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_mistakes_are_one_line(run, tmp_path):
+    """Exit status 1, one line of `error:`, nothing on stdout, nothing written."""
+    (tmp_path / "there").mkdir()
+    checkpoint_flag = f"--checkpoint={run}"
+    new, there, missing = (tmp_path / name for name in ("new", "there", "missing"))
+    cases = {
+        "flags: exactly one of --rank, --rank_fraction, --ranks, --energy,"
+        " --params_fraction must be given, got ['--rank', '--energy']": (
+            "train.truncate",
+            checkpoint_flag,
+            f"--output={new}",
+            "--rank=3",
+            "--energy=0.5",
+        ),
+        f"--output: must not exist yet, got {there}": (
+            "train.truncate",
+            checkpoint_flag,
+            f"--output={there}",
+            "--rank=3",
+        ),
+        f"--checkpoint: must be a folder with a checkpoint, got {missing}": (
+            "train.evaluate",
+            f"--checkpoint={missing}",
+        ),
+    }
+    running = {message: start(*args) for message, args in cases.items()}
+    for message, process in running.items():
+        status, out, err = finish(process)
+        assert (status, out) == (1, [])
+        (line,) = (line for line in err if line)
+        assert line.startswith(f"error: {message}")
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+    assert not list(there.iterdir())
