@@ -9,7 +9,8 @@ READY := $(VENV)/ready
 .PHONY: quickstart test test-slow lint benchmark clean
 
 quickstart: $(READY)
-	$(BIN)/python -m train.quickstart --workdir=runs/quickstart
+	$(BIN)/python -m train.quickstart --config=configs/digits_mlp.py \
+	  --workdir=runs/quickstart
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -75,7 +75,9 @@ def _problem(name: str, args: Mapping[str, Any]) -> str:
     if name not in AUGMENTATIONS:
         return f"must be one of {sorted(AUGMENTATIONS)}, got {name!r}."
     if not isinstance(args, Mapping):
-        return f"{name}: arguments must be a mapping, got {args!r}. Write {{}} for none."
+        return (
+            f"{name}: arguments must be a mapping, got {args!r}. Write {{}} for none."
+        )
     image = jax.ShapeDtypeStruct((2, 8, 6, 1), jnp.uint8)
     key = jax.eval_shape(lambda: jax.random.key(0))
     try:

@@ -1,24 +1,24 @@
-"""From nothing to three model sizes: `python -m train.quickstart`, or `make
-quickstart`.
+"""From nothing to three model sizes in one command: `make quickstart`.
 
-Trains configs/digits_mlp.py on scikit-learn's digits (embedded, no download), cuts the
-checkpoint at three budgets, evaluates each from its own checkpoint, prints the table
-and draws the frontier. Ends with one line of JSON holding the rows.
+`python -m train.quickstart --config=configs/digits_mlp.py` trains on scikit-learn's
+digits (embedded, no download), cuts the checkpoint at three budgets, evaluates each from
+its own checkpoint, prints the table and draws the frontier. Ends with one line of JSON
+holding the rows.
 """
 
 import shutil
 from pathlib import Path
 
 from absl import flags
+from ml_collections import config_flags
 
-from configs import digits_mlp
 from train import binary, evaluation, logs, plots, truncation
 from train.train import train_and_evaluate
 
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to run.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/quickstart", "Folder of the run; an earlier quickstart there goes."
 )
-_ARG = flags.DEFINE_string("arg", "", "Argument of the config, such as smoke.")
 
 BUDGETS = (0.5, 0.35, 0.25)
 """Shares of the factored layers' dense parameters."""
@@ -42,9 +42,8 @@ def _clear(workdir: Path) -> None:
 def _main() -> None:
     workdir = Path(_WORKDIR.value)
     _clear(workdir)
-    config = digits_mlp.get_config(_ARG.value)
     run = workdir / "run"
-    train_and_evaluate(config, run)
+    train_and_evaluate(_CONFIG.value, run)
     rows = [{"size": "full", **evaluation.evaluate_checkpoint(run)}]
     for budget in BUDGETS:
         output = workdir / f"params_{budget}"
@@ -62,4 +61,5 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
     binary.run(_main)

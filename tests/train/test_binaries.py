@@ -136,9 +136,14 @@ class TestTruncate:
         """The largest common fraction within the budget of the factored layers."""
         output = tmp_path / "cut"
         result = truncation.truncate_checkpoint(run, output, "params_fraction", budget)
-        kept = sum(r * s for r, s in zip(
-            (result["ranks"][p] for p in ("head", "hidden/0")), (90, 144), strict=True
-        ))
+        kept = sum(
+            r * s
+            for r, s in zip(
+                (result["ranks"][p] for p in ("head", "hidden/0")),
+                (90, 144),
+                strict=True,
+            )
+        )
         dense = 80 * 10 + 64 * 80
         assert kept <= budget * dense
         assert kept + 90 + 144 > budget * dense
@@ -195,7 +200,9 @@ class TestTruncate:
                 2,
                 recalibration_batches=batches,
             )
-        plain, new = (checkpoint.model_items(load(tmp_path / n)) for n in ("plain", "new"))
+        plain, new = (
+            checkpoint.model_items(load(tmp_path / n)) for n in ("plain", "new")
+        )
         for key, array in checkpoint.flatten(plain["params"]).items():
             other = checkpoint.flatten(new["params"])[key]
             np.testing.assert_array_equal(array, other, err_msg=key)
@@ -212,7 +219,9 @@ class TestTruncate:
 
 
 def _params(path: Path) -> list[Any]:
-    return list(checkpoint.flatten(checkpoint.model_items(load(path))["params"]).values())
+    return list(
+        checkpoint.flatten(checkpoint.model_items(load(path))["params"]).values()
+    )
 
 
 class TestTruncateRefuses:
@@ -243,7 +252,10 @@ class TestTruncateRefuses:
             ("{", ("--ranks: must be a JSON file", "ranks.json")),
             ("[3]", ("--ranks: must be a JSON object", "[3]")),
             ('{"hiden/0": 3, "tail": 1}', ("['hiden/0', 'tail']", "'hidden/0'")),
-            ('{"head": 11, "hidden/0": -1}', ("head: rank must be in [0, 10], got 11",)),
+            (
+                '{"head": 11, "hidden/0": -1}',
+                ("head: rank must be in [0, 10], got 11",),
+            ),
             ('{"hidden/0": -1}', ("hidden/0: rank must be in [0, 64], got -1",)),
             ('{"head": 2.5}', ("head: rank must be a whole number", "2.5")),
             ('{"head": "3"}', ("head: rank must be a whole number", "'3'")),
@@ -297,14 +309,18 @@ class TestTruncateRefuses:
         (file,) = (tmp_path / "bad").glob("*/metadata/metadata")
         file.write_text("{")
         with pytest.raises(ValueError, match="--checkpoint: metadata must be JSON"):
-            truncation.truncate_checkpoint(tmp_path / "bad", tmp_path / "cut", "rank", 4)
+            truncation.truncate_checkpoint(
+                tmp_path / "bad", tmp_path / "cut", "rank", 4
+            )
 
     def test_a_newer_format(self, run, tmp_path):
         shutil.copytree(run / "checkpoints", tmp_path / "new")
         (file,) = (tmp_path / "new").glob("*/metadata/metadata")
         metadata = json.loads(file.read_text())
         file.write_text(json.dumps({**metadata, "format_version": 99}))
-        with pytest.raises(ValueError, match="--checkpoint: must be of format 1, got 99"):
+        with pytest.raises(
+            ValueError, match="--checkpoint: must be of format 1, got 99"
+        ):
             evaluation.evaluate_checkpoint(tmp_path / "new")
 
     def test_a_checkpoint_of_another_program(self, run, tmp_path):
