@@ -162,10 +162,10 @@ class Factors(nnx.Module):
     def cut(self, rank: RankValue) -> None:
         """Drops the columns past `rank`, in place; a stack keeps its largest rank."""
         allocated = max(flatten_rank(rank), default=0)
-        self.u = nnx.Param(self.u[...][..., :allocated])
-        self.v = nnx.Param(self.v[...][..., :allocated, :])
+        self.u.set_value(self.u[...][..., :allocated])
+        self.v.set_value(self.v[...][..., :allocated, :])
         if self.s is not None:
-            self.s = nnx.Param(self.s[...][..., :allocated])
+            self.s.set_value(self.s[...][..., :allocated])
         self.set_rank(rank)
 
     def set_rank(self, rank: RankValue | Int[Array, "..."]) -> None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -72,13 +73,23 @@ def test_its_head_tells_how_to_run_it(name):
     assert f"Command: {command}" in text
 
 
+@pytest.fixture
+def quick_compilation():
+    """Three steps need no fast code: XLA's optimizations are most of the time."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.mark.parametrize(
     "name, arg",
     [(name, "smoke") for name in NAMES] + [("mnist_lenet_maestro", "smoke,dense")],
 )
-def test_it_trains_end_to_end(tmp_path, name, arg):
-    """Three steps of its smoke form, of each phase, on data that is embedded."""
+def test_it_trains_end_to_end(quick_compilation, tmp_path, name, arg):
+    """Three steps of its smoke form, of each phase, one block deep, without MNIST."""
     config = plain(name, arg)
+    config["model"]["args"] |= {"depth": 1} if name == "digits_vit" else {}
     data = config["data"]
     if data["name"] != "digits":
         data["name"] = f"{__name__}:mnist_like"

@@ -186,7 +186,8 @@ def _phase_bounds(phase: Mapping[str, Any], where: str) -> list[str]:
     problems += mistakes
     if shrink and not mistakes and min(shrink["every_epochs"], shrink["multiple"]) < 1:
         problems.append(
-            f"{where}.shrink: every_epochs and multiple must be at least 1, got {shrink}."
+            f"{where}.shrink: every_epochs and multiple must be at least 1, got"
+            f" {shrink}."
         )
     for spec in phase["penalties"]:
         problems += _compare(spec, NAMED, f"{where}.penalties")

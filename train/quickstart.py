@@ -1,9 +1,9 @@
 """From nothing to three model sizes in one command: `make quickstart`.
 
 `python -m train.quickstart --config=configs/digits_mlp.py` trains on scikit-learn's
-digits (embedded, no download), cuts the checkpoint at three budgets, evaluates each from
-its own checkpoint, prints the table and draws the frontier. Ends with one line of JSON
-holding the rows.
+digits (embedded, no download), cuts the checkpoint at three budgets, evaluates each
+from its own checkpoint, prints the table and draws the frontier. Ends with one line of
+JSON holding the rows.
 """
 
 import shutil

@@ -104,6 +104,7 @@ def truncate_checkpoint(
         model = calibration.recalibrate_batch_norm(model, batches)
     after = surgery.get_ranks(model)
     metadata = {key: saved.metadata[key] for key in ("config", "inputs")}
+    value = str(value) if isinstance(value, Path) else value
     metadata["truncated"] = {"selector": selector, "value": value, "from": before}
     checkpoint.save(output, model, step=saved.step, metadata=metadata)
     _print_table(cost, before, after)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,6 +46,15 @@ def make_config(model: str, args: dict[str, Any], epochs: int) -> Any:
     )
     config.eval_every_epochs, config.checkpoint_every_epochs = 0, 0
     return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """A few steps need no fast code: XLA's optimizations are most of the time."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +359,7 @@ class TestEvaluate:
         assert row["loss"] == pytest.approx(losses.mean(), rel=1e-5)
 
     def test_a_moved_checkpoint_stands_alone(self, run, tmp_path):
-        """Neither the run nor the first checkpoint is needed; nor is the folder's name."""
+        """Neither the run nor the first checkpoint is needed; nor its name."""
         truncation.truncate_checkpoint(run, tmp_path / "cut", "rank", 8)
         before = evaluation.evaluate_checkpoint(tmp_path / "cut")
         (tmp_path / "far").mkdir()
