@@ -42,6 +42,8 @@ def test_energy_rule_meets_shares_exactly():
     for kept in range(1, 8):
         assert solvers.by_energy({"b": equal["b"]}, kept / 7) == {"b": kept}
     assert solvers.by_energy(equal, 0.3) == {"a": 3, "b": 3}
+    many = {"a": np.ones(25)}  # 0.28 * 25 is 7.000000000000001 in floats
+    assert solvers.by_energy(many, 0.28) == {"a": 7}
     assert solvers.by_energy(equal, 1.0) == {"a": 10, "b": 7}
     assert solvers.by_energy({"a": np.array([2.0, 1.0, 0.0, 0.0])}, 1.0) == {"a": 2}
     tail = {"a": np.array([1.0, 1e-20])}

@@ -25,21 +25,20 @@ from lowrank_jax.surgery import (
     truncate,
 )
 
-RANKS = {"first": 2, "groups": [1, 2], "second": 1}
-"""Below the allocated 5, [3, 3], 3; of the two groups one stays masked."""
+RANKS = {"first": 2, "groups": [1, 2]}
+"""Below the allocated 6, [3, 3]; of the two groups one stays masked."""
 
 
 class Net(nnx.Module):
-    """Two linear layers around a convolution in two groups."""
+    """A linear layer, and a convolution in two groups."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.first = nnx.Linear(6, 6, rngs=rngs)
         self.groups = nnx.Conv(6, 6, (1,), feature_group_count=2, rngs=rngs)
-        self.second = nnx.Linear(6, 3, rngs=rngs)
 
     def __call__(self, inputs):
         hidden = jnp.tanh(self.first(inputs))
-        return self.second(jnp.tanh(self.groups(hidden[:, None])[:, 0]))
+        return self.groups(hidden[:, None])[:, 0]
 
 
 def matrices(params):
@@ -107,7 +106,7 @@ def masked_net() -> nnx.Module:
 def gradient(graph, params, rest, step):
     """Of a loss on a batch of its own for each step."""
     inputs = jnp.sin(jnp.arange(24.0).reshape(4, 6) * (1 + step))
-    target = jnp.cos(jnp.arange(12.0).reshape(4, 3) * (2 + step))
+    target = jnp.cos(jnp.arange(24.0).reshape(4, 6) * (2 + step))
 
     def loss(params):
         return jnp.mean(jnp.square(nnx.merge(graph, params, rest)(inputs) - target))
@@ -268,13 +267,13 @@ def test_shrinking_to_rank_zero_leaves_a_bias_to_train():
     small, state, restarted = shrink(model, zeros, state, optimizer)
     assert restarted == [] and max_ranks(small)["groups"] == [0, 0]
     after, _ = train(small, state, optimizer, range(2, 4))
-    assert np.any(after.second.bias[...] != small.second.bias[...])
+    assert np.any(after.groups.bias[...] != small.groups.bias[...])
 
 
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        ({"first": 7, "second": -1}, r"(?s)first: .*\[0, 6\].*second: "),
+        ({"first": 7, "groups": -1}, r"(?s)first: .*\[0, 6\].*groups: "),
         ({"x": 1}, "'x'"),
     ],
 )
@@ -354,7 +353,7 @@ def test_tail_ranks_go_into_shrink():
         tail = max_ranks(truncate(model, RANKS))[path]
         factors.u.set_value(factors.u[...].at[..., np.max(tail) :].set(0))
     ranks = tail_ranks(model, threshold=1e-5)
-    assert ranks == {"first": 2, "groups": [2, 2], "second": 1}
+    assert ranks == {"first": 2, "groups": [2, 2]}
     optimizer = optax.sgd(0.1)
     small, _, _ = shrink(model, ranks, optimizer.init(pure_params(model)), optimizer)
     assert max_ranks(small) == ranks
