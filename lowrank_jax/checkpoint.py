@@ -94,18 +94,7 @@ class CheckpointWriter:
           metadata: JSON values to add, such as the config.
           items: Further trees by name, such as the optimizer state.
         """
-        trees = {**model_items(model), **(items or {})}
-        flat = {name: flatten(tree) for name, tree in trees.items()}
-        about = {
-            **metadata,
-            "format_version": FORMAT_VERSION,
-            "library_version": importlib.metadata.version("lowrank_jax"),
-            "step": step,
-            "ranks": get_ranks(model),
-            "max_ranks": max_ranks(model),
-            "arrays": {name: _describe(leaves) for name, leaves in flat.items()},
-        }
-        json.dumps(about)  # a bad value fails here, not in the writing thread
+        flat, about = _contents(step, model, metadata, items)
         args = {
             name: _save_args({k: x for k, x in leaves.items() if np.size(x)})
             for name, leaves in flat.items()
@@ -136,6 +125,7 @@ def save(
       FileExistsError: The folder is there already.
     """
     check_new_folder(directory)
+    _contents(step, model, metadata or {}, items)  # a bad value leaves no folder behind
     writer = CheckpointWriter(directory)
     writer.save(step, model, metadata or {}, items)
     writer.close()
@@ -284,6 +274,32 @@ def flatten(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by `"/"`-joined path."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
+
+
+def _contents(
+    step: int,
+    model: nnx.Module,
+    metadata: Mapping[str, Any],
+    items: Mapping[str, Any] | None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What a checkpoint holds: arrays by item and path, and the metadata, checked.
+
+    Raises:
+      TypeError: The metadata hold something other than JSON values.
+    """
+    trees = {**model_items(model), **(items or {})}
+    flat = {name: flatten(tree) for name, tree in trees.items()}
+    about = {
+        **metadata,
+        "format_version": FORMAT_VERSION,
+        "library_version": importlib.metadata.version("lowrank_jax"),
+        "step": step,
+        "ranks": get_ranks(model),
+        "max_ranks": max_ranks(model),
+        "arrays": {name: _describe(leaves) for name, leaves in flat.items()},
+    }
+    json.dumps(about)
+    return flat, about
 
 
 def _at_ranks(params: Any, ranks: Ranks) -> Any:

@@ -59,6 +59,9 @@ def count(
 ) -> ModelCost:
     """What the model costs, from tracing it once on abstract input.
 
+    A call counts where it is traced: a layer that `nnx.scan` runs several times without
+    stacking it, or that a cached `nnx.jit` or `nnx.remat` runs again, counts once.
+
     Args:
       model: Any model, dense or low-rank.
       *example: Arguments for a batch of one example (arrays or `jax.ShapeDtypeStruct`).

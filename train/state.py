@@ -141,7 +141,10 @@ def new_state(
     sampler: RankSampler,
     step: int,
 ) -> tuple[Structure, TrainState]:
-    """A state for a phase that begins (or continues, to be filled) at this step."""
+    """A state for a phase that begins (or continues, to be filled) at this step.
+
+    It shares the model's arrays: the first step, which donates its state, ends them.
+    """
     structure, params, model_state = split_model(model)
     state = TrainState(
         jnp.int32(step),
