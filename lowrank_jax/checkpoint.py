@@ -200,8 +200,9 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
 
     Args:
       saved: An opened checkpoint.
-      model: The model's structure, abstract (`nnx.eval_shape`) or not, factorized by
-        the same rules; its own ranks and values do not matter.
+      model: The model's structure, abstract (`nnx.eval_shape`; random keys then stay
+        abstract) or not, factorized by the same rules; its own ranks and values do not
+        matter.
       ranks: Ranks to cut to; layers that are not named keep the checkpoint's. None
         keeps the active ranks too.
 
