@@ -3,7 +3,7 @@
 Command:  python -m train.main --config=configs/mnist_lenet_nested.py --workdir=runs/n
 Hardware: 2 CPU cores
 Time:     9 minutes
-Result:   test accuracy 99.3 / 99.2 / 98.7 / 97.2 at rank fraction 1 / 0.5 / 0.25 / 0.125
+Result:   test accuracy 99.3 / 99.2 / 98.7 / 97.2 at 1 / 0.5 / 0.25 / 0.125 of the ranks
 """
 
 from ml_collections import ConfigDict
