@@ -2,8 +2,8 @@
 
 Command:  python -m train.main --config=configs/digits_vit.py --workdir=runs/digits_vit
 Hardware: 2 CPU cores
-Time:     2 minutes
-Result:   docs/results.md
+Time:     about 5 minutes beside other work
+Result:   not tuned; the recipe is a starting point
 """
 
 from ml_collections import ConfigDict
