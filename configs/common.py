@@ -30,8 +30,7 @@ def options(arg: str, **known: float | bool) -> dict[str, Any]:
             ]
             raise ValueError(
                 f"config argument: must be of {words}, got {part!r}. Separate several"
-                " with"
-                " commas."
+                " with commas."
             )
         values[name] = True if is_word else float(text)
     return values

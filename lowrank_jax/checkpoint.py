@@ -136,8 +136,7 @@ def check_new_folder(directory: str | Path, *, flag: str = "directory") -> None:
     if Path(directory).exists():
         raise FileExistsError(
             f"{flag}: must not exist yet, got {directory}. Nothing is overwritten;"
-            " name a"
-            " new folder, or move this one away."
+            " name a new folder, or move this one away."
         )
 
 
@@ -217,8 +216,7 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
         raise ValueError(
             f"checkpoint {saved.path}: low-rank layers must be {sorted(factors)}, as in"
             f" the model, got {sorted(allocated)}. Load it with the config it was"
-            " trained"
-            " with."
+            " trained with."
         )
     if ranks is not None:
         allocated = {

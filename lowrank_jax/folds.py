@@ -146,8 +146,7 @@ def einsum_fold(einsum_str: str, kernel_shape: Sequence[int]) -> Fold:
     if not kinds["input"] or not kinds["output"]:
         raise ValueError(
             f"einsum {einsum_str!r}: the kernel needs an axis that is contracted and"
-            " one"
-            " that is new in the output to be a matrix. Keep this layer dense."
+            " one that is new in the output to be a matrix. Keep this layer dense."
         )
     shape = tuple(kernel_shape)
     return Fold(shape, shape, *(tuple(kinds[kind]) for kind in kinds))

@@ -347,8 +347,7 @@ def _check_family(profiles: Sequence[Ranks], max_ranks: Ranks) -> None:
             if (rank < 0).any() or (rank > np.asarray(limit)).any():
                 raise ValueError(
                     f"{path}: rank must be in [0, {limit}], got {profile[path]}. Lower"
-                    " it"
-                    " in the family's profiles."
+                    " it in the family's profiles."
                 )
     ordered = sorted(profiles, key=lambda p: sum(np.sum(r) for r in p.values()))
     for small, large in itertools.pairwise(ordered):
@@ -360,8 +359,7 @@ def _check_family(profiles: Sequence[Ranks], max_ranks: Ranks) -> None:
         if wrong:
             raise ValueError(
                 "family: profiles must be nested, got a smaller one with a higher"
-                " rank at"
-                f" {wrong}. Lower it there."
+                f" rank at {wrong}. Lower it there."
             )
 
 

@@ -49,8 +49,7 @@ def parse_fractions(values: Sequence[str]) -> list[float]:
         if not 0 < fractions[-1] <= 1:
             raise ValueError(
                 f"--rank_fractions: must be numbers in (0, 1], got {value!r}. Write"
-                " them"
-                " as 1,0.5,0.25."
+                " them as 1,0.5,0.25."
             )
     return fractions
 

@@ -31,8 +31,7 @@ def _clear(workdir: Path) -> None:
     if workdir.exists() and not (workdir / _MARK).exists():
         raise ValueError(
             f"--workdir: must be new or of an earlier quickstart, got {workdir}."
-            " Nothing"
-            " is overwritten; name another."
+            " Nothing is overwritten; name another."
         )
     shutil.rmtree(workdir, ignore_errors=True)
     workdir.mkdir(parents=True)
