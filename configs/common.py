@@ -48,6 +48,7 @@ def base(*, seed: int) -> ConfigDict:
     config.log_every_steps = 50
     config.eval_every_epochs = 1
     config.eval_fractions = (1.0, 0.5, 0.25, 0.125)
+    config.recalibration_batches = 0
     config.checkpoint_every_epochs = 1
     config.keep_checkpoints = 2
     return config
@@ -66,25 +67,38 @@ def mnist(*, batch_size: int, augment: Sequence[Any] = ()) -> ConfigDict:
 def phase(
     *,
     name: str,
-    until: Mapping[str, int],
-    sampler: Mapping[str, Any],
+    until: Mapping[str, Any],
     optimizer: Mapping[str, Any],
+    sampler: Mapping[str, Any] | None = None,
     teacher: Mapping[str, Any] | None = None,
     passes_loss: str = "mean",
     penalties: Sequence[Mapping[str, Any]] = (),
+    projections: Sequence[Mapping[str, Any]] = (),
+    trainable: Sequence[str] = (".*",),
+    optimizer_state: str = "new",
     shrink: Mapping[str, Any] | None = None,
+    on_end: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """One phase with every key."""
+    """One phase with every key; plain training at full ranks unless told otherwise."""
     return {
         "name": name,
         "until": dict(until),
-        "sampler": dict(sampler),
-        "teacher": dict(teacher or {"name": "none", "args": {}}),
+        "sampler": dict(sampler or named("full")),
+        "teacher": dict(teacher or named("none")),
         "passes_loss": passes_loss,
         "penalties": tuple(penalties),
+        "projections": tuple(projections),
+        "trainable": tuple(trainable),
         "optimizer": dict(optimizer),
+        "optimizer_state": optimizer_state,
         "shrink": dict(shrink or {}),
+        "on_end": tuple(on_end),
     }
+
+
+def named(name: str, **args: Any) -> dict[str, Any]:
+    """A choice from a table with its arguments."""
+    return {"name": name, "args": args}
 
 
 def optimizer(
@@ -94,26 +108,98 @@ def optimizer(
     args: Mapping[str, Any] | None = None,
     schedule: Mapping[str, Any] | None = None,
     weight_decay: float = 0.0,
+    decayed: str = r".*/(kernel|embedding|u|v|middle)",
     clip_norm: float = 0.0,
 ) -> dict[str, Any]:
     """An optimizer with every key; kernels and factors decay, biases and norms do
     not."""
-    constant = {"name": "constant", "args": {"warmup_steps": 0}}
     return {
         "name": name,
         "args": dict(args or {}),
         "learning_rate": learning_rate,
-        "schedule": dict(schedule or constant),
+        "schedule": dict(schedule or named("constant", warmup_steps=0)),
         "weight_decay": weight_decay,
-        "decayed": r".*/(kernel|embedding|u|v)",
+        "decayed": decayed,
         "clip_norm": clip_norm,
     }
 
 
 def cosine(*, warmup_steps: int, final_fraction: float = 0.0) -> dict[str, Any]:
     """Warm-up, then half a cosine down."""
-    args = {"warmup_steps": warmup_steps, "final_fraction": final_fraction}
-    return {"name": "cosine", "args": args}
+    return named("cosine", warmup_steps=warmup_steps, final_fraction=final_fraction)
+
+
+def steps_down(*, factor: float, at_fractions: Sequence[float]) -> dict[str, Any]:
+    """The learning rate times a factor at each of these fractions of the phase."""
+    return named("steps", factor=factor, at_fractions=tuple(at_fractions))
+
+
+def cifar10(*, batch_size: int) -> ConfigDict:
+    """CIFAR-10 with crop and flip; 5,000 of the 50,000 training images held out."""
+    return _data(
+        "cifar10",
+        batch_size,
+        5000,
+        mean=(125.31, 122.95, 113.87),
+        std=(62.99, 62.09, 66.70),
+        augment=(("random_crop", {"padding": 4}), ("random_flip", {})),
+    )
+
+
+def mnist_lenet() -> ConfigDict:
+    """LeNet on MNIST, where all methods are compared: 8 epochs, `lenet_optimizer`."""
+    config = base(seed=0)
+    config.data = mnist(batch_size=128)
+    config.model = named("lenet")
+    return config
+
+
+LENET_EPOCHS = 8
+
+
+def lenet_optimizer(*, constant: bool = False, **changes: Any) -> dict[str, Any]:
+    """SGD with momentum, cosine to zero; `constant` for a phase that others follow."""
+    schedule = named("constant", warmup_steps=0) if constant else None
+    values = {
+        "learning_rate": 0.02,
+        "args": {"momentum": 0.9},
+        "schedule": schedule or cosine(warmup_steps=200),
+        "weight_decay": 1e-4,
+        **changes,
+    }
+    return optimizer("sgd", **values)
+
+
+def resnet(depth: int, *, batch_size: int) -> ConfigDict:
+    """A ResNet for CIFAR-10."""
+    config = base(seed=0)
+    config.data = cifar10(batch_size=batch_size)
+    config.model = named("resnet", depth=depth)
+    config.recalibration_batches = 20
+    config.checkpoint_every_epochs = 5
+    config.eval_every_epochs = 5
+    return config
+
+
+def cifar10_sgd(**changes: Any) -> dict[str, Any]:
+    """SGD 0.1, momentum 0.9, decay 1e-4, x0.1 at half and three quarters (Horvath et
+    al., 2024)."""
+    values = {
+        "learning_rate": 0.1,
+        "args": {"momentum": 0.9},
+        "schedule": steps_down(factor=0.1, at_fractions=(0.5, 0.75)),
+        "weight_decay": 1e-4,
+        **changes,
+    }
+    return optimizer("sgd", **values)
+
+
+def length(epochs: int, *, smoke: bool) -> dict[str, int]:
+    """The length of a phase; a few steps for a smoke run."""
+    return {"steps": SMOKE_STEPS} if smoke else {"epochs": epochs}
+
+
+SMOKE_STEPS = 100
 
 
 def _data(

@@ -7,6 +7,22 @@ import jax
 from flax import nnx
 
 
+def use_batch_statistics(model: nnx.Module) -> None:
+    """Makes every BatchNorm use the batch's own statistics, and keep them, in place.
+
+    All other layers stay in the mode they are in.
+    """
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            module.use_running_average = False
+            module.momentum = 0.0  # the running statistics become the batch's own
+
+
+def has_batch_norm(model: nnx.Module) -> bool:
+    """Whether the model has running statistics."""
+    return any(isinstance(m, nnx.BatchNorm) for _, m in nnx.iter_modules(model))
+
+
 def recalibrate_batch_norm(
     model: nnx.Module,
     batches: Iterable[Any],
@@ -24,15 +40,11 @@ def recalibrate_batch_norm(
       batches: Training batches, of one shape so that nothing recompiles; at least one.
       forward: How to run the model on a batch.
     """
-    norms = [m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)]
-    if not norms:
+    if not has_batch_norm(model):
         return model
     probe = nnx.clone(model)
     probe.eval()
-    for _, module in nnx.iter_modules(probe):
-        if isinstance(module, nnx.BatchNorm):
-            module.use_running_average = False
-            module.momentum = 0.0  # the running statistics become the batch's own
+    use_batch_statistics(probe)
     graphdef, statistics, rest = nnx.split(probe, nnx.BatchStat, ...)
 
     @jax.jit

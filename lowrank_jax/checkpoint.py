@@ -6,10 +6,9 @@ The only file that knows orbax. A checkpoint folder holds one folder per step, e
 each
   under its `"/"`-joined path; factors are chunked along the rank axis, so that loading
   at a lower rank reads little more than what it keeps;
-- `metadata`: JSON with the format version, the active and allocated ranks, every
-array's
-  shape and dtype, the step, the library's version, and what the caller adds (the
-  config).
+- `metadata`: JSON with the format version, the active and allocated ranks, the rules
+  that make the structure from the dense model, every array's shape and dtype, the step,
+  the library's version, and what the caller adds (the config).
 
 Nothing in it is executed: arrays are arrays, metadata is JSON. Arrays without elements
 (rank 0) stand in the metadata alone, since orbax cannot store them.
@@ -37,11 +36,12 @@ from lowrank_jax.surgery import (
     get_ranks,
     max_ranks,
     rank_problems,
+    rules_of,
     set_ranks,
 )
 
 FORMAT_VERSION = 1
-_RANK_AXIS = {"u": -1, "s": -1, "v": -2}
+_RANK_AXES = {"u": (-1,), "s": (-1,), "v": (-2,), "middle": (-2, -1)}
 _CHUNKED_BYTES = 16 * 1024  # smaller arrays are one chunk
 
 
@@ -295,6 +295,7 @@ def _contents(
         "step": step,
         "ranks": get_ranks(model),
         "max_ranks": max_ranks(model),
+        "rank_rules": rules_of(model),
         "arrays": {name: _describe(leaves) for name, leaves in flat.items()},
     }
     json.dumps(about)
@@ -307,8 +308,8 @@ def _at_ranks(params: Any, ranks: Ranks) -> Any:
 
     def shape(key_path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         key = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        sizes, axis = list(leaf.shape), rank_axis(key)
-        if axis is not None:
+        sizes = list(leaf.shape)
+        for axis in rank_axes(key):
             path = key.rpartition("factors")[0].removesuffix("/")
             sizes[axis] = max(flatten_rank(ranks[path]), default=0)
         return jax.ShapeDtypeStruct(tuple(sizes), leaf.dtype)
@@ -316,10 +317,10 @@ def _at_ranks(params: Any, ranks: Ranks) -> Any:
     return jax.tree.map_with_path(shape, params)
 
 
-def rank_axis(key: str) -> int | None:
-    """Which axis (from the end) of the array under this path is the rank, if any is."""
+def rank_axes(key: str) -> tuple[int, ...]:
+    """Which axes (from the end) of the array under this path are the rank."""
     parts = key.split("/")
-    return _RANK_AXIS.get(parts[-1]) if "factors" in parts[-2:-1] else None
+    return _RANK_AXES.get(parts[-1], ()) if "factors" in parts[-2:-1] else ()
 
 
 def _check_against(
@@ -342,10 +343,10 @@ def _describe(leaves: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def _save_args(leaves: Mapping[str, Any]) -> ocp.args.PyTreeSave:
     def chunks(key: str, leaf: Any) -> ocp.SaveArgs:
-        axis = rank_axis(key)
-        if axis is None or leaf.nbytes < _CHUNKED_BYTES:
+        axes = rank_axes(key)
+        if not axes or leaf.nbytes < _CHUNKED_BYTES:
             return ocp.SaveArgs()
-        return ocp.SaveArgs(shard_axes=(leaf.ndim + axis,))
+        return ocp.SaveArgs(shard_axes=(leaf.ndim + axes[0],))
 
     return ocp.args.PyTreeSave(
         dict(leaves), save_args={key: chunks(key, leaf) for key, leaf in leaves.items()}
@@ -365,10 +366,10 @@ def _differences(
     problems += [f"{name}/{key}: is not in the model" for key in stored.keys() - leaves]
     for key in leaves.keys() & stored.keys():
         (shape, dtype), leaf = stored[key], leaves[key]
-        wanted, axis = list(leaf.shape), rank_axis(key)
+        wanted = list(leaf.shape)
         fits = len(shape) == len(wanted)
-        if fits and axis is not None and wanted[axis] < shape[axis]:
-            wanted[axis] = shape[axis]
+        for axis in rank_axes(key) if fits else ():
+            wanted[axis] = max(wanted[axis], shape[axis])
         if not fits or wanted != shape or str(leaf.dtype) != dtype:
             problems.append(
                 f"{name}/{key}: is {dtype}{shape} in the checkpoint,"

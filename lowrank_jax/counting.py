@@ -86,7 +86,9 @@ def count(
             factored[owner] = _add_positions(known, cost) if known else cost
         else:
             fixed_macs += cost.dense_macs
-    shared = {id(p) for f in find_factors(model).values() for p in (f.u, f.s, f.v)}
+    shared = {
+        id(p) for f in find_factors(model).values() for p in (f.u, f.s, f.middle, f.v)
+    }
     params = {
         id(node): math.prod(node.shape)
         for _, node in nnx.iter_graph(model)

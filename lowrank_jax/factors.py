@@ -5,11 +5,13 @@ Letters: `i` in, `o` out, `r` rank; `stack` are leading axes, one for modules st
 `nnx.vmap` or `nnx.scan`, one for the groups of a convolution.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lowrank_jax import linalg
 from lowrank_jax.cost import RankValue, flatten_rank
@@ -28,10 +30,15 @@ class Factors(nnx.Module):
     never recompiles; columns at or past it contribute nothing and get exactly zero
     gradient. All arrays may carry leading stack axes.
 
+    Square factors may stand between u and v, `W = u M_1 ... M_n v`: the depth of LoRITa
+    (Alkhouri et al., 2024). They exist for training only; `canonicalize` multiplies
+    them back.
+
     Args:
       u: Input side, `(*stack, i, r)`.
       v: Output side, `(*stack, r, o)`.
-      s: Scales, `(*stack, r)`, or None for a product of two.
+      s: Scales, `(*stack, r)`, or None for a product without.
+      middle: Square factors, `(*stack, n, r, r)`, or None for a product of two.
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class Factors(nnx.Module):
         u: Float[Array, "*stack i r"],
         v: Float[Array, "*stack r o"],
         s: Float[Array, "*stack r"] | None = None,
+        middle: Float[Array, "*stack n r r"] | None = None,
     ):
         stack, allocated = u.shape[:-2], u.shape[-1]
         if v.shape[:-1] != (*stack, allocated) or (
@@ -50,22 +58,74 @@ class Factors(nnx.Module):
                 f" in stack and r, got {u.shape}, {getattr(s, 'shape', None)} and"
                 f" {v.shape}. Transpose them to this order."
             )
+        if middle is not None and (
+            s is not None
+            or (*middle.shape[:-3], *middle.shape[-2:])
+            != (*stack, allocated, allocated)
+        ):
+            raise ValueError(
+                f"Factors: middle must be (*stack, n, r, r) beside u {u.shape}, without"
+                f" s, got {middle.shape} and s {getattr(s, 'shape', None)}."
+            )
         self.u = nnx.Param(u)
         self.s = nnx.data(None if s is None else nnx.Param(s))
+        self.middle = nnx.data(None if middle is None else nnx.Param(middle))
         self.v = nnx.Param(v)
         self.rank = Rank(jnp.full(stack, allocated, jnp.int32))
         self.per_example = False
 
     @classmethod
     def from_matrix(
-        cls, matrix: Float[Array, "*stack i o"], max_rank: int, *, with_s: bool = False
+        cls,
+        matrix: Float[Array, "*stack i o"],
+        max_rank: int,
+        *,
+        with_s: bool = False,
+        depth: int = 2,
     ) -> "Factors":
-        """The best factors of a matrix: balanced, or with the singular values in
-        `s`."""
+        """The best factors of a matrix.
+
+        Args:
+          matrix: What to factor.
+          max_rank: Rank to allocate.
+          with_s: Keep the singular values in `s` instead of sharing them equally.
+          depth: How many factors share them: 2, or more for square ones in between.
+        """
+        if depth < 2 or (with_s and depth > 2):
+            raise ValueError(
+                "depth: must be 2, or more without with_s, got"
+                f" {depth} with_s={with_s}. Use one of the two."
+            )
+        u, s, v = linalg.truncated_svd(matrix, max_rank)
         if with_s:
-            u, s, v = linalg.truncated_svd(matrix, max_rank)
             return cls(u, v, s)
-        return cls(*linalg.balanced_svd(matrix, max_rank))
+        root = s ** (1 / depth)
+        u, v = u * root[..., None, :], root[..., :, None] * v
+        if depth == 2:
+            return cls(u, v)
+        square = root[..., None, :] * jnp.eye(max_rank, dtype=root.dtype)
+        return cls(u, v, middle=jnp.stack([square] * (depth - 2), axis=-3))
+
+    @classmethod
+    def random(
+        cls,
+        key: PRNGKeyArray,
+        matrix: Float[Array, "*stack i o"],
+        max_rank: int,
+        *,
+        with_s: bool = False,
+    ) -> "Factors":
+        """Random factors whose product has entries of the variance of a matrix's."""
+        u, v = linalg.random_factors(
+            key,
+            *matrix.shape[-2:],
+            max_rank,
+            variance=jnp.var(matrix),
+            stack=matrix.shape[:-2],
+            dtype=matrix.dtype,
+        )
+        scales = jnp.ones(u.shape[:-2] + u.shape[-1:], u.dtype)
+        return cls(u, v, scales if with_s else None)
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
@@ -84,6 +144,11 @@ class Factors(nnx.Module):
         """The allocated rank: how many columns there are."""
         return self.u.shape[-1]
 
+    @property
+    def depth(self) -> int:
+        """How many matrices the product has, `s` not counted."""
+        return 2 if self.middle is None else 2 + self.middle.shape[-3]
+
     def arrays(
         self,
     ) -> tuple[
@@ -91,8 +156,25 @@ class Factors(nnx.Module):
         Float[Array, "*stack r"] | None,
         Float[Array, "*stack r o"],
     ]:
-        """`u`, `s` (or None) and `v` with all allocated columns."""
-        return self.u[...], None if self.s is None else self.s[...], self.v[...]
+        """`u`, `s` (or None) and `v` with all allocated columns.
+
+        Square factors in between are multiplied into the smaller of the two.
+        """
+        u, v = self.u[...], self.v[...]
+        if self.middle is not None:
+            u, v = self._join(u, self.middle[...], v)
+        return u, None if self.s is None else self.s[...], v
+
+    def _join(self, u: Array, middle: Array, v: Array) -> tuple[Array, Array]:
+        """`u` and `v` with the square factors multiplied into the smaller one."""
+        squares = [middle[..., n, :, :] for n in range(middle.shape[-3])]
+        if self._joins_u:
+            return functools.reduce(jnp.matmul, squares, u), v
+        return u, functools.reduce(lambda right, m: m @ right, reversed(squares), v)
+
+    @property
+    def _joins_u(self) -> bool:
+        return self.in_size <= self.out_size
 
     def mask(self) -> Bool[Array, "*stack r"]:
         """True for the columns that act; a further axis `b` before `r` per example."""
@@ -121,6 +203,8 @@ class Factors(nnx.Module):
             u = u * jnp.abs(s)[..., None, :]
         if not self.per_example:
             u = jnp.where(self.mask()[..., None, :], u, 0)
+        if self.middle is not None and self._joins_u:
+            u, _ = self._join(u, self._active_middle(), v=None)
         return u if dtype is None else u.astype(dtype)
 
     def active_v(
@@ -128,7 +212,14 @@ class Factors(nnx.Module):
     ) -> Float[Array, "*stack r o"]:
         """`v`, in the dtype of the computation."""
         v = self.v[...]
+        if self.middle is not None and not self._joins_u:
+            _, v = self._join(None, self._active_middle(), v)
         return v if dtype is None else v.astype(dtype)
+
+    def _active_middle(self) -> Float[Array, "*stack n r r"]:
+        """The square factors with the rows and columns past the rank set to zero."""
+        mask = self.mask()[..., None, :]
+        return jnp.where(mask[..., None] & mask[..., None, :], self.middle[...], 0)
 
     def matrix(
         self, dtype: jax.typing.DTypeLike | None = None
@@ -166,7 +257,27 @@ class Factors(nnx.Module):
         self.v.set_value(self.v[...][..., :allocated, :])
         if self.s is not None:
             self.s.set_value(self.s[...][..., :allocated])
+        if self.middle is not None:
+            self.middle.set_value(self.middle[...][..., :allocated, :allocated])
         self.set_rank(rank)
+
+    def canonicalize(self) -> None:
+        """Replaces the arrays by the SVD of the product at the active rank, in place.
+
+        Without `s` the singular values are shared equally; square factors in between
+        are gone.
+        """
+        u, sigma, v = linalg.canonical_form(
+            self.active_u(None), None, self.active_v(None)
+        )
+        if self.s is None:
+            root = jnp.sqrt(sigma)
+            u, v = u * root[..., None, :], root[..., :, None] * v
+        else:
+            self.s.set_value(sigma)
+        self.u.set_value(u)
+        self.v.set_value(v)
+        self.middle = nnx.data(None)
 
     def set_rank(self, rank: RankValue | Int[Array, "..."]) -> None:
         """Sets the active rank, in place: one number, one per stacked matrix, or an
@@ -184,6 +295,11 @@ class Factors(nnx.Module):
                 " each"
                 f" matrix) or {(*stack, 'batch')}, got shape {value.shape}. Give one of"
                 " these."
+            )
+        if per_example and self.middle is not None:
+            raise ValueError(
+                "rank: factors with square ones in between take no rank per example,"
+                f" got shape {value.shape}. Use another sampler, or canonicalize first."
             )
         self.per_example = per_example
         if not per_example:

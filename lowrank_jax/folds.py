@@ -179,6 +179,13 @@ class ConvFold(Fold):
         return self._kernel(columns, spatial, self.second_axes)
 
     @property
+    def scheme(self) -> int:
+        """The number of the scheme in the module's table."""
+        if not self.second_axes:
+            return 0
+        return {(1,): 1, (0,): 2, (): 3}[self.first_axes]
+
+    @property
     def second_axes(self) -> tuple[int, ...]:
         """Spatial axes that the second convolution handles."""
         spatial = range(len(self.kernel_shape) - 2)

@@ -2,12 +2,15 @@
 
 A matrix `W (i, o)` is the product `u (i, r) · diag(|s|) (r) · v (r, o)`; every function
 takes any number of equal leading axes in front of these. Letters: `i` in, `o` out, `r`
-rank.
+rank. Where a result would suffer, products are computed in full float32, also on
+accelerators whose default is less (TF32, bfloat16).
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 
 def balanced_svd(
@@ -66,14 +69,130 @@ def canonical_form(
     left = u.astype(wide) if s is None else (u * jnp.abs(s)[..., None, :]).astype(wide)
     q_u, r_u = jnp.linalg.qr(left)
     q_v, r_v = jnp.linalg.qr(jnp.swapaxes(v.astype(wide), -1, -2))
-    p, sigma, z = jnp.linalg.svd(r_u @ jnp.swapaxes(r_v, -1, -2), full_matrices=False)
-    left, right = q_u @ p, z @ jnp.swapaxes(q_v, -1, -2)
+    core = exact_product(r_u, jnp.swapaxes(r_v, -1, -2))
+    p, sigma, z = jnp.linalg.svd(core, full_matrices=False)
+    left, right = exact_product(q_u, p), exact_product(z, jnp.swapaxes(q_v, -1, -2))
     missing = rank - sigma.shape[-1]
     lead = [(0, 0)] * (u.ndim - 2)
     left = jnp.pad(left, [*lead, (0, 0), (0, missing)])
     sigma = jnp.pad(sigma, [*lead, (0, missing)])
     right = jnp.pad(right, [*lead, (0, missing), (0, 0)])
     return left.astype(u.dtype), sigma.astype(u.dtype), right.astype(v.dtype)
+
+
+def singular_values(
+    u: Float[Array, "*stack i r"],
+    s: Float[Array, "*stack r"] | None,
+    v: Float[Array, "*stack r o"],
+) -> Float[Array, "*stack n"]:
+    """The n = min(i, r, o) singular values of `u diag(|s|) v`, falling.
+
+    A factor that is longer than r is first reduced to r rows by QR, so the SVD is of a
+    matrix `(min(i, r), min(o, r))`; the product itself is formed only where neither is
+    longer. Computed and returned in float32 or better.
+
+    The derivative is that of the values alone: `dW = P diag(g) Q^T` for W = P S Q^T,
+    taken to the factors through the small matrices. Singular vectors are never
+    differentiated, which blows up where values repeat, nor is the QR, which does at a
+    zero column. A value that is zero to rounding has no direction of its own; its
+    gradient is taken as zero, one of the subgradients there.
+    """
+    wide = jnp.promote_types(u.dtype, jnp.float32)
+    left, right = u.astype(wide), v.astype(wide)
+    if s is not None:
+        left = left * jnp.abs(s.astype(wide))[..., None, :]
+    if u.shape[-1] == 0:
+        return jnp.zeros(u.shape[:-2] + (0,), wide)
+    return _singular_values(left, right)
+
+
+@jax.custom_vjp
+def _singular_values(
+    u: Float[Array, "*stack i r"], v: Float[Array, "*stack r o"]
+) -> Float[Array, "*stack n"]:
+    (_, left), (_, right) = _reduced(u), _reduced(jnp.swapaxes(v, -1, -2))
+    core = exact_product(left, jnp.swapaxes(right, -1, -2))
+    return jnp.linalg.svd(core, compute_uv=False)
+
+
+def _singular_values_forward(u: Array, v: Array):
+    sides = _reduced(u), _reduced(jnp.swapaxes(v, -1, -2))
+    core = exact_product(sides[0][1], jnp.swapaxes(sides[1][1], -1, -2))
+    p, sigma, z = jnp.linalg.svd(core, full_matrices=False)
+    return sigma, (*sides, p, sigma, z)
+
+
+def _singular_values_backward(saved, gradient: Float[Array, "*stack n"]):
+    (q_u, left), (q_v, right), p, sigma, z = saved
+    size = max(p.shape[-2], z.shape[-1])
+    rounding = size * jnp.finfo(sigma.dtype).eps * sigma[..., :1]
+    gradient = jnp.where(sigma <= rounding, 0, gradient)
+    core = exact_product(p * gradient[..., None, :], z)
+    d_left = exact_product(core, right)
+    d_right = exact_product(jnp.swapaxes(core, -1, -2), left)
+    d_u = d_left if q_u is None else exact_product(q_u, d_left)
+    d_v = d_right if q_v is None else exact_product(q_v, d_right)
+    return d_u, jnp.swapaxes(d_v, -1, -2)
+
+
+_singular_values.defvjp(_singular_values_forward, _singular_values_backward)
+
+
+def _reduced(
+    side: Float[Array, "*stack i r"],
+) -> tuple[Float[Array, "*stack i r"] | None, Float[Array, "*stack k r"]]:
+    """Q (None for the identity) and R of a factor, k = min(i, r)."""
+    if side.shape[-2] <= side.shape[-1]:
+        return None, side
+    return tuple(jnp.linalg.qr(side))
+
+
+def squared_norm(
+    u: Float[Array, "*stack i r"],
+    s: Float[Array, "*stack r"] | None,
+    v: Float[Array, "*stack r o"],
+) -> Float[Array, "*stack"]:
+    """`||u diag(|s|) v||_F^2`, by the form with fewer operations.
+
+    `trace(u^T u v v^T)` over the Gram matrices takes r^2 (i + o), forming the product
+    i r o.
+    """
+    (in_size, rank), out_size = u.shape[-2:], v.shape[-1]
+    left = u if s is None else u * jnp.abs(s)[..., None, :]
+    if rank * (in_size + out_size) <= in_size * out_size:
+        gram_u = exact_product(jnp.swapaxes(left, -1, -2), left)
+        gram_v = exact_product(v, jnp.swapaxes(v, -1, -2))
+        return jnp.sum(gram_u * gram_v, axis=(-2, -1))
+    return jnp.sum(jnp.square(exact_product(left, v)), axis=(-2, -1))
+
+
+def random_factors(
+    key: PRNGKeyArray,
+    in_size: int,
+    out_size: int,
+    rank: int,
+    *,
+    variance: float | Float[Array, ""],
+    stack: tuple[int, ...] = (),
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> tuple[Float[Array, "*stack i r"], Float[Array, "*stack r o"]]:
+    """Normal factors whose product has entries of this variance.
+
+    With deviations a of `u` and b of `v`: `r a^2 b^2 = variance`, and `i a^2 = o b^2`,
+    so that the columns of both have the same norm in expectation, as in the balanced
+    SVD.
+
+    >>> u, v = random_factors(jax.random.key(0), 8, 4, 2, variance=1 / 8)
+    >>> u.shape, v.shape
+    ((8, 2), (2, 4))
+    """
+    both = jnp.sqrt(variance / max(rank, 1))  # the product of the deviations
+    ratio = math.sqrt(out_size / in_size)
+    u_key, v_key = jax.random.split(key)
+    u = jax.random.normal(u_key, (*stack, in_size, rank), dtype)
+    v = jax.random.normal(v_key, (*stack, rank, out_size), dtype)
+    a, b = jnp.sqrt(both * ratio), jnp.sqrt(both / ratio)
+    return u * a.astype(dtype), v * b.astype(dtype)
 
 
 def column_norms(
@@ -93,9 +212,17 @@ def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
     A norm that is zero sits at its minimum; 0 is a subgradient there. The usual NaN
     (0 times infinity) would reach every column through the reverse sums of the lasso.
+    A NaN in `x` stays one.
     """
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+    zero = x <= 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
+
+
+def exact_product(
+    left: Float[Array, "*stack a b"], right: Float[Array, "*stack b c"]
+) -> Float[Array, "*stack a c"]:
+    """A matrix product at the full precision of its arrays on every device."""
+    return jnp.matmul(left, right, precision="highest")
 
 
 def tail_norms(squares: Float[Array, "*stack r"]) -> Float[Array, "*stack r"]:

@@ -6,17 +6,18 @@ path of a layer, the same in rules, logs, errors, rank files and checkpoints. Fu
 that change the model's shape return a new model and leave the one they are given alone.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from lowrank_jax import linalg
 from lowrank_jax.cost import RankValue, flatten_rank, fraction_of
 from lowrank_jax.factors import Factors
+from lowrank_jax.folds import ConvFold
 from lowrank_jax.layers import LAYERS, LowRankLayer
 from lowrank_jax.rules import match_rules
 
@@ -24,8 +25,17 @@ Ranks: TypeAlias = Mapping[str, RankValue]
 """Ranks outside jit: `{path: int}`, or nested lists of ints for stacked layers."""
 
 LayerRule: TypeAlias = str | Mapping[str, Any]
-"""What a rule asks for: "dense", "full", or keyword arguments: `max_rank` or
-`rank_fraction`, and for convolutions `scheme`."""
+"""What a rule asks for: "dense", "full", or a mapping with any of
+
+- `max_rank` (clipped to the layer's) or `rank_fraction`: what to allocate;
+- `scheme`: how the kernel of a convolution folds (`folds.conv_fold`);
+- `with_s`: keep scales in `s` instead of sharing them between the factors;
+- `depth`: number of factors, 2 or more (LoRITa);
+- `init`: "svd" of the kernel (spectral initialisation where it is a fresh one, Khodak
+  et al., 2021), or "random" factors of the kernel's variance.
+"""
+
+_RULE_KEYS = {"max_rank", "rank_fraction", "scheme", "with_s", "depth", "init"}
 
 
 def find_layers(model: nnx.Module) -> dict[str, tuple[nnx.Module, list[str]]]:
@@ -70,26 +80,26 @@ def factorize(
     model: nnx.Module,
     rules: Sequence[tuple[str, LayerRule]] = ((".*", "full"),),
     *,
-    with_s: bool = False,
+    rngs: nnx.Rngs | None = None,
     where: str = "rank_rules",
 ) -> nnx.Module:
     """A copy of the model with its layers in low-rank form.
 
-    Every kernel becomes the product of its balanced SVD, so that at full rank the
-    function is unchanged. A module or a weight that is shared stays shared.
+    Every kernel becomes the product of its SVD (unless a rule says "random"), so that
+    at full rank the function is unchanged. A module or a weight that is shared stays
+    shared.
 
     Args:
       model: Any NNX model; layers that are low-rank already stay as they are.
       rules: Ordered pairs of a pattern (a regular expression for the whole path) and
-        "full", "dense", or a mapping with `max_rank` (at most this, clipped to the
-        layer's) or `rank_fraction` of the full rank, and for convolutions `scheme`.
-      with_s: Keep the singular values in `s` instead of sharing them between the
-        factors.
+        what to make of these layers, a `LayerRule`.
+      rngs: Source of keys for rules with "random".
       where: What to call the rules in errors.
 
     Raises:
-      ValueError: A layer that no rule covers, a rule without a layer, a bad value, or a
-        layer that has no low-rank form; all offenders of a kind at once.
+      ValueError: A layer that no rule covers, a rule without a layer, a bad value, a
+        layer that has no low-rank form, or a kernel with NaN or infinity; all offenders
+        of a kind at once.
 
     >>> model = factorize(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), [(".*", {"max_rank": 2})])
     >>> find_factors(model)[""].max_rank
@@ -110,7 +120,7 @@ def factorize(
         kernel, form = getattr(layer, LAYERS[type(layer)].kernel_name), "dense"
         if chosen[path] != "dense":
             try:
-                twin = _twin(layer, chosen[path], shared, with_s)
+                twin = _twin(layer, chosen[path], shared, rngs)
             except (TypeError, ValueError) as error:
                 problems.append(f"{path}: {error}")
                 continue
@@ -127,19 +137,79 @@ def factorize(
     return _replace(model, lambda node: twins.get(id(node)))
 
 
-def merge(model: nnx.Module) -> nnx.Module:
-    """A copy of the model with every low-rank layer dense again, at its active rank."""
+def rules_of(model: nnx.Module) -> list[tuple[str, LayerRule]]:
+    """The rules by which `factorize` makes this model's structure from its dense twin.
+
+    >>> rules_of(factorize(nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))))
+    [('layers/0', {'max_rank': 4, 'with_s': False, 'depth': 2})]
+    """
+    rules: list[tuple[str, LayerRule]] = []
+    dense = False
+    for path, (layer, _) in find_layers(model).items():
+        if not isinstance(layer, LowRankLayer):
+            dense = True
+            continue
+        rule = {
+            "max_rank": layer.factors.max_rank,
+            "with_s": layer.factors.s is not None,
+            "depth": layer.factors.depth,
+        }
+        if isinstance(layer.fold, ConvFold):
+            rule["scheme"] = layer.fold.scheme
+        rules.append((re.escape(path), rule))
+    return [*rules, (".*", "dense")] if dense else rules
+
+
+def kernel_matrices(model: nnx.Module) -> dict[str, Float[Array, "*stack i o"]]:
+    """The matrix of each layer that has, or can have, a low-rank form.
+
+    Dense kernels fold as `factorize` folds them by default; factors are multiplied at
+    their active rank.
+    """
+    matrices = {}
+    for path, (layer, _) in find_layers(model).items():
+        if isinstance(layer, LowRankLayer):
+            matrices[path] = layer.factors.matrix()
+            continue
+        kind = LAYERS[type(layer)]
+        try:
+            fold = kind.fold_of(layer)
+        except ValueError:  # it has no low-rank form after all, such as a masked kernel
+            continue
+        matrices[path] = fold.to_matrix(getattr(layer, kind.kernel_name)[...])
+    return matrices
+
+
+def merge(model: nnx.Module, paths: Collection[str] | None = None) -> nnx.Module:
+    """A copy of the model with low-rank layers dense again, at their active rank.
+
+    Args:
+      model: A low-rank model.
+      paths: Which factors, as in `find_factors`; None for all.
+
+    Raises:
+      ValueError: A path that is unknown.
+    """
+    factors = find_factors(model)
+    if unknown := [path for path in paths or () if path not in factors]:
+        raise ValueError(_unknown(unknown, factors))
+    model = nnx.clone(model)
+    chosen = {
+        id(one)
+        for path, one in find_factors(model).items()
+        if paths is None or path in paths
+    }
     kernels: dict[Any, nnx.Param] = {}
 
     def dense(node: Any) -> nnx.Module | None:
-        if not isinstance(node, LowRankLayer):
+        if not isinstance(node, LowRankLayer) or id(node.factors) not in chosen:
             return None
         key = (id(node.factors), node.fold)
         if key not in kernels:
             kernels[key] = nnx.Param(node.merged_kernel())
         return node.to_dense(kernels[key])
 
-    return _replace(nnx.clone(model), dense)
+    return _replace(model, dense)
 
 
 def truncate(model: nnx.Module, ranks: Ranks) -> nnx.Module:
@@ -162,23 +232,17 @@ def truncate(model: nnx.Module, ranks: Ranks) -> nnx.Module:
 
 
 def canonicalize(model: nnx.Module) -> nnx.Module:
-    """A copy whose factors are the balanced SVD of their product at the active rank.
+    """A copy whose factors are the SVD of their product at the active rank.
 
-    The function stays, the columns come in order of their singular values, and every
-    prefix is the best approximation of its rank (Eckart-Young). Not for models trained
-    with ordered dropout: their own order is better for the loss.
+    The singular values are in `s` where there is one, else shared equally; the square
+    factors of a deeper product are multiplied back. The function stays, the columns
+    come in order of their singular values, and every prefix is the best approximation
+    of its rank (Eckart-Young). Not for models trained with ordered dropout: their own
+    order is better for the loss.
     """
     model = nnx.clone(model)
     for factors in find_factors(model).values():
-        _, s, v = factors.arrays()
-        u, sigma, v = linalg.canonical_form(factors.active_u(None), None, v)
-        if s is None:
-            root = jax.numpy.sqrt(sigma)
-            u, v = u * root[..., None, :], root[..., :, None] * v
-        else:
-            factors.s.set_value(sigma)
-        factors.u.set_value(u)
-        factors.v.set_value(v)
+        factors.canonicalize()
     return model
 
 
@@ -273,25 +337,24 @@ def _rank_problem(
 
 def _unknown(paths: Sequence[str], known: Mapping[str, Any]) -> str:
     return (
-        f"ranks: paths must name low-rank layers, got {list(paths)}. The model has"
+        f"paths: must name low-rank layers, got {list(paths)}. The model has"
         f" {list(known)}."
     )
 
 
 def _twin(
-    layer: nnx.Module, rule: LayerRule, shared: dict[Any, Factors], with_s: bool
+    layer: nnx.Module,
+    rule: LayerRule,
+    shared: dict[Any, Factors],
+    rngs: nnx.Rngs | None,
 ) -> LowRankLayer:
     """The low-rank twin of one layer; `shared` holds the factors made so far."""
     kind = LAYERS[type(layer)]
     options = {} if rule == "full" else rule
-    if not isinstance(options, Mapping) or not set(options) <= {
-        "max_rank",
-        "rank_fraction",
-        "scheme",
-    }:
+    if not isinstance(options, Mapping) or not set(options) <= _RULE_KEYS:
         raise ValueError(
-            "a rule must be 'dense', 'full' or a mapping of max_rank or rank_fraction"
-            f" and scheme, got {rule!r}."
+            f"a rule must be 'dense', 'full' or a mapping of {sorted(_RULE_KEYS)}, got"
+            f" {rule!r}."
         )
     fold_options = {"scheme": options["scheme"]} if "scheme" in options else {}
     if fold_options and type(layer) is not nnx.Conv:
@@ -299,13 +362,40 @@ def _twin(
     fold = kind.fold_of(layer, **fold_options)
     max_rank = _allocated_rank(options, fold.full_rank)
     kernel = getattr(layer, kind.kernel_name)
-    key = (id(kernel), fold, max_rank)
+    form = tuple(options.get(name) for name in ("with_s", "depth", "init"))
+    key = (id(kernel), fold, max_rank, form)
     if key not in shared:
-        matrix = fold.to_matrix(kernel[...])
-        shared[key] = Factors.from_matrix(matrix, max_rank, with_s=with_s)
+        shared[key] = _factors(fold.to_matrix(kernel[...]), max_rank, options, rngs)
     return kind.from_dense(
         layer, max_rank=max_rank, factors=shared[key], **fold_options
     )
+
+
+def _factors(
+    matrix: Array, max_rank: int, options: Mapping[str, Any], rngs: nnx.Rngs | None
+) -> Factors:
+    """The factors that a rule makes of a kernel's matrix."""
+    with_s, depth = options.get("with_s", False), options.get("depth", 2)
+    init = options.get("init", "svd")
+    if not isinstance(with_s, bool):
+        raise ValueError(f"with_s must be true or false, got {with_s!r}.")
+    if isinstance(depth, bool) or not isinstance(depth, int):
+        raise ValueError(f"depth must be a whole number >= 2, got {depth!r}.")
+    if init == "random":
+        if rngs is None or depth != 2:
+            raise ValueError(
+                "init 'random' needs rngs and a depth of 2, got"
+                f" rngs={rngs}, depth={depth}. Pass factorize(..., rngs=)."
+            )
+        return Factors.random(rngs.params(), matrix, max_rank, with_s=with_s)
+    if init != "svd":
+        raise ValueError(f"init must be 'svd' or 'random', got {init!r}.")
+    if not isinstance(matrix, jax.core.Tracer) and not np.isfinite(matrix).all():
+        raise ValueError(
+            "the kernel must be finite to have an SVD, got NaN or infinity. Train or"
+            " load it anew, with a lower learning rate."
+        )
+    return Factors.from_matrix(matrix, max_rank, with_s=with_s, depth=depth)
 
 
 def _allocated_rank(options: Mapping[str, Any], full_rank: int) -> int:

@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TREES = ("lowrank_jax", "train", "configs", "benchmarks")
 
 LAYERS = (
-    {"linalg", "folds", "cost", "rules"},
+    {"linalg", "folds", "cost", "rules", "optimizer_state"},
     {"factors"},
+    {"spectral"},
     {"layers", "selection"},
     {"surgery"},
     {

@@ -37,6 +37,10 @@ OPTIMIZER = {
 SHRINK = {"every_epochs": int, "threshold": float, "multiple": int}
 """When and how ranks are cut; an empty mapping for never."""
 
+UNTIL = ("steps", "epochs", "to_epoch")
+"""How long a phase is: so many steps, so many epochs, or to this epoch of the run; with
+a "condition" beside it, at most so long."""
+
 PHASE = {
     "name": str,
     "until": dict,
@@ -44,8 +48,12 @@ PHASE = {
     "teacher": NAMED,
     "passes_loss": str,
     "penalties": list,
+    "projections": list,
+    "trainable": list,
     "optimizer": OPTIMIZER,
+    "optimizer_state": str,
     "shrink": dict,
+    "on_end": list,
 }
 
 CONFIG = {
@@ -58,6 +66,7 @@ CONFIG = {
     "log_every_steps": int,
     "eval_every_epochs": int,
     "eval_fractions": list,
+    "recalibration_batches": int,
     "checkpoint_every_epochs": int,
     "keep_checkpoints": int,
 }
@@ -140,7 +149,7 @@ def _bounds(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{where}: must be at least 1, got {value}. Raise it.")
     if config["seed"] < 0:
         problems.append(f"config.seed: must be at least 0, got {config['seed']}.")
-    natural = ("eval_every_epochs", "checkpoint_every_epochs")
+    natural = ("eval_every_epochs", "checkpoint_every_epochs", "recalibration_batches")
     for key in natural:
         if config[key] < 0:
             problems.append(
@@ -166,21 +175,14 @@ def _bounds(config: Mapping[str, Any]) -> list[str]:
 
 
 def _phase_bounds(phase: Mapping[str, Any], where: str) -> list[str]:
-    problems = []
-    until = phase["until"]
-    lengths = list(until.values())
-    if set(until) not in ({"steps"}, {"epochs"}) or not all(
-        isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in lengths
-    ):
-        problems.append(
-            f"{where}.until: must be {{'steps': n}} or {{'epochs': n}} with n >= 1, got"
-            f" {until}. Give the phase a length."
-        )
-    if phase["passes_loss"] not in ("mean", "sum"):
-        problems.append(
-            f"{where}.passes_loss: must be 'mean' or 'sum', got"
-            f" {phase['passes_loss']!r}."
-        )
+    problems = _until_bounds(phase["until"], f"{where}.until")
+    choices = {"passes_loss": ("mean", "sum"), "optimizer_state": ("new", "kept")}
+    for key, allowed in choices.items():
+        if phase[key] not in allowed:
+            problems.append(
+                f"{where}.{key}: must be {' or '.join(map(repr, allowed))}, got"
+                f" {phase[key]!r}."
+            )
     shrink = phase["shrink"]
     mistakes = _compare(shrink, SHRINK, f"{where}.shrink") if shrink else []
     problems += mistakes
@@ -189,9 +191,32 @@ def _phase_bounds(phase: Mapping[str, Any], where: str) -> list[str]:
             f"{where}.shrink: every_epochs and multiple must be at least 1, got"
             f" {shrink}."
         )
-    for spec in phase["penalties"]:
-        problems += _compare(spec, NAMED, f"{where}.penalties")
+    for key in ("penalties", "projections", "on_end"):
+        for spec in phase[key]:
+            problems += _compare(spec, NAMED, f"{where}.{key}")
+    patterns = phase["trainable"]
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        problems.append(
+            f"{where}.trainable: must be regular expressions, one for each epoch in"
+            f" turn, got {patterns}. Use ('.*',) to train everything."
+        )
     return problems
+
+
+def _until_bounds(until: Mapping[str, Any], where: str) -> list[str]:
+    lengths = {key: value for key, value in until.items() if key != "condition"}
+    if set(lengths) not in [{key} for key in UNTIL] or not all(
+        isinstance(n, int) and not isinstance(n, bool) and n > 0
+        for n in lengths.values()
+    ):
+        return [
+            f"{where}: must be {{'steps': n}}, {{'epochs': n}} or {{'to_epoch': n}}"
+            f" with n >= 1, and may have a 'condition', got {until}. Give the phase a"
+            " length."
+        ]
+    if "condition" in until:
+        return _compare(until["condition"], NAMED, f"{where}.condition")
+    return []
 
 
 def _in_unit(fraction: Any) -> bool:

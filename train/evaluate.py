@@ -21,6 +21,11 @@ _SPLIT = flags.DEFINE_enum(
 _FRACTIONS = flags.DEFINE_list(
     "rank_fractions", None, "Evaluate at these fractions of the ranks, such as 1,0.5."
 )
+_RECALIBRATION_BATCHES = flags.DEFINE_integer(
+    "recalibration_batches",
+    0,
+    "With --rank_fractions: training batches to re-estimate BatchNorm on at each.",
+)
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where the data set is, if elsewhere."
 )
@@ -60,6 +65,7 @@ def _main() -> None:
         _CHECKPOINT.value,
         split=_SPLIT.value,
         fractions=fractions,
+        recalibration_batches=_RECALIBRATION_BATCHES.value,
         data_dir=_DATA_DIR.value,
         allow_imports=_ALLOW.value,
     )

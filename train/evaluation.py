@@ -1,6 +1,7 @@
 """Accuracy and loss of a model at any ranks; one compilation for all of them."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_jax import checkpoint, counting, surgery
+from lowrank_jax import calibration, checkpoint, counting, surgery
 from lowrank_jax.selection.solvers import at_fraction
 from lowrank_jax.surgery import Ranks
 from train import input_pipeline, steps
@@ -22,17 +23,28 @@ Figures = dict[str, Any]
 
 
 def make_evaluator(
-    structure: Structure, prepare: Callable[[Array], Array]
+    structure: Structure,
+    prepare: Callable[[Array], Array],
+    *,
+    batch_statistics: bool = False,
 ) -> Callable[[Any, Any, Ranks, Iterable[Mapping[str, Array]]], dict[str, float]]:
     """A function from parameters, model state, ranks and batches to accuracy and loss.
 
     Ranks are traced: evaluating at others does not recompile. Batches may be padded;
     their `weight` says which examples count.
+
+    Args:
+      structure: The model's structure.
+      prepare: From pixels to the model's input.
+      batch_statistics: Normalize by each batch's own statistics, where running ones of
+        other ranks would be wrong.
     """
 
     @jax.jit
     def sums(params: Any, model_state: Any, ranks: Any, batch: Mapping[str, Array]):
         model = structure.merge(params, model_state, None)
+        if batch_statistics:
+            calibration.use_batch_statistics(model)
         surgery.set_ranks(model, ranks)
         logits, labels = model(prepare(batch["image"])), batch["label"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -48,12 +60,49 @@ def make_evaluator(
         ranks: Ranks,
         batches: Iterable[Mapping[str, Array]],
     ) -> dict[str, float]:
-        arrays = {path: jnp.asarray(rank, jnp.int32) for path, rank in ranks.items()}
+        arrays = _rank_arrays(ranks)
         total = sum(sums(params, model_state, arrays, batch) for batch in batches)
         hits, loss, count = (float(x) for x in total)
         return {"accuracy": hits / count, "loss": loss / count}
 
     return evaluate
+
+
+def make_calibrator(
+    structure: Structure,
+    prepare: Callable[[Array], Array],
+    batches: Callable[[], Iterable[Mapping[str, Array]]],
+) -> Callable[[Any, Any, Ranks], Any]:
+    """A function from parameters, model state and ranks to the state for these ranks.
+
+    BatchNorm's running statistics become the average over the batches at these ranks,
+    so that every nested model has its own (Horvath et al., 2021); one compilation for
+    all ranks.
+    """
+
+    @jax.jit
+    def update(mean: Any, count: Any, params: Any, ranks: Any, batch: Any):
+        model = structure.merge(params, mean, None)
+        calibration.use_batch_statistics(model)
+        surgery.set_ranks(model, ranks)
+        model(prepare(batch["image"]))
+        new = state_lib.model_state_of(model)
+        average = lambda a, b: (a + (b - a) / count).astype(a.dtype)  # noqa: E731
+        return jax.tree.map(average, mean, new)
+
+    def calibrate(params: Any, model_state: Any, ranks: Ranks) -> Any:
+        arrays = _rank_arrays(ranks)
+        for number, batch in enumerate(batches(), 1):
+            model_state = update(
+                model_state, jnp.float32(number), params, arrays, batch
+            )
+        return model_state
+
+    return calibrate
+
+
+def _rank_arrays(ranks: Ranks) -> dict[str, Array]:
+    return {path: jnp.asarray(rank, jnp.int32) for path, rank in ranks.items()}
 
 
 def figures(
@@ -76,12 +125,28 @@ def sweep(
     fractions: Sequence[float],
     batches: Callable[[], Iterable[Mapping[str, Array]]],
     cost: counting.ModelCost,
+    calibrate: Callable[[Any, Any, Ranks], Any] | None = None,
 ) -> list[Figures]:
-    """The frontier: figures at each fraction of the allocated ranks."""
-    rows = []
+    """The frontier: figures at each fraction of the allocated ranks.
+
+    Args:
+      evaluate: Of `make_evaluator`.
+      params: The parameters.
+      model_state: Everything else of the model, such as BatchNorm's statistics.
+      max_ranks: The allocated ranks.
+      fractions: Fractions of them, in (0, 1].
+      batches: Makes the batches to evaluate on.
+      cost: What the model costs.
+      calibrate: Of `make_calibrator`, to evaluate each size with statistics of its own.
+    """
+    rows, ranks, results = [], None, {}
     for fraction in fractions:
-        ranks = at_fraction(max_ranks, fraction)
-        results = evaluate(params, model_state, ranks, batches())
+        last, ranks = ranks, at_fraction(max_ranks, fraction)
+        if ranks != last:  # a dense model is the same at every fraction
+            state = model_state
+            if calibrate is not None:
+                state = calibrate(params, model_state, ranks)
+            results = evaluate(params, state, ranks, batches())
         rows.append({"rank_fraction": fraction, **figures(results, cost, ranks)})
     return rows
 
@@ -91,6 +156,7 @@ def evaluate_checkpoint(
     *,
     split: str = "test",
     fractions: Sequence[float] | None = None,
+    recalibration_batches: int = 0,
     data_dir: str | None = None,
     allow_imports: Sequence[str] = (),
 ) -> Figures | list[Figures]:
@@ -100,6 +166,8 @@ def evaluate_checkpoint(
       path: A checkpoint, a folder of steps, or a run's workdir.
       split: "train", "validation" or "test".
       fractions: Fractions of the ranks in (0, 1]; None for the ranks as they are.
+      recalibration_batches: Training batches to re-estimate BatchNorm on at each
+        fraction; 0 for the statistics of the checkpoint.
       data_dir: Where the data set is, if not where the config says.
       allow_imports: Packages that names in the checkpoint may be imported from.
     """
@@ -118,7 +186,24 @@ def evaluate_checkpoint(
     if fractions is None:
         results = evaluate(params, model_state, ranks, batches())
         return figures(results, cost, ranks)
-    return sweep(evaluate, params, model_state, ranks, fractions, batches, cost)
+    calibrate = None
+    if recalibration_batches and calibration.has_batch_norm(model):
+        calibrate = make_calibrator(
+            structure,
+            prepare,
+            lambda: training_batches(data, config, recalibration_batches),
+        )
+    return sweep(
+        evaluate, params, model_state, ranks, fractions, batches, cost, calibrate
+    )
+
+
+def training_batches(
+    data: input_pipeline.Dataset, config: Mapping[str, Any], count: int
+) -> Iterable[Mapping[str, Array]]:
+    """The first training batches of a config's seed."""
+    batches = data.train_batches(config["data"]["batch_size"], seed=config["seed"])
+    return itertools.islice(batches, count)
 
 
 def config_of(saved: checkpoint.Saved, data_dir: str | None) -> dict[str, Any]:

@@ -101,12 +101,12 @@ class Progress:
     """A bar when stderr is a terminal, else a line every few seconds.
 
     Args:
-        total: the last step.
+        total: the last step; may be set anew.
         start: steps already done.
     """
 
     def __init__(self, total: int, *, start: int = 0):
-        self._total, self._start = total, start
+        self.total, self._start = total, start
         self._began = self._spoke = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
@@ -119,14 +119,15 @@ class Progress:
         if self._bar is not None:
             if message:
                 self._bar.set_postfix_str(message, refresh=False)
+            self._bar.total = self.total
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
-        if step < self._total and now - self._spoke < _SECONDS_BETWEEN_LINES:
+        if step < self.total and now - self._spoke < _SECONDS_BETWEEN_LINES:
             return
         self._spoke = now
         rate = (step - self._start) / max(now - self._began, 1e-9)
-        line = f"step {step}/{self._total}, {rate:.3g} steps/s"
+        line = f"step {step}/{self.total}, {rate:.3g} steps/s"
         print(f"{line}, {message}" if message else line, file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -93,15 +93,24 @@ def make_optimizer(
     return optax.chain(*chain)
 
 
-def _decay_mask(pattern: str, where: str) -> Callable[[Any], Any]:
-    """Which parameters decay: those whose whole path matches."""
+def pattern(text: str, where: str) -> re.Pattern[str]:
+    """A pattern for whole parameter paths, from a config.
+
+    Raises:
+      ValueError: It is not a regular expression.
+    """
     try:
-        compiled = re.compile(pattern)
+        return re.compile(text)
     except re.error as error:
         raise ValueError(
-            f"config.{where}.decayed: must be a regular expression, got {pattern!r}"
+            f"config.{where}: must be a regular expression, got {text!r}"
             f" ({error}). Correct it."
         ) from error
+
+
+def _decay_mask(text: str, where: str) -> Callable[[Any], Any]:
+    """Which parameters decay: those whose whole path matches."""
+    compiled = pattern(text, f"{where}.decayed")
 
     def decays(key_path: Any, leaf: Any) -> bool:
         key = jax.tree_util.keystr(key_path, simple=True, separator="/")

@@ -60,7 +60,25 @@ def build_model(
       num_classes: Number of classes.
       allow_imports: Packages that names may import from, None for all.
     """
-    model = registry.build(
+    model = _dense_model(config, image_shape, num_classes, allow_imports=allow_imports)
+    return factorize(model, config)
+
+
+def factorize(model: nnx.Module, config: Mapping[str, Any]) -> nnx.Module:
+    """The model with its dense layers made low-rank by the config's rules."""
+    rules = config_lib.pairs(config["rank_rules"], "config.rank_rules")
+    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config["seed"]), 1))
+    return surgery.factorize(model, rules, rngs=rngs, where="config.rank_rules")
+
+
+def _dense_model(
+    config: Mapping[str, Any],
+    image_shape: Sequence[int],
+    num_classes: int,
+    *,
+    allow_imports: Sequence[str] | None,
+) -> nnx.Module:
+    return registry.build(
         "model",
         config["model"],
         MODELS,
@@ -69,8 +87,6 @@ def build_model(
         num_classes=num_classes,
         rngs=nnx.Rngs(config["seed"]),
     )
-    rules = config_lib.pairs(config["rank_rules"], "config.rank_rules")
-    return surgery.factorize(model, rules, where="config.rank_rules")
 
 
 def load_model(
@@ -90,18 +106,24 @@ def load_model(
 def abstract_checkpoint_model(
     saved: checkpoint.Saved, *, allow_imports: Sequence[str] | None
 ) -> nnx.Module:
-    """The structure of a checkpoint's model, by the config in its metadata."""
+    """The structure of a checkpoint's model: the config's, made low-rank as it is."""
     try:
         config, inputs = saved.metadata["config"], saved.metadata["inputs"]
         shape, classes = inputs["image_shape"], inputs["num_classes"]
+        rules = [tuple(pair) for pair in saved.metadata["rank_rules"]]
     except KeyError as error:
         raise ValueError(
-            f"checkpoint {saved.path}: metadata must hold config and inputs, got no"
-            f" {error}. It was not written by train.main or train.truncate."
+            f"checkpoint {saved.path}: metadata must hold config, inputs and"
+            f" rank_rules, got no {error}. It was not written by train.main or"
+            " train.truncate."
         ) from error
-    return abstract_model(
-        lambda: build_model(config, shape, classes, allow_imports=allow_imports)
-    )
+
+    def build() -> nnx.Module:
+        model = _dense_model(config, shape, classes, allow_imports=allow_imports)
+        where = f"checkpoint {saved.path}: rank_rules"
+        return surgery.factorize(model, rules, where=where)
+
+    return abstract_model(build)
 
 
 def abstract_model(build: Callable[[], nnx.Module]) -> nnx.Module:

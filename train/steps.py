@@ -1,16 +1,19 @@
 """The training step: sample ranks, one or more passes, penalties, update; one jit."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from lowrank_jax import surgery
 from lowrank_jax.ordered_dropout import RankSampler, SampledRanks
 from lowrank_jax.regularizers import Penalty
+from lowrank_jax.spectral import Projection
 from train.state import Structure, TrainState, model_state_of
 
 Batch = Mapping[str, Array]
@@ -43,6 +46,9 @@ def make_train_step(
     distill: bool = False,
     label_weight: float = 1.0,
     passes_loss: str = "mean",
+    projections: Sequence[Projection] = (),
+    trainable: re.Pattern[str] | None = None,
+    phase_start: int = 0,
 ) -> Step:
     """The jitted step of a phase.
 
@@ -63,9 +69,32 @@ def make_train_step(
       label_weight: Share of the labels in a distilled pass, in [0, 1].
       passes_loss: Whether the "mean" or the "sum" of the further passes' losses is
         added to the first's.
+      projections: Applied to the factors after the update.
+      trainable: Parameters whose whole path matches are trained, None for all. The
+        others get no gradient and no update; their moments go on as after a zero
+        gradient.
+      phase_start: Step at which the phase began; penalties and projections count from
+        there.
     """
 
+    def freeze(tree: Any, frozen: Callable[[Array], Array]) -> Any:
+        def one(key_path: Any, leaf: Array) -> Array:
+            key = jax.tree_util.keystr(key_path, simple=True, separator="/")
+            return leaf if trainable.fullmatch(key) else frozen(leaf)
+
+        return tree if trainable is None else jax.tree.map_with_path(one, tree)
+
+    def project(params: Any, state: TrainState) -> Any:
+        if not projections:
+            return params
+        model = structure.merge(params, state.model_state, root_key)
+        factors = surgery.find_factors(model)
+        for projection in projections:
+            projection(factors, state.step - phase_start)
+        return nnx.as_pure(nnx.state(model, nnx.Param))
+
     def loss_of(params: Any, state: TrainState, batch: Batch, passes: Any, key: Any):
+        params = freeze(params, jax.lax.stop_gradient)
         image_key, model_key = jax.random.split(key)
         inputs, labels = prepare(image_key, batch["image"]), batch["label"]
         losses, teacher, first_logits, new_state = [], None, None, None
@@ -85,7 +114,8 @@ def make_train_step(
         share = 1 / len(others) if others and passes_loss == "mean" else 1
         total = losses[0] + share * sum(others)
         factors = surgery.find_factors(model)
-        penalty = sum((p(factors, state.step) for p in penalties), jnp.float32(0))
+        phase_step = state.step - phase_start
+        penalty = sum((p(factors, phase_step) for p in penalties), jnp.float32(0))
         accuracy = jnp.mean(jnp.argmax(first_logits, axis=-1) == labels)
         metrics = {"loss": total, "penalty": penalty, "accuracy": accuracy}
         metrics |= {f"loss_pass_{n}": loss for n, loss in enumerate(losses)}
@@ -101,7 +131,8 @@ def make_train_step(
             state.params, state, batch, passes, key
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates = freeze(updates, jnp.zeros_like)
+        params = project(optax.apply_updates(state.params, updates), state)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         new = TrainState(state.step + 1, params, model_state, opt_state, sampler_state)
         return new, metrics

@@ -1,9 +1,10 @@
 """Cuts a checkpoint: `python -m train.truncate --checkpoint=DIR --output=DIR2
 --rank=8`.
 
-Exactly one selector says what to keep: --rank, --rank_fraction, --ranks, --energy or
---params_fraction. The new checkpoint stands alone and can be cut, evaluated and trained
-on again. Ends with one line of JSON: `{"output", "params", "macs", "ranks"}`.
+Exactly one selector says what to keep: --rank, --rank_fraction, --ranks, --energy,
+--params_fraction or --macs_fraction. The new checkpoint stands alone and can be cut,
+evaluated and trained on again. Ends with one line of JSON: `{"output", "params",
+"macs", "ranks"}`.
 """
 
 from absl import flags
@@ -25,6 +26,9 @@ _ENERGY = flags.DEFINE_float(
 _PARAMS = flags.DEFINE_float(
     "params_fraction", None, "This share of the factored layers' dense parameters."
 )
+_MACS = flags.DEFINE_float(
+    "macs_fraction", None, "This share of the factored layers' dense MACs."
+)
 _RECALIBRATE = flags.DEFINE_bool(
     "recalibrate", False, "Re-estimate BatchNorm on training data."
 )
@@ -42,8 +46,8 @@ _ALLOW = flags.DEFINE_list(
 def _main() -> None:
     values = dict(
         zip(
-            truncation.SELECTORS,
-            (f.value for f in (_RANK, _FRACTION, _RANKS, _ENERGY, _PARAMS)),
+            truncation.FLAGS,
+            (f.value for f in (_RANK, _FRACTION, _RANKS, _ENERGY, _PARAMS, _MACS)),
             strict=True,
         )
     )
@@ -51,7 +55,7 @@ def _main() -> None:
     if len(given) != 1:
         raise ValueError(
             "flags: exactly one of"
-            f" {', '.join('--' + s for s in truncation.SELECTORS)} must be"
+            f" {', '.join('--' + s for s in truncation.FLAGS)} must be"
             f" given, got {['--' + name for name in given]}. Keep one."
         )
     ((selector, value),) = given.items()

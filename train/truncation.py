@@ -1,6 +1,5 @@
 """Cutting a checkpoint to selected ranks: what `train.truncate` does."""
 
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any
 from flax import nnx
 
 from lowrank_jax import calibration, checkpoint, counting, surgery
-from lowrank_jax.selection import curves, solvers
-from train import evaluation, input_pipeline, logs, state, steps
+from lowrank_jax.selection import curves
+from train import evaluation, input_pipeline, logs, selectors, state, steps
 
-SELECTORS = ("rank", "rank_fraction", "ranks", "energy", "params_fraction")
+FLAGS = ("rank", "rank_fraction", "ranks", "energy", "params_fraction", "macs_fraction")
+"""The selectors that have a flag of `train.truncate`; each takes one value."""
 
 
 def select_ranks(
@@ -22,7 +22,7 @@ def select_ranks(
     abstract: nnx.Module,
     cost: counting.ModelCost,
 ) -> dict[str, Any]:
-    """Ranks for a checkpoint by one of `SELECTORS`.
+    """Ranks for a checkpoint by one of `FLAGS`.
 
     Args:
       selector: Its name.
@@ -31,19 +31,15 @@ def select_ranks(
       abstract: Its model without arrays.
       cost: Its cost.
     """
-    current = saved.metadata["ranks"]
+
+    def importances() -> Any:
+        model = checkpoint.load(saved, abstract)
+        return curves.column_importances(surgery.find_factors(model))
+
+    context = selectors.Context(saved.metadata["ranks"], cost, importances, None)
     try:
-        if selector == "rank":
-            return solvers.at_most(current, value)
-        if selector == "rank_fraction":
-            return solvers.at_fraction(current, value)
-        if selector == "ranks":
-            return read_rank_file(value)
-        if selector == "params_fraction":
-            return solvers.by_params_fraction(cost.layers, current, value)
-        model = checkpoint.load(saved, abstract)  # energy needs the weights
-        importances = curves.column_importances(surgery.find_factors(model))
-        return solvers.by_energy(importances, value)
+        value = read_rank_file(value) if selector == "ranks" else value
+        return selectors.SELECTORS[selector](context, value=value)
     except ValueError as error:
         raise ValueError(f"--{selector}: {error}") from error
 
@@ -83,7 +79,7 @@ def truncate_checkpoint(
     Args:
       path: A checkpoint, a folder of steps, or a run's workdir.
       output: New folder.
-      selector: One of `SELECTORS`.
+      selector: One of `FLAGS`.
       value: Its value.
       recalibration_batches: Training batches to re-estimate BatchNorm on; 0 for none.
       data_dir: Where the data set is, if not where the config says.
@@ -119,8 +115,8 @@ def truncate_checkpoint(
 def _training_batches(config: dict[str, Any], count: int, allow_imports: list[str]):
     data = input_pipeline.load_data(config["data"], allow_imports=allow_imports)
     prepare = steps.normalize(config["data"]["mean"], config["data"]["std"])
-    batches = data.train_batches(config["data"]["batch_size"], seed=config["seed"])
-    return (prepare(batch["image"]) for batch in itertools.islice(batches, count))
+    batches = evaluation.training_batches(data, config, count)
+    return (prepare(batch["image"]) for batch in batches)
 
 
 def _print_table(

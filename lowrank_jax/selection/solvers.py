@@ -69,27 +69,173 @@ def by_params_fraction(
     Raises:
       ValueError: The share is out of bounds, or rank 1 everywhere is over the budget.
     """
-    if not 0 < params_fraction <= 1:
-        raise ValueError(f"params_fraction: must be in (0, 1], got {params_fraction}.")
-    dense = sum(cost.dense_params for cost in costs.values())
+    return _common_fraction(costs, max_ranks, params_fraction, "params")
 
-    def params(fraction: float) -> int:
-        ranks = at_fraction(max_ranks, fraction)
-        return sum(costs[path].params(ranks[path]) for path in ranks)
 
-    steps = 1 << 16  # finer than one rank of any layer below 65,536
-    low, high = 1, steps
-    if params(low / steps) > params_fraction * dense:
-        least = params(low / steps) / max(dense, 1)
+def by_macs_fraction(
+    costs: Mapping[str, LayerCost],
+    max_ranks: Mapping[str, RankValue],
+    macs_fraction: float,
+) -> dict[str, Any]:
+    """As `by_params_fraction`, for a budget of MACs."""
+    return _common_fraction(costs, max_ranks, macs_fraction, "macs")
+
+
+def by_energy_budget(
+    costs: Mapping[str, LayerCost],
+    importances: Mapping[str, Float[np.ndarray, "*stack r"]],
+    fraction: float,
+    *,
+    measure: str,
+) -> dict[str, Any]:
+    """The largest common share of energy within a budget: `by_energy` with the share
+    found, rank 1 at least.
+
+    Args:
+      costs: Cost of each layer.
+      importances: Importance of each column, in the order in which it would be kept.
+      fraction: Budget as a share, in (0, 1], of what the layers cost when dense.
+      measure: "params" or "macs".
+    """
+    removed = {path: _removed_energy(one) for path, one in importances.items()}
+    full = {
+        path: np.full(one.shape[:-1], one.shape[-1]).tolist()
+        for path, one in importances.items()
+    }
+    budget = check_budget(costs, full, fraction, measure)
+
+    def ranks_at(threshold: float) -> dict[str, Any]:
+        return {
+            path: np.minimum(
+                1 + (one > threshold).sum(axis=-1), importances[path].shape[-1]
+            ).tolist()
+            for path, one in removed.items()
+        }
+
+    levels = np.unique(np.concatenate([[0.0], *(r.ravel() for r in removed.values())]))
+    low, high = 0, len(levels) - 1  # the least removed energy that fits the budget
+    while low < high:
+        middle = (low + high) // 2
+        if total_cost(costs, ranks_at(levels[middle]), measure) <= budget:
+            high = middle
+        else:
+            low = middle + 1
+    return ranks_at(levels[low])
+
+
+def total_cost(
+    costs: Mapping[str, LayerCost], ranks: Mapping[str, RankValue], measure: str
+) -> int:
+    """What layers cost at these ranks, in "params" or "macs"."""
+    if measure not in ("params", "macs"):
+        raise ValueError(f"measure: must be 'params' or 'macs', got {measure!r}.")
+    return sum(getattr(costs[path], measure)(rank) for path, rank in ranks.items())
+
+
+def check_budget(
+    costs: Mapping[str, LayerCost],
+    max_ranks: Mapping[str, RankValue],
+    fraction: float,
+    measure: str,
+) -> float:
+    """The budget that a share of the dense cost is.
+
+    Raises:
+      ValueError: The share is out of bounds, or rank 1 everywhere costs more.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"{measure}_fraction: must be in (0, 1], got {fraction}.")
+    dense = sum(getattr(costs[path], f"dense_{measure}") for path in max_ranks)
+    least = total_cost(costs, at_most(max_ranks, 1), measure)
+    if least > fraction * dense:
         raise ValueError(
-            f"params_fraction: must be at least {least:.4g} here (rank 1 in every"
-            " layer),"
-            f" got {params_fraction}. Raise it, or set ranks to 0 with a rank file."
+            f"{measure}_fraction: must be at least {least / dense:.4g} here (rank 1 in"
+            f" every layer), got {fraction}. Raise it, or set ranks to 0 with a rank"
+            " file."
         )
+    return fraction * dense
+
+
+def scaled_stable_ranks(
+    stable_ranks: Mapping[str, Float[np.ndarray, "*stack"]],
+    initial: Mapping[str, Float[np.ndarray, "*stack"]],
+    full_ranks: Mapping[str, int],
+) -> dict[str, Any]:
+    """Cuttlefish's rule: the stable rank, scaled so that it is full at the start.
+
+    `r = min(R, ceil(xi * sr))` with `xi = R / sr(init)` (Wang et al., 2023).
+
+    Args:
+      stable_ranks: Of each layer now.
+      initial: Of each layer when it was initialised.
+      full_ranks: R of each layer.
+
+    >>> scaled_stable_ranks({"a": np.array(2.0)}, {"a": np.array(4.0)}, {"a": 10})
+    {'a': 5}
+    """
+    ranks = {}
+    for path, now in stable_ranks.items():
+        full = full_ranks[path]
+        first = np.asarray(initial[path], np.float64)
+        positive = first > 0  # a layer that started at zero has no scale: full rank
+        scaled = np.where(positive, now * full / np.where(positive, first, 1), full)
+        ranks[path] = np.clip(np.ceil(scaled - 1e-6), 1, full).astype(int).tolist()
+    return ranks
+
+
+def stands_still(
+    history: Float[np.ndarray, "t n"],
+    *,
+    window: int = 15,
+    points: int = 11,
+    tolerance: float = 0.1,
+) -> bool:
+    """Cuttlefish's detector: whether the moving average of every series is flat.
+
+    Exponential moving averages with weight 2 / (window + 1); flat is a mean absolute
+    gradient of at most the tolerance over the last points (Wang et al., 2023, their
+    code).
+
+    Args:
+      history: One row for each measurement, one column for each layer.
+      window: Of the moving average.
+      points: How many of the last averages to look at; fewer measurements are no
+        answer.
+      tolerance: Change between two measurements that counts as standing still.
+    """
+    if len(history) < points:
+        return False
+    alpha, averages = 2 / (window + 1), [history[0]]
+    for row in history[1:]:
+        averages.append(alpha * row + (1 - alpha) * averages[-1])
+    slopes = np.gradient(np.stack(averages[-points:]), axis=0)
+    return bool((np.abs(slopes).mean(axis=0) <= tolerance).all())
+
+
+def _common_fraction(
+    costs: Mapping[str, LayerCost],
+    max_ranks: Mapping[str, RankValue],
+    share: float,
+    measure: str,
+) -> dict[str, Any]:
+    budget = check_budget(costs, max_ranks, share, measure)
+    low, high = 1, 1 << 16  # finer than one rank of any layer below 65,536
+    steps = high
     while low < high:
         middle = (low + high + 1) // 2
-        if params(middle / steps) <= params_fraction * dense:
+        ranks = at_fraction(max_ranks, middle / steps)
+        if total_cost(costs, ranks, measure) <= budget:
             low = middle
         else:
             high = middle - 1
     return at_fraction(max_ranks, low / steps)
+
+
+def _removed_energy(
+    importance: Float[np.ndarray, "*stack r"],
+) -> Float[np.ndarray, "*stack r"]:
+    """The share of energy that goes when a prefix of 1, 2, ..., r columns stays."""
+    squares = np.square(np.asarray(importance, np.float64))
+    total = squares.sum(axis=-1, keepdims=True)
+    tails = np.cumsum(squares[..., ::-1], axis=-1)[..., ::-1] - squares
+    return np.where(total > 0, tails / np.where(total > 0, total, 1), 0)

@@ -68,7 +68,7 @@ LOWER = {"again": 3, "conv": [2, 1], "first": 0, "half": 2}
 
 @functools.cache
 def parts(kind: type[nnx.Module], with_s: bool):
-    model = factorize(kind(nnx.Rngs(0)), with_s=with_s)
+    model = factorize(kind(nnx.Rngs(0)), [(".*", {"with_s": with_s})])
     if kind is Net:
         model.norm.mean.set_value(model.norm.mean[...] + 0.3)
     return nnx.split(model)
@@ -81,7 +81,7 @@ def low_rank(kind: type[nnx.Module] = Net, with_s: bool = False) -> nnx.Module:
 def structure(kind: type[nnx.Module] = Net, with_s: bool = False, **options) -> Any:
     """The model without numbers, from other random keys."""
     return nnx.eval_shape(
-        lambda: factorize(kind(nnx.Rngs(7), **options), with_s=with_s)
+        lambda: factorize(kind(nnx.Rngs(7), **options), [(".*", {"with_s": with_s})])
     )
 
 

@@ -175,3 +175,187 @@ def test_gradient_of_tail_norms_is_finite_with_zero_tails(zeros):
         )
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
     np.testing.assert_array_equal(gradient[:, 4 - zeros :], 0)
+
+
+def in_double(name: str) -> list[np.ndarray | None]:
+    return [None if x is None else np.asarray(x, np.float64) for x in factored(name)]
+
+
+def numpy_product(u, s, v) -> np.ndarray:
+    scale = 1 if s is None else np.abs(s)[..., None, :]
+    return (np.asarray(u, np.float64) * scale) @ np.asarray(v, np.float64)
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_singular_values_are_those_of_the_product(name):
+    """The min(i, r, o) largest; under vmap over the stack, too, and in jit."""
+    u, s, v = factored(name)
+    product = numpy_product(u, s, v)
+    found = jax.jit(linalg.singular_values)(u, s, v)
+    size = min(*product.shape[-2:], u.shape[-1])
+    assert found.shape == (*u.shape[:-2], size) and found.dtype == jnp.float32
+    expected = np.linalg.svd(product, compute_uv=False)[..., :size]
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    if u.ndim > 2:
+        each = jax.vmap(linalg.singular_values)(u, s, v)
+        np.testing.assert_allclose(each, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", FACTORED[:5])
+def test_gradient_of_singular_values_equals_central_differences(name):
+    """Of a sum with random weights, in float64; every shape's own way of reduction."""
+    parts = in_double(name)
+    weights = np.random.default_rng(3).normal(size=8)
+
+    def numpy_sum() -> float:
+        spectrum = np.linalg.svd(numpy_product(*parts), compute_uv=False)
+        spectrum = spectrum[..., : parts[0].shape[-1]]
+        return float(np.sum(spectrum * weights[: spectrum.shape[-1]]))
+
+    with jax.enable_x64(True):
+        present = {n: jnp.asarray(x) for n, x in enumerate(parts) if x is not None}
+
+        def weighted(present):
+            values = linalg.singular_values(*(present.get(n) for n in range(3)))
+            scale = jnp.broadcast_to(weights[: values.shape[-1]], values.shape)
+            return jnp.sum(values * scale)
+
+        gradient = jax.jit(jax.grad(weighted))(present)
+    for n, found in gradient.items():
+        expected = np.zeros_like(parts[n])
+        for index in np.ndindex(expected.shape):
+            keep, ends = parts[n][index], []
+            for nudge in (1e-5, -1e-5):
+                parts[n][index] = keep + nudge
+                ends.append(numpy_sum())
+            parts[n][index] = keep
+            expected[index] = (ends[0] - ends[1]) / 2e-5
+        assert relative_error(found, expected) <= 1e-7, n
+
+
+@pytest.mark.parametrize("name", FACTORED[5:])
+def test_gradient_of_singular_values_is_finite_where_their_vectors_have_none(name):
+    """At zero columns, at the zero matrix, and where values repeat: `P Q^T` of the
+    triplets that are not zero.
+
+    Control: the derivative through the factors of the decomposition is not finite at
+    two of the three.
+    """
+    u, s, v = factored(name)
+
+    def total(u, v, values=linalg.singular_values):
+        return jnp.sum(values(u, s, v))
+
+    left, values, right = np.linalg.svd(numpy_product(u, s, v), full_matrices=False)
+    slope = left @ np.diag(values > 1e-5) @ right
+    scale = 1 if s is None else np.abs(s)
+    for_u, for_v = jax.grad(total, argnums=(0, 1))(u, v)
+    np.testing.assert_allclose(for_u, slope @ np.asarray(v).T * scale, atol=1e-5)
+    np.testing.assert_allclose(for_v, (np.asarray(u) * scale).T @ slope, atol=1e-5)
+    if name != "equal singular values":  # for them JAX differentiates values alone
+        naive = jax.grad(total)(u, v, lambda *parts: linalg.canonical_form(*parts)[1])
+        assert not np.all(np.isfinite(naive))
+
+
+def test_singular_values_that_repeat_have_the_gradient_of_their_sum():
+    """Of the identity times 2: d(sum of the values) is P Q^T = the identity."""
+    gradient = jax.grad(lambda u: jnp.sum(linalg.singular_values(u, None, jnp.eye(3))))
+    np.testing.assert_allclose(gradient(2 * jnp.eye(3)), np.eye(3), atol=1e-6)
+
+
+def test_singular_values_form_no_large_matrix():
+    """Of (40, 3) and (3, 50), forward and back: nothing near the size of the product.
+
+    Control: the product of the factors is seen by the same count.
+    """
+    u, v = random(40, 3), random(3, 50, seed=1)
+
+    def largest(function) -> int:
+        return max(array_sizes(jax.make_jaxpr(jax.grad(function))(u, v).jaxpr))
+
+    assert largest(lambda u, v: jnp.sum(linalg.singular_values(u, None, v))) <= 200
+    assert largest(lambda u, v: linalg.squared_norm(u, None, v)) <= 200
+    assert largest(lambda u, v: jnp.sum(jnp.square(u @ v))) == 2000
+
+
+def array_sizes(jaxpr) -> list[int]:
+    """The sizes of all arrays that a program computes, inner programs included."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [var.aval.size for var in equation.outvars]
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                sizes += array_sizes(getattr(value, "jaxpr", value))
+    return sizes
+
+
+def is_jaxpr(value) -> bool:
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def test_singular_values_of_half_precision_and_of_nothing():
+    """bfloat16 is computed in float32, with a gradient in bfloat16; rank 0 is empty."""
+    u, v = random(5, 2).astype(jnp.bfloat16), random(2, 4, seed=1).astype(jnp.bfloat16)
+    found = linalg.singular_values(u, None, v)
+    wide = linalg.singular_values(u.astype(jnp.float32), None, v.astype(jnp.float32))
+    np.testing.assert_array_equal(found, wide)
+    gradient = jax.grad(lambda u: linalg.singular_values(u, None, v)[0])(u)
+    assert gradient.dtype == jnp.bfloat16
+    empty = linalg.singular_values(jnp.zeros((2, 4, 0)), None, jnp.zeros((2, 0, 3)))
+    assert empty.shape == (2, 0)
+
+
+def test_a_nan_is_not_swallowed():
+    """A run that has gone wrong must show it in its penalties."""
+    u, v = random(6, 3).at[2, 1].set(np.nan), random(3, 6)
+    assert np.all(np.isnan(linalg.singular_values(u, None, v)))
+    assert np.all(np.isnan(linalg.singular_values(v.T, None, u.T)))
+    assert np.isnan(linalg.squared_norm(u, None, v))
+    root, gradient = jax.value_and_grad(linalg.safe_sqrt)(jnp.float32(np.nan))
+    assert np.isnan(root) and np.isnan(gradient)
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_squared_norm_is_that_of_the_product(name):
+    """By Gram matrices or by the product, as the shapes have it."""
+    parts = factored(name)
+    expected = np.sum(np.square(numpy_product(*parts)), axis=(-2, -1))
+    np.testing.assert_allclose(linalg.squared_norm(*parts), expected, rtol=1e-5)
+
+
+def test_squared_norm_has_the_gradient_of_the_product():
+    """`d||u v||^2 = 2 (u v) v^T`, by hand, where the Gram matrices are taken."""
+    u, v = random(30, 3), random(3, 20, seed=1)
+    found = jax.grad(lambda u: linalg.squared_norm(u, None, v))(u)
+    expected = 2 * numpy_product(u, None, v) @ np.asarray(v, np.float64).T
+    assert relative_error(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("sizes", [(64, 32, 16), (32, 64, 4)])
+def test_random_factors_have_the_variance_and_are_balanced(sizes):
+    """The product's entries have the variance, the columns of both sides one norm.
+
+    Means over 64 matrices: within 5 %; the entries of one are far from independent.
+    """
+    in_size, out_size, rank = sizes
+    key, variance = jax.random.key(0), 0.3
+    u, v = linalg.random_factors(key, *sizes, variance=variance, stack=(64,))
+    assert u.shape == (64, in_size, rank) and v.shape == (64, rank, out_size)
+    assert u.dtype == v.dtype == jnp.float32
+    np.testing.assert_allclose(np.var(numpy_product(u, None, v)), variance, rtol=0.05)
+    left, right = np.var(u) * in_size, np.var(v) * out_size
+    np.testing.assert_allclose(left, right, rtol=0.05)
+    other = linalg.random_factors(jax.random.key(1), *sizes, variance=variance)
+    assert abs(np.corrcoef(np.ravel(other[0]), np.ravel(u[0]))[0, 1]) < 0.2
+
+
+def test_random_factors_of_other_types_and_of_rank_zero():
+    """The dtype asked for; a traced variance; no columns, no division by zero."""
+    draw = jax.jit(
+        lambda variance: linalg.random_factors(
+            jax.random.key(0), 4, 3, 2, variance=variance, dtype=jnp.bfloat16
+        )
+    )
+    assert {part.dtype for part in draw(0.5)} == {jnp.dtype(jnp.bfloat16)}
+    u, v = linalg.random_factors(jax.random.key(0), 4, 3, 0, variance=1)
+    assert u.shape == (4, 0) and v.shape == (0, 3)

@@ -15,7 +15,8 @@ from flax import nnx
 from reference import relative_error
 
 from lowrank_jax.factors import Factors
-from lowrank_jax.shrinking import cut_opt_state, shrink, tail_ranks
+from lowrank_jax.optimizer_state import cut_opt_state
+from lowrank_jax.shrinking import shrink, tail_ranks
 from lowrank_jax.surgery import (
     factorize,
     find_factors,
@@ -93,7 +94,7 @@ RESTARTED = {
 
 @functools.cache
 def net(with_s: bool = True) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(factorize(Net(nnx.Rngs(0)), with_s=with_s))
+    return nnx.split(factorize(Net(nnx.Rngs(0)), [(".*", {"with_s": with_s})]))
 
 
 def masked_net() -> nnx.Module:

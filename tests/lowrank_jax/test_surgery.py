@@ -218,7 +218,9 @@ ROWS = {
 @functools.cache
 def parts(name: str, low_rank: bool, with_s: bool = False):
     model = ROWS[name].model(nnx.Rngs(0))
-    return nnx.split(factorize(model, with_s=with_s) if low_rank else model)
+    return nnx.split(
+        factorize(model, [(".*", {"with_s": with_s})]) if low_rank else model
+    )
 
 
 @pytest.fixture(params=ROWS)
@@ -355,7 +357,7 @@ def test_truncate_keeps_what_is_not_named(name):
     "operation",
     [
         factorize,
-        lambda model: factorize(model, [(".*", {"max_rank": 1})], with_s=True),
+        lambda model: factorize(model, [(".*", {"max_rank": 1, "with_s": True})]),
         lambda model: truncate(model, lower(max_ranks(model))),
         lambda model: truncate(model, {}),
         merge,

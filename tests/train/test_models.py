@@ -1,6 +1,7 @@
 """The dense models: shapes, sizes, paths, modes, errors."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from train.models import MODELS, convnet, lenet, mlp, vit
+from lowrank_jax import counting, surgery
+from train.models import MODELS, convnet, lenet, mlp, resnet, vgg, vit
 from train.registry import resolve
 
 OPTIONS = {
     "convnet": {"widths": (4, 8)},
     "lenet": {},
     "mlp": {"hidden": [8, 4]},
+    "resnet": {"depth": 20, "width_multiplier": 0.25},
+    "vgg": {"depth": 11, "width_multiplier": 0.0625},
     "vit": {"patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "mlp_dim": 12},
 }
 
@@ -33,7 +37,7 @@ def paths(model: nnx.Module, kind: type[nnx.Module]) -> set[str]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_maps_images_to_finite_float32_logits_with_gradients(name):
-    image_shape = (16, 20, 3)
+    image_shape = (32, 36, 3)
     build = resolve("model", name, MODELS, allow_imports=[])
     model = build(
         image_shape=image_shape, num_classes=7, rngs=nnx.Rngs(0), **OPTIONS[name]
@@ -55,11 +59,11 @@ def test_maps_images_to_finite_float32_logits_with_gradients(name):
 def test_logits_of_bfloat16_parameters_are_float32(name):
     build = resolve("model", name, MODELS, allow_imports=[])
     model = build(
-        image_shape=(16, 16, 1), num_classes=3, rngs=nnx.Rngs(0), **OPTIONS[name]
+        image_shape=(32, 32, 1), num_classes=3, rngs=nnx.Rngs(0), **OPTIONS[name]
     )
     params = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
-    assert model(jnp.ones((2, 16, 16, 1), jnp.bfloat16)).dtype == jnp.float32
+    assert model(jnp.ones((2, 32, 32, 1), jnp.bfloat16)).dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,110 @@ def test_parameter_count_of_the_defaults(build, image_shape, expected):
     assert count(model) == expected
 
 
+def full_rank_cost(build, image_shape, num_classes, **options):
+    """The cost of a model with every layer factored, and its full ranks."""
+    model = nnx.eval_shape(
+        lambda: surgery.factorize(
+            build(
+                image_shape=image_shape,
+                num_classes=num_classes,
+                rngs=nnx.Rngs(0),
+                **options,
+            )
+        )
+    )
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return counting.count(model, images), surgery.max_ranks(model)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "image_shape", "num_classes", "dense", "factored"),
+    [
+        (
+            resnet.build,
+            {},
+            (32, 32, 3),
+            10,
+            (11_173_962, 555_422_720, "555.42 M"),
+            (12_653_447, 626_423_908, "626.42 M"),
+        ),
+        (
+            vgg.build,
+            {},
+            (32, 32, 3),
+            10,
+            (20_040_522, 398_136_320, "398.14 M"),
+            (22_437_511, 449_214_564, "449.21 M"),
+        ),
+        (
+            resnet.build,
+            {"depth": 50, "stem": "7x7"},
+            (224, 224, 3),
+            1000,
+            (25_557_032, 4_089_184_256, "4.089 G"),
+            (31_713_896, 5_040_718_400, "5.041 G"),
+        ),
+    ],
+    ids=["resnet18", "vgg19", "resnet50"],
+)
+def test_counts_of_the_literature(
+    build, options, image_shape, num_classes, dense, factored
+):
+    """Maestro's: conv and linear layers, the stem and the head factored as well."""
+    cost, ranks = full_rank_cost(build, image_shape, num_classes, **options)
+
+    def rounded(macs):
+        return f"{macs / 1e6:.2f} M" if macs < 1e9 else f"{macs / 1e9:.3f} G"
+
+    layers = [(layer, ranks[path]) for path, layer in cost.layers.items()]
+    params = cost.fixed_params + sum(one.factored_params(rank) for one, rank in layers)
+    macs = cost.fixed_macs + sum(one.factored_macs(rank) for one, rank in layers)
+    assert cost.fixed_macs == 0  # nothing stays dense
+    assert (cost.dense_params, cost.dense_macs, rounded(cost.dense_macs)) == dense
+    assert (params, macs, rounded(macs)) == factored
+
+
+@pytest.mark.parametrize(
+    ("depth", "multiplier", "params", "macs"),
+    [
+        (20, 1, 272_474, 40_813_184),
+        (32, 1, 466_906, 69_124_736),
+        (32, 2, 1_860_522, 275_612_928),
+        (56, 1, 855_770, 125_747_840),
+    ],
+)
+def test_counts_of_the_cifar_resnets(depth, multiplier, params, macs):
+    n, w = (depth - 2) // 6, 16 * multiplier
+    # Kernels: within a stage, into a stage with its shortcut; 32x32, 16x16, 8x8 pixels.
+    first = 9 * 3 * w + 2 * n * 9 * w**2
+    second = 9 * 2 * w**2 + (2 * n - 1) * 9 * (2 * w) ** 2 + 2 * w**2
+    third = 9 * 8 * w**2 + (2 * n - 1) * 9 * (4 * w) ** 2 + 8 * w**2
+    norms = 2 * ((1 + 2 * n) * w + (2 * n + 1) * 2 * w + (2 * n + 1) * 4 * w)
+    assert params == first + second + third + norms + 4 * w * 10 + 10
+    assert macs == 1024 * first + 256 * second + 64 * third + 4 * w * 10
+    cost, _ = full_rank_cost(
+        resnet.build, (32, 32, 3), 10, depth=depth, width_multiplier=multiplier
+    )
+    assert (cost.dense_params, cost.dense_macs) == (params, macs)
+
+
+@pytest.mark.parametrize(
+    ("build", "depth"),
+    [(resnet.build, depth) for depth in resnet.DEPTHS]
+    + [(vgg.build, depth) for depth in vgg.DEPTHS],
+    ids=[f"resnet{d}" for d in resnet.DEPTHS] + [f"vgg{d}" for d in vgg.DEPTHS],
+)
+def test_every_depth_maps_images_to_logits(build, depth):
+    image_shape = (48, 33, 3)
+    logits = nnx.eval_shape(
+        lambda images: build(
+            image_shape=image_shape, num_classes=7, rngs=nnx.Rngs(0), depth=depth
+        )(images),
+        jax.ShapeDtypeStruct((2, *image_shape), jnp.float32),
+    )
+    assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+
+
 def test_paths():
     kwargs = {"image_shape": (16, 16, 1), "num_classes": 3, "rngs": nnx.Rngs(0)}
     model = mlp.build(**kwargs, **OPTIONS["mlp"])
@@ -102,6 +210,18 @@ def test_paths():
     model = convnet.build(**kwargs, **OPTIONS["convnet"])
     assert paths(model, nnx.Conv) == {"blocks/0/conv", "blocks/1/conv"}
     assert paths(model, nnx.BatchNorm) == {"blocks/0/norm", "blocks/1/norm"}
+    assert paths(model, nnx.Linear) == {"head"}
+    model = nnx.eval_shape(
+        lambda: resnet.build(**(kwargs | {"rngs": nnx.Rngs(0), "depth": 50}))
+    )
+    layers = {f"blocks/{block}/conv{n}" for block in range(16) for n in (1, 2, 3)}
+    layers |= {f"blocks/{block}/shortcut" for block in (0, 3, 7, 13)}
+    assert paths(model, nnx.Conv) == layers | {"stem"}
+    assert paths(model, nnx.Linear) == {"head"}
+    kwargs["image_shape"] = (32, 32, 1)
+    model = vgg.build(**kwargs, **OPTIONS["vgg"])
+    assert paths(model, nnx.Conv) == {f"blocks/{block}/conv" for block in range(8)}
+    assert paths(model, nnx.BatchNorm) == {f"blocks/{block}/norm" for block in range(8)}
     assert paths(model, nnx.Linear) == {"head"}
     model = vit.build(**kwargs, **(OPTIONS["vit"] | {"depth": 1}))
     assert paths(model, nnx.Conv) == {"patch_embedding"}
@@ -140,6 +260,98 @@ def test_batch_statistics_move_in_train_mode_only():
 def test_convnet_takes_tiny_images():
     model = convnet.build(image_shape=(1, 3, 2), num_classes=3, rngs=nnx.Rngs(0))
     assert np.isfinite(model(jnp.ones((2, 1, 3, 2)))).all()
+
+
+@pytest.mark.parametrize("name", ["resnet", "vgg"])
+def test_group_normalization_holds_no_batch_statistics(name):
+    model = resolve("model", name, MODELS, allow_imports=[])(
+        image_shape=(32, 32, 3),
+        num_classes=7,
+        rngs=nnx.Rngs(0),
+        norm="group",
+        groups=2,
+        **OPTIONS[name],
+    )
+    assert paths(model, nnx.GroupNorm) and not paths(model, nnx.BatchNorm)
+    assert not jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+    call = nnx.jit(lambda model, images: model(images))
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    model.train()
+    logits = call(model, images)
+    assert logits.shape == (2, 7) and np.isfinite(logits).all()
+    model.eval()
+    np.testing.assert_allclose(call(model, images), logits, rtol=1e-6)
+
+
+def test_groups_are_at_most_the_channels():
+    model = nnx.eval_shape(
+        lambda: resnet.build(
+            image_shape=(32, 32, 3),
+            num_classes=7,
+            rngs=nnx.Rngs(0),
+            depth=20,
+            norm="group",
+        )
+    )
+    assert model.stem_norm.num_groups == 16
+    assert model.blocks[-1].norm2.num_groups == 32
+
+
+@pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
+def test_resnet_strides_start_at_the_first_pixel(block):
+    """As in PyTorch; "SAME" would start at the second one of an even side."""
+
+    def call(stride, images):
+        one = block(3, 4, stride, lambda _: lambda x: x, rngs=nnx.Rngs(0))
+        conv = one.conv1 if block is resnet.BasicBlock else one.conv2
+        inputs = jnp.tile(images, 2)[..., : conv.in_features]
+        return one(images).shape, conv(inputs), one.shortcut(images)
+
+    images = jax.random.normal(jax.random.key(0), (2, 6, 8, 3))
+    shape, *dense = call(1, images)
+    assert shape == (2, 6, 8, 4 * block.expansion)
+    shape, *strided = call(2, images)
+    assert shape == (2, 3, 4, 4 * block.expansion)
+    for every, second in zip(dense, strided, strict=True):
+        np.testing.assert_allclose(every[:, ::2, ::2], second, rtol=1e-4, atol=1e-5)
+
+
+def test_resnet_block_without_branch_is_relu():
+    """The shortcut is the identity where the shapes agree, and it is not scaled."""
+    model = resnet.BasicBlock(3, 3, 1, lambda _: lambda x: 0 * x, rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    assert model.shortcut is None
+    np.testing.assert_array_equal(model(images), nnx.relu(images))
+
+
+def test_resnet_pools_after_the_large_stem():
+    model = resnet.build(
+        image_shape=(20, 12, 3),
+        num_classes=3,
+        rngs=nnx.Rngs(0),
+        stem="7x7",
+        width_multiplier=0.125,
+    )
+    model.blocks, model.head = nnx.List([]), lambda features: features
+    model.eval()
+    images = jax.random.normal(jax.random.key(0), (2, 20, 12, 3))
+    stem = nnx.relu(model.stem_norm(model.stem(images)))
+    assert stem.shape == (2, 10, 6, 8)
+    padded = np.pad(stem, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    pooled = windows[:, ::2, ::2].max(axis=(-2, -1))
+    assert pooled.shape == (2, 5, 3, 8)
+    np.testing.assert_allclose(model(images), pooled.mean(axis=(1, 2)), rtol=1e-5)
+
+
+def test_kernels_start_kaiming_normal():
+    rngs = nnx.Rngs(0)
+    basic = resnet.BasicBlock(64, 128, 1, lambda _: lambda x: x, rngs=rngs)
+    block = vgg.ConvBlock(64, 128, True, norm="batch", groups=32, rngs=rngs)
+    for conv in (basic.conv1, block.conv):
+        kernel = np.asarray(conv.kernel[...])
+        np.testing.assert_allclose(kernel.std(), (2 / (9 * 128)) ** 0.5, rtol=0.02)
+        assert np.abs(kernel).max() > 4 * kernel.std()  # not truncated
 
 
 def test_vit_drops_in_train_mode_only():
@@ -195,3 +407,43 @@ def test_vit_reports_all_offenders():
         error.value
     )
     assert "vit: num_heads must divide embed_dim 64, got 3." in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "messages"),
+    [
+        (resnet.build, {"depth": 19}, [r"depth must be one of \[18, 20, 32, 50, 56\]"]),
+        (
+            resnet.build,
+            {"stem": "5x5", "norm": "layer", "width_multiplier": 0.3},
+            ["stem must be", "norm must be", "width_multiplier .* got 0.3, hence"],
+        ),
+        (
+            resnet.build,
+            {"norm": "group", "groups": 48},
+            [r"groups must .* got 48 for the widths \[64, 128, 256, 512\]"],
+        ),
+        # The widths 4 to 32 are fewer than the groups, the outputs of 64 are not.
+        (
+            resnet.build,
+            {"depth": 50, "norm": "group", "groups": 48, "width_multiplier": 0.0625},
+            ["groups must .* got 48"],
+        ),
+        (
+            vgg.build,
+            {"image_shape": (8, 31, 3), "depth": 12, "norm": "layer"},
+            [r"at least 32x32 pixels, got 8x31", "depth must be", "norm must be"],
+        ),
+        (vgg.build, {"width_multiplier": 0}, ["width_multiplier .* got 0, hence"]),
+        (vgg.build, {"norm": "group", "groups": 0}, ["groups must .* got 0 for"]),
+    ],
+)
+def test_resnet_and_vgg_report_all_offenders(build, options, messages):
+    kwargs = {"image_shape": (32, 32, 3), "num_classes": 10, "rngs": nnx.Rngs(0)}
+    with pytest.raises(ValueError) as error:
+        build(**(kwargs | options))
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(messages)
+    name = build.__module__.rpartition(".")[2]
+    for message in messages:
+        assert any(re.search(f"{name}: .*{message}", line) for line in lines), message

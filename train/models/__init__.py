@@ -10,5 +10,7 @@ MODELS: dict[str, str] = {
     "convnet": "train.models.convnet:build",
     "lenet": "train.models.lenet:build",
     "mlp": "train.models.mlp:build",
+    "resnet": "train.models.resnet:build",
+    "vgg": "train.models.vgg:build",
     "vit": "train.models.vit:build",
 }

@@ -1,0 +1,40 @@
+"""One training run for the best frontier: four nested models a step.
+
+Command:  python -m train.main --config=configs/nested.py --workdir=runs/nested
+Variants: :compare for the recipe of the table of all methods
+Hardware: 2 CPU cores
+Time:     9 minutes
+Result:   LeNet on MNIST, test accuracy 99.3 / 99.2 / 98.7 / 97.2 at 1 / 0.5 / 0.25 /
+          0.125 of the ranks
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+FRACTIONS = (1.0, 0.5, 0.25, 0.125)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The config; "smoke" for a run of a minute."""
+    options = common.options(arg, compare=False)
+    smoke, compare = options["smoke"], options["compare"]
+    config = common.mnist_lenet()
+    epochs, optimizer = common.LENET_EPOCHS, common.lenet_optimizer()
+    if not compare:
+        config.data.batch_size = 32
+        config.data.augment = (("random_crop", {"padding": 1}),)
+        epochs, warmup = 12, common.SMOKE_STEPS // 5 if smoke else 600
+        optimizer = common.optimizer(
+            "adam", learning_rate=4e-3, schedule=common.cosine(warmup_steps=warmup)
+        )
+    config.phases = (
+        common.phase(
+            name="nested",
+            until=common.length(epochs, smoke=smoke),
+            sampler=common.named("matryoshka", fractions=FRACTIONS),
+            teacher=common.named("full", label_weight=0.0),
+            optimizer=optimizer,
+        ),
+    )
+    return config

@@ -1,0 +1,138 @@
+"""What must hold before the first step: the folder, the start, every phase."""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lowrank_jax import checkpoint, surgery
+from train import config as config_lib
+from train import input_pipeline, transitions
+from train import phases as phases_lib
+from train import state as state_lib
+
+
+def check_workdir(workdir: Path, config: Mapping[str, Any]) -> checkpoint.Saved | None:
+    """The latest checkpoint of this config's run in the workdir, if there is one."""
+    file = workdir / "config.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir: must be a folder, got {workdir}. Name another.")
+    if not file.exists():
+        if workdir.exists() and any(workdir.iterdir()):
+            raise ValueError(
+                f"--workdir: must be a new folder or one of a run, got {workdir}, which"
+                " holds other files. Nothing is overwritten; name another."
+            )
+        return None
+    lines = config_lib.difference(json.loads(file.read_text()), config)
+    if lines:
+        raise ValueError(
+            f"--workdir: must hold a run of the same config, got {workdir} with\n  "
+            + "\n  ".join(lines)
+            + "\nName a new workdir; config.init_from starts from a checkpoint."
+        )
+    folder = workdir / "checkpoints"
+    if not folder.is_dir() or not any(p.name.isdigit() for p in folder.iterdir()):
+        return None
+    return checkpoint.open_checkpoint(folder, flag="--workdir")
+
+
+def check_phases(
+    phases: list[phases_lib.Phase],
+    model: nnx.Module,
+    config: Mapping[str, Any],
+    data: input_pipeline.Dataset,
+) -> None:
+    """Traces every phase on the model it will have, without any work.
+
+    Samplers and penalties run on abstract factors; the actions at a phase's end are
+    previewed, so that the next phase is checked on the structure they leave.
+
+    Args:
+      phases: All phases.
+      model: The model of the first one.
+      config: The whole config.
+      data: The data set.
+
+    Raises:
+      ValueError: Naming the phase.
+    """
+    model = nnx.eval_shape(nnx.clone, model)
+    held_out = data.sizes["validation"] > 0
+    cost = functools.partial(state_lib.model_cost, image_shape=data.image_shape)
+    scorer = (lambda model: lambda ranks: [0.0] * len(ranks)) if held_out else None
+    context = transitions.Context(cost, scorer, None, None, None, preview=True)
+    for phase in phases:
+        where = f"config.phases ({phase.name})"
+        try:
+            _check_phase(phase, model, config["data"]["batch_size"])
+            for name, action in phase.on_end:
+                where = f"config.phases ({phase.name}).on_end ({name})"
+                change = action(model, context)
+                model = change.model
+                if change.target_ranks is not None:
+                    context = context._replace(target_ranks=change.target_ranks)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def _check_phase(phase: phases_lib.Phase, model: nnx.Module, batch_size: int) -> None:
+    ranks = surgery.max_ranks(model)
+    if not ranks and (phase.sampler.per_example or phase.sampler.passes > 1):
+        raise ValueError(
+            "sampler: needs low-rank layers, got a dense model. Use 'full', or make"
+            " layers low-rank in config.rank_rules."
+        )
+    state = phase.sampler.init(ranks)
+    sampled, _ = jax.eval_shape(phase.sampler.sample, state, jax.random.key(0))
+    if phase.sampler.per_example:
+        sizes = {rank.shape[-1] for rank in sampled.values()}
+        if sizes - {batch_size}:
+            raise ValueError(
+                "per_example's batch_size must be config.data.batch_size"
+                f" {batch_size}, got {sizes}. Make them equal."
+            )
+    jax.eval_shape(functools.partial(_apply, phase), model, sampled)
+    keys = checkpoint.flatten(checkpoint.model_items(model)["params"])
+    for pattern in phase.trainable:
+        if not any(pattern.fullmatch(key) for key in keys):
+            raise ValueError(
+                f"trainable: must match a parameter, got {pattern.pattern!r} among"
+                f" {sorted(keys)}. Patterns must match the whole path."
+            )
+
+
+def _apply(phase: phases_lib.Phase, model: nnx.Module, sampled: Any) -> Any:
+    """What a step does with the factors, for tracing."""
+    for number in range(phase.sampler.passes):
+        one_pass = sampled
+        if phase.sampler.passes > 1:
+            one_pass = {path: rank[number] for path, rank in sampled.items()}
+        surgery.set_ranks(model, one_pass)
+    factors = surgery.find_factors(model)
+    penalties = [penalty(factors, jax.numpy.int32(0)) for penalty in phase.penalties]
+    for projection in phase.projections:
+        projection(factors, jax.numpy.int32(0))
+    return penalties
+
+
+def check_same_layers(
+    model: nnx.Module, config: Mapping[str, Any], data: input_pipeline.Dataset
+) -> None:
+    """Low-rank layers of `init_from` must be low-rank by the rules as well."""
+    wanted = state_lib.abstract_model(
+        lambda: state_lib.build_model(
+            config, data.image_shape, data.num_classes, allow_imports=None
+        )
+    )
+    extra = sorted({*surgery.find_factors(model)} - {*surgery.find_factors(wanted)})
+    if extra:
+        raise ValueError(
+            "config.rank_rules: layers that are low-rank in config.init_from must be so"
+            f" here, got 'dense' for {extra}. Change their rule to 'full'; their ranks"
+            " are those of the checkpoint."
+        )
