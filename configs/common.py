@@ -194,6 +194,14 @@ def cifar10_sgd(**changes: Any) -> dict[str, Any]:
     return optimizer("sgd", **values)
 
 
+NESTED = (
+    named("factorize", rules=((".*", "full"),)),
+    named("canonicalize"),
+)
+"""How a run ends whose layers are partly dense or not in order: every layer low-rank,
+the function unchanged, every prefix the best of its rank."""
+
+
 def length(epochs: int, *, smoke: bool) -> dict[str, int]:
     """The length of a phase; a few steps for a smoke run."""
     return {"steps": SMOKE_STEPS} if smoke else {"epochs": epochs}

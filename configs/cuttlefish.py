@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
             until={"steps": common.SMOKE_STEPS} if smoke else {"to_epoch": total},
             optimizer=make(),
             optimizer_state="kept",
-            on_end=(common.named("canonicalize"),),
+            on_end=common.NESTED,
         ),
     )
     return config

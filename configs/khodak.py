@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
             if options["plain"]
             else (common.named("frobenius_decay", weight=decay),),
             optimizer=make() if options["plain"] else make(decayed=r".*/kernel"),
-            on_end=(common.named("canonicalize"),),
+            on_end=common.NESTED,
         ),
     )
     return config

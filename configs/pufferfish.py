@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
             until=common.length(rest, smoke=smoke),
             optimizer=make(**late if cifar10 else {}),
             optimizer_state="kept",
-            on_end=(common.named("canonicalize"),),
+            on_end=common.NESTED,
         ),
     )
     return config

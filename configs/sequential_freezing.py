@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
             trainable=(r"(?!.*factors/u$).*", r"(?!.*factors/v$).*"),
             optimizer=make(),
             optimizer_state="kept",
-            on_end=(common.named("canonicalize"),),
+            on_end=common.NESTED,
         ),
     )
     return config

@@ -60,6 +60,7 @@ class Factors(nnx.Module):
             )
         if middle is not None and (
             s is not None
+            or middle.ndim != len(stack) + 3
             or (*middle.shape[:-3], *middle.shape[-2:])
             != (*stack, allocated, allocated)
         ):
@@ -103,7 +104,7 @@ class Factors(nnx.Module):
         u, v = u * root[..., None, :], root[..., :, None] * v
         if depth == 2:
             return cls(u, v)
-        square = root[..., None, :] * jnp.eye(max_rank, dtype=root.dtype)
+        square = jnp.vectorize(jnp.diag, signature="(r)->(r,r)")(root)
         return cls(u, v, middle=jnp.stack([square] * (depth - 2), axis=-3))
 
     @classmethod
@@ -198,9 +199,9 @@ class Factors(nnx.Module):
         Masking this one side is enough: the tail of `v` then meets zeros both ways.
         With one rank per example there is no common mask, and none is applied.
         """
-        u, s, _ = self.arrays()
-        if s is not None:
-            u = u * jnp.abs(s)[..., None, :]
+        u = self.u[...]
+        if self.s is not None:
+            u = u * jnp.abs(self.s[...])[..., None, :]
         if not self.per_example:
             u = jnp.where(self.mask()[..., None, :], u, 0)
         if self.middle is not None and self._joins_u:

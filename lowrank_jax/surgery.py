@@ -362,40 +362,50 @@ def _twin(
     fold = kind.fold_of(layer, **fold_options)
     max_rank = _allocated_rank(options, fold.full_rank)
     kernel = getattr(layer, kind.kernel_name)
-    form = tuple(options.get(name) for name in ("with_s", "depth", "init"))
-    key = (id(kernel), fold, max_rank, form)
+    form = _form(options)
+    key = (id(kernel), fold, max_rank, *form)
     if key not in shared:
-        shared[key] = _factors(fold.to_matrix(kernel[...]), max_rank, options, rngs)
+        shared[key] = _factors(fold.to_matrix(kernel[...]), max_rank, *form, rngs)
     return kind.from_dense(
         layer, max_rank=max_rank, factors=shared[key], **fold_options
     )
 
 
-def _factors(
-    matrix: Array, max_rank: int, options: Mapping[str, Any], rngs: nnx.Rngs | None
-) -> Factors:
-    """The factors that a rule makes of a kernel's matrix."""
+def _form(options: Mapping[str, Any]) -> tuple[bool, int, str]:
+    """`with_s`, `depth` and `init` of a rule, checked."""
     with_s, depth = options.get("with_s", False), options.get("depth", 2)
     init = options.get("init", "svd")
     if not isinstance(with_s, bool):
         raise ValueError(f"with_s must be true or false, got {with_s!r}.")
     if isinstance(depth, bool) or not isinstance(depth, int):
         raise ValueError(f"depth must be a whole number >= 2, got {depth!r}.")
-    if init == "random":
-        if rngs is None or depth != 2:
-            raise ValueError(
-                "init 'random' needs rngs and a depth of 2, got"
-                f" rngs={rngs}, depth={depth}. Pass factorize(..., rngs=)."
-            )
-        return Factors.random(rngs.params(), matrix, max_rank, with_s=with_s)
-    if init != "svd":
+    if init not in ("svd", "random"):
         raise ValueError(f"init must be 'svd' or 'random', got {init!r}.")
+    return with_s, depth, init
+
+
+def _factors(
+    matrix: Array,
+    max_rank: int,
+    with_s: bool,
+    depth: int,
+    init: str,
+    rngs: nnx.Rngs | None,
+) -> Factors:
+    """The factors that a rule makes of a kernel's matrix."""
     if not isinstance(matrix, jax.core.Tracer) and not np.isfinite(matrix).all():
         raise ValueError(
-            "the kernel must be finite to have an SVD, got NaN or infinity. Train or"
+            "the kernel must be finite to be factored, got NaN or infinity. Train or"
             " load it anew, with a lower learning rate."
         )
-    return Factors.from_matrix(matrix, max_rank, with_s=with_s, depth=depth)
+    if init == "svd":
+        return Factors.from_matrix(matrix, max_rank, with_s=with_s, depth=depth)
+    if rngs is None or depth != 2:
+        raise ValueError(
+            "init 'random' needs rngs and a depth of 2, got"
+            f" rngs={rngs}, depth={depth}. Pass factorize(..., rngs=)."
+        )
+    return Factors.random(rngs.params(), matrix, max_rank, with_s=with_s)
 
 
 def _allocated_rank(options: Mapping[str, Any], full_rank: int) -> int:

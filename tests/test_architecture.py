@@ -15,7 +15,7 @@ TREES = ("lowrank_jax", "train", "configs", "benchmarks")
 LAYERS = (
     {"linalg", "folds", "cost", "rules", "optimizer_state"},
     {"factors"},
-    {"spectral"},
+    {"projections"},
     {"layers", "selection"},
     {"surgery"},
     {

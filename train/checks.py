@@ -114,9 +114,9 @@ def _apply(phase: phases_lib.Phase, model: nnx.Module, sampled: Any) -> Any:
             one_pass = {path: rank[number] for path, rank in sampled.items()}
         surgery.set_ranks(model, one_pass)
     factors = surgery.find_factors(model)
-    penalties = [penalty(factors, jax.numpy.int32(0)) for penalty in phase.penalties]
+    penalties = [penalty(factors, 0) for penalty in phase.penalties]
     for projection in phase.projections:
-        projection(factors, jax.numpy.int32(0))
+        projection(factors, 0)
     return penalties
 
 

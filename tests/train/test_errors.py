@@ -10,6 +10,7 @@ import pytest
 
 from configs import common
 from lowrank_jax import checkpoint
+from train import state
 from train import train as train_lib
 
 
@@ -48,11 +49,12 @@ def named(name: str, **args: Any) -> dict[str, Any]:
     return {"name": name, "args": args}
 
 
+BEAM = named("beam", measure="params", fraction=0.5, width=1, steps=2)
 SHRINK = {"every_epochs": 1, "threshold": 1e-3, "multiple": 1}
 RANKS = {"head": 4, "hidden/0": 4}
 
-# what is wrong: place, value, parts of the message
-MISTAKES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
+# what is wrong: place, value (or several of them), parts of the message
+MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "unknown key": ("sede", 1, ("config: keys must be", "'sede'", "'seed'")),
     "unknown key of data": (
         "data/batchsize",
@@ -312,12 +314,178 @@ MISTAKES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
 }
 
 
+# What phases can get wrong; the model is low-rank by "full", without `s`.
+
+FIRST = "config.phases (only)"
+KEPT = "config.phases[1].optimizer_state"
+
+
+def penalties(name: str, **args: Any) -> list[dict[str, Any]]:
+    return [named(name, **args)]
+
+
+def ends_with(name: str, **args: Any) -> list[dict[str, Any]]:
+    return [named(name, **args)]
+
+
+MISTAKES |= {
+    "penalty on s without s": (
+        "phases/0/penalties",
+        penalties("hoyer", weight=0.1),
+        (FIRST, "head", "with_s"),
+    ),
+    "target rank above the layer's": (
+        "phases/0/penalties",
+        penalties("modified_stable_rank", weight=1.0, target_ranks={"head": 5}),
+        (FIRST, "head", "4", "5"),
+    ),
+    "target ranks of another layer": (
+        "phases/0/penalties",
+        penalties("modified_stable_rank", weight=1.0, target_ranks={"had": 2}),
+        (FIRST, "had", "hidden/0"),
+    ),
+    "targets that nobody selects": (
+        "phases/0/penalties",
+        penalties("modified_stable_rank", weight=1.0, target_ranks="selected"),
+        ("config.phases[0].penalties", "'selected'", "'select'"),
+    ),
+    "unknown projection": (
+        "phases/0/projections",
+        penalties("spectral_norm"),
+        ("config.phases[0].projections.name", "stable_rank_normalization"),
+    ),
+    "unknown condition": (
+        "phases/0/until",
+        {"steps": 4, "condition": named("bored")},
+        ("until.condition.name", "stable_ranks_stand_still", "'bored'"),
+    ),
+    "arguments of a condition": (
+        "phases/0/until",
+        {"steps": 4, "condition": named("stable_ranks_stand_still", every_steps=0)},
+        ("until.condition", "every_steps", "0"),
+    ),
+    "a condition without a limit": (
+        "phases/0/until",
+        {"condition": named("stable_ranks_stand_still", every_steps=1)},
+        ("(only).until", "'steps'"),
+    ),
+    "to an epoch that is over": (
+        "phases/1/until",
+        {"to_epoch": 1},
+        ("config.phases[1] (only).until", "step 4", "Raise it"),
+    ),
+    "another optimizer that is kept": (
+        {"phases/1/optimizer_state": "kept", "phases/1/optimizer/clip_norm": 1.0},
+        None,
+        (KEPT, "'kept'", "clip_norm"),
+    ),
+    "a state that is kept from nothing": (
+        "phases/0/optimizer_state",
+        "kept",
+        ("config.phases[0].optimizer_state", "'new'"),
+    ),
+    "an optimizer state of another word": (
+        "phases/0/optimizer_state",
+        "old",
+        ("(only).optimizer_state", "'new' or 'kept'", "'old'"),
+    ),
+    "no parameter to train": (
+        "phases/0/trainable",
+        ["kernel"],
+        (FIRST, "trainable", "'kernel'", "head/factors/u"),
+    ),
+    "a pattern that is none": (
+        "phases/0/trainable",
+        ["("],
+        ("config.phases[0].trainable", "regular expression", "'('"),
+    ),
+    "nothing to train": ("phases/0/trainable", [], ("(only).trainable", "[]")),
+    "unknown action": (
+        "phases/0/on_end",
+        ends_with("distil"),
+        ("config.phases[0].on_end.name", "canonicalize", "'distil'"),
+    ),
+    "rules of an action without a layer": (
+        "phases/0/on_end",
+        [named("merge"), named("factorize", rules=[["bod", "full"], [".*", "dense"]])],
+        (FIRST, "on_end (factorize)", "'bod'", "hidden/0"),
+    ),
+    "share of energy of an action": (
+        "phases/0/on_end",
+        ends_with("truncate", selector=named("energy", value=1.5)),
+        (FIRST, "on_end (truncate)", "energy", "1.5"),
+    ),
+    "rank file of an action": (
+        "phases/0/on_end",
+        ends_with("truncate", selector=named("ranks", value={"head": 9})),
+        (FIRST, "on_end (truncate)", "head", "4", "9"),
+    ),
+    "unknown selector": (
+        "phases/0/on_end",
+        ends_with("select", selector=named("best")),
+        (FIRST, "on_end (select)", "beam", "'best'"),
+    ),
+    "a selector that is no mapping": (
+        "phases/0/on_end",
+        ends_with("select", selector="beam"),
+        (FIRST, "on_end (select)", "'name' and 'args'"),
+    ),
+    "a budget below rank 1": (
+        "phases/0/on_end",
+        ends_with("select", selector=named("macs_fraction", value=0.01)),
+        (FIRST, "on_end (select)", "macs_fraction", "0.01"),
+    ),
+    "ranks that nobody selected": (
+        "phases/0/on_end",
+        ends_with("truncate", selector=named("selected")),
+        (FIRST, "on_end (truncate)", "'select'"),
+    ),
+    "a search without held-out images": (
+        {
+            "phases/0/on_end": ends_with("select", selector=BEAM),
+            "data/validation_examples": 0,
+        },
+        None,
+        (FIRST, "on_end (select)", "beam", "validation_examples"),
+    ),
+    "a sampler for a dense model": (
+        {
+            "phases/0/sampler": named("sandwich", passes=3),
+            "rank_rules": [[".*", "dense"]],
+        },
+        None,
+        (FIRST, "sampler", "dense model", "'full'"),
+    ),
+    "a rank per example between three factors": (
+        {
+            "phases/0/sampler": named("per_example", batch_size=65),
+            "rank_rules": [[".*", {"depth": 3}]],
+        },
+        None,
+        (FIRST, "per example", "canonicalize"),
+    ),
+    "s in a deep product": (
+        "rank_rules",
+        [[".*", {"depth": 3, "with_s": True}]],
+        ("config.rank_rules", "head", "depth", "with_s"),
+    ),
+    "a scheme of a linear layer": (
+        "rank_rules",
+        [[".*", {"scheme": 2}]],
+        ("config.rank_rules", "head", "scheme is for convolutions"),
+    ),
+}
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_the_config(tmp_path, mistake):
     """The message names place and value; no workdir is left behind."""
     place, value, expected = MISTAKES[mistake]
     config = make_config()
-    put(config, place, value)
+    for where, what in (place if isinstance(place, dict) else {place: value}).items():
+        if where.startswith("phases/1") and len(config["phases"]) == 1:
+            config["phases"] += make_config()["phases"]
+        put(config, where, what)
     with pytest.raises(ValueError) as caught:
         train_lib.train_and_evaluate(config, tmp_path / "run")
     for part in expected:
@@ -355,6 +523,23 @@ def test_init_from_nothing(tmp_path, path):
     config = make_config()
     put(config, "init_from", str(tmp_path / path))
     with pytest.raises(FileNotFoundError, match="config.init_from: must .*" + path):
+        train_lib.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_kernel_that_is_not_finite(tmp_path):
+    """Found when it is factored, before the run has a folder."""
+    source, config = tmp_path / "dense", make_config()
+    put(config, "rank_rules", [[".*", "dense"]])
+    train_lib.train_and_evaluate(config, source)
+    saved = checkpoint.open_checkpoint(source)
+    model = state.load_model(saved, allow_imports=None)
+    model.head.kernel[...] = model.head.kernel[...].at[0, 0].set(float("nan"))
+    metadata = {key: saved.metadata[key] for key in ("config", "inputs")}
+    checkpoint.save(tmp_path / "broken", model, metadata=metadata)
+    config = make_config()
+    put(config, "init_from", str(tmp_path / "broken"))
+    with pytest.raises(ValueError, match="rank_rules: head: .*NaN"):
         train_lib.train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,509 @@
+"""Phases that change the model: actions at their end, conditions, frozen factors.
+
+The real loop on digits, in epochs of 4 steps, with models of a few hundred numbers.
+"""
+
+import json
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from reference import relative_error
+
+from configs import common
+from lowrank_jax import checkpoint, surgery
+from lowrank_jax.selection import curves
+from train import evaluation, logs, phases, state, transitions, truncation
+from train import train as train_lib
+
+BATCH_SIZE, STEPS_PER_EPOCH = 65, 4
+named = common.named
+SGD = common.optimizer("sgd", learning_rate=0.1, args={"momentum": 0.9})
+ADAM = common.optimizer("adam", learning_rate=1e-2)
+STILL = named("stable_ranks_stand_still", every_steps=2, points=3, tolerance=100.0)
+RESTLESS = named("stable_ranks_stand_still", every_steps=2, points=3, tolerance=0.0)
+SVD = {"with_s": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Few steps need no fast code."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def phase(steps: int = 4, **changes: Any) -> dict[str, Any]:
+    values = {"name": "only", "until": {"steps": steps}, "optimizer": SGD, **changes}
+    return common.phase(**values)
+
+
+def make_config(
+    *of_phases: Mapping[str, Any], rule: Any = "dense", **changes: Any
+) -> dict[str, Any]:
+    config = common.base(seed=3)
+    config.data = common.digits(batch_size=BATCH_SIZE)
+    config.data.validation_examples = 1437 - STEPS_PER_EPOCH * BATCH_SIZE
+    config.data.eval_batch_size = 600
+    config.model = named("mlp", hidden=(16,))
+    config.rank_rules = ((".*", rule),)
+    config.phases = of_phases
+    config.eval_every_epochs = 0
+    config.eval_fractions = (1.0, 0.5)
+    config.log_every_steps = 2
+    config.keep_checkpoints = 100
+    for key, value in changes.items():
+        config[key] = value
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def train(config: Mapping[str, Any], workdir: Path) -> checkpoint.Saved:
+    train_lib.train_and_evaluate(config, workdir)
+    return checkpoint.open_checkpoint(workdir)
+
+
+def load(saved: checkpoint.Saved) -> nnx.Module:
+    return state.load_model(saved, allow_imports=None)
+
+
+def at_step(workdir: Path, step: int) -> checkpoint.Saved:
+    return checkpoint.open_checkpoint(workdir / "checkpoints" / str(step))
+
+
+def arrays(saved: checkpoint.Saved) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint."""
+    templates = {
+        item: {k: jax.ShapeDtypeStruct(tuple(s), d) for k, (s, d) in leaves.items()}
+        for item, leaves in saved.metadata["arrays"].items()
+    }
+    items = checkpoint.restore(saved, templates)
+    return {
+        f"{item}/{key}": np.asarray(x)
+        for item in items
+        for key, x in items[item].items()
+    }
+
+
+def logits(model: nnx.Module) -> jax.Array:
+    images = np.random.default_rng(0).normal(size=(5, 8, 8, 1)).astype(np.float32)
+    model.eval()
+    return model(jnp.asarray(images))
+
+
+# Whole methods in miniature. Each ends low-rank.
+
+DENSE_TO_LOW = named("factorize", rules=((".*", "full"),))
+ENERGY = named("truncate", selector=named("energy", value=0.7))
+METHODS: dict[str, Callable[[], dict[str, Any]]] = {
+    "svd_training": lambda: make_config(
+        phase(name="full", penalties=(named("orthogonality", weight=1.0),)),
+        phase(
+            name="sparse",
+            optimizer_state="kept",
+            penalties=(named("hoyer", weight=0.1),),
+            on_end=(named("canonicalize"), ENERGY),
+        ),
+        phase(name="tune", on_end=(named("canonicalize"),)),
+        rule=SVD,
+    ),
+    "bsr": lambda: make_config(
+        phase(
+            name="dense",
+            on_end=(
+                DENSE_TO_LOW,
+                named(
+                    "select",
+                    selector=named(
+                        "beam", measure="params", fraction=0.5, width=2, steps=3
+                    ),
+                ),
+            ),
+        ),
+        phase(
+            name="aim",
+            penalties=(
+                named(
+                    "modified_stable_rank",
+                    weight=0.1,
+                    target_ranks="selected",
+                    every_steps=2,
+                ),
+            ),
+            optimizer_state="kept",
+            on_end=(
+                named("canonicalize"),
+                named("truncate", selector=named("selected")),
+            ),
+        ),
+        phase(name="tune"),
+    ),
+    "cuttlefish": lambda: make_config(
+        phase(
+            name="dense",
+            until={"epochs": 5, "condition": STILL},
+            on_end=(named("factorize_at_stable_rank", rules=((".*", "full"),)),),
+        ),
+        phase(name="low", until={"to_epoch": 6}, optimizer_state="kept"),
+    ),
+    "lorita": lambda: make_config(
+        phase(8, on_end=(named("canonicalize"),)), rule={"depth": 3}
+    ),
+    "freezing": lambda: make_config(
+        phase(12, trainable=(r"(?!.*/u$).*", r"(?!.*/v$).*")), rule="full"
+    ),
+    "normalized": lambda: make_config(
+        phase(
+            4,
+            projections=(named("stable_rank_normalization", stable_rank=2.0),),
+        ),
+        rule="full",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Callable[[str], Path]:
+    """Trains each method once, when it is first asked for."""
+    done: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in done:
+            done[name] = tmp_path_factory.mktemp(name) / "run"
+            train(METHODS[name](), done[name])
+        return done[name]
+
+    return run
+
+
+class TestEveryMethod:
+    @pytest.mark.parametrize("name", METHODS)
+    def test_it_truncates_saves_loads_and_evaluates(self, runs, tmp_path, name):
+        workdir = runs(name)
+        output = tmp_path / "cut"
+        cut = truncation.truncate_checkpoint(workdir, output, "rank", 3)
+        assert set(cut["ranks"].values()) <= {1, 2, 3}
+        whole = load(checkpoint.open_checkpoint(workdir))
+        small = load(checkpoint.open_checkpoint(output))
+        expected = surgery.truncate(whole, cut["ranks"])
+        np.testing.assert_array_equal(logits(small), logits(expected))
+        figures = evaluation.evaluate_checkpoint(output)
+        assert 0 <= figures["accuracy"] <= 1 and figures["ranks"] == cut["ranks"]
+
+    @pytest.mark.parametrize("name", METHODS)
+    @pytest.mark.parametrize("stop", [3, 6])
+    def test_resuming_equals_not_stopping(
+        self, runs, tmp_path, monkeypatch, name, stop
+    ):
+        """Through every change of the model, in every bit; what is remembered too."""
+        whole = checkpoint.open_checkpoint(runs(name))
+        if stop >= whole.step:
+            pytest.skip(f"the run has only {whole.step} steps")
+        add = logs.StepMetrics.add
+
+        def add_and_stop(self, step: int, metrics: Any) -> None:
+            add(self, step, metrics)
+            if step == stop:
+                signal.raise_signal(signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(logs.StepMetrics, "add", add_and_stop)
+            with pytest.raises(train_lib.Interrupted):
+                train(METHODS[name](), tmp_path / "run")
+        resumed = train(METHODS[name](), tmp_path / "run")
+        one, other = arrays(whole), arrays(resumed)
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+        for key in ("run", "ranks", "rank_rules", "step"):
+            assert whole.metadata[key] == resumed.metadata[key]
+
+
+class TestActions:
+    def test_canonicalize_orders_the_spectrum(self, runs):
+        """With `s` the scales fall and the factors are orthonormal."""
+        model = load(checkpoint.open_checkpoint(runs("svd_training")))
+        for one in surgery.find_factors(model).values():
+            u, s, v = one.arrays()
+            assert np.all(np.diff(s) <= 0) and np.all(np.asarray(s) >= 0)
+            np.testing.assert_allclose(u.T @ u, np.eye(len(s)), atol=1e-5)
+            np.testing.assert_allclose(v @ v.T, np.eye(len(s)), atol=1e-5)
+
+    def test_the_energy_rule_cuts_between_phases(self, runs):
+        """Each layer keeps the least prefix with the share, of what it was."""
+        workdir = runs("svd_training")
+        before, after = (at_step(workdir, step) for step in (4, 8))
+        assert all(after.metadata["ranks"][p] < r for p, r in before.max_ranks.items())
+        assert after.metadata["ranks"] == after.max_ranks
+
+    def test_the_beam_meets_its_budget_and_the_truncation_it(self, runs):
+        saved = checkpoint.open_checkpoint(runs("bsr"))
+        targets = saved.metadata["run"]["target_ranks"]
+        assert saved.metadata["ranks"] == targets
+        cost = state.model_cost(load(saved), (8, 8, 1))
+        layers = cost.layers
+        params = sum(layers[p].params(r) for p, r in targets.items())
+        assert params <= 0.5 * sum(layer.dense_params for layer in layers.values())
+
+    def test_a_deep_product_is_multiplied_back(self, runs):
+        config = METHODS["lorita"]()
+        built = state.build_model(config, (8, 8, 1), 10, allow_imports=None)
+        assert {f.depth for f in surgery.find_factors(built).values()} == {3}
+        model = load(checkpoint.open_checkpoint(runs("lorita")))
+        assert {f.depth for f in surgery.find_factors(model).values()} == {2}
+
+    def test_merge_makes_it_dense(self, tmp_path):
+        config = make_config(phase(2, on_end=(named("merge"),)), rule={"max_rank": 4})
+        saved = train(config, tmp_path / "run")
+        assert saved.metadata["ranks"] == {}
+        matrices = surgery.kernel_matrices(load(saved))
+        spectra = [np.linalg.svd(m, compute_uv=False) for m in matrices.values()]
+        assert all(s[4] < 1e-5 * s[0] < s[3] for s in spectra)
+
+    def test_recalibration_changes_statistics_alone(self, tmp_path):
+        def run(name: str, on_end: Any) -> dict[str, np.ndarray]:
+            config = make_config(
+                phase(2, on_end=on_end),
+                rule="full",
+                model=named("convnet", widths=(4, 4)),
+            )
+            stored = arrays(train(config, tmp_path / name))
+            return {k: x for k, x in stored.items() if not k.startswith("opt_state")}
+
+        plain = run("plain", ())
+        again = run("again", (named("recalibrate", batches=2),))
+        changed = {k for k in plain if not np.array_equal(plain[k], again[k])}
+        assert changed == {k for k in plain if k.endswith(("/mean", "/var"))} != set()
+
+
+class TestConditions:
+    def test_a_phase_ends_when_it_is_met(self, runs):
+        """Three measurements at steps 0, 2 and 4; `to_epoch` counts from the start."""
+        saved = checkpoint.open_checkpoint(runs("cuttlefish"))
+        assert saved.metadata["run"]["phase_start"] == 4
+        assert saved.step == 6 * STEPS_PER_EPOCH
+
+    def test_it_lasts_to_the_limit_where_it_is_not(self, tmp_path):
+        config = make_config(
+            phase(8, name="dense", until={"steps": 8, "condition": RESTLESS}),
+            phase(2, name="after"),
+        )
+        saved = train(config, tmp_path / "run")
+        assert saved.metadata["run"]["phase_start"] == 8
+
+    def test_ranks_are_the_scaled_stable_ranks(self, runs):
+        """From the kernels as they were, by NumPy in float64."""
+        workdir = runs("cuttlefish")
+        saved = checkpoint.open_checkpoint(workdir)
+        config = METHODS["cuttlefish"]()
+        fresh = state.build_model(config, (8, 8, 1), 10, allow_imports=None)
+
+        def stable_ranks(model: nnx.Module) -> dict[str, float]:
+            kernels = surgery.kernel_matrices(model)
+            spectra = {
+                path: np.linalg.svd(np.asarray(m, np.float64), compute_uv=False)
+                for path, m in kernels.items()
+            }
+            return {p: (s**2).sum() / s[0] ** 2 for p, s in spectra.items()}
+
+        first = stable_ranks(fresh)
+        remembered = saved.metadata["run"]["initial_stable_ranks"]
+        assert remembered == pytest.approx(first, rel=1e-5)
+        # at step 4 the phase ends: the factors there are the SVD of the kernels
+        low = load(at_step(workdir, 4))
+        config["phases"] = config["phases"][:1]
+        config["phases"][0]["on_end"] = []
+        dense = load(train(config, workdir.parent / "dense"))
+        now = stable_ranks(dense)
+        full = {"hidden/0": 16, "head": 10}
+        wanted = {p: int(np.ceil(now[p] * full[p] / first[p] - 1e-3)) for p in full}
+        wanted = {p: min(r, full[p]) for p, r in wanted.items()}
+        ranks = surgery.get_ranks(low)
+        cost = state.model_cost(dense, (8, 8, 1))
+        assert cost.layers == {}
+        for path, rank in wanted.items():
+            i, o = surgery.kernel_matrices(dense)[path].shape
+            assert ranks.get(path) == (rank if rank * (i + o) < i * o else None)
+
+
+class TestOptimizerState:
+    """Dense -> low-rank in the middle of a run."""
+
+    def factorized(self, tmp_path: Path, optimizer: Any, kept: str) -> tuple[Any, Any]:
+        config = make_config(
+            phase(4, name="dense", optimizer=optimizer, on_end=(DENSE_TO_LOW,)),
+            phase(4, name="low", optimizer=optimizer, optimizer_state=kept),
+        )
+        train(config, tmp_path / "run")
+        dense = make_config(phase(4, optimizer=optimizer))
+        dense["phases"][0]["name"] = "dense"
+        return (
+            arrays(train(dense, tmp_path / "dense")),
+            arrays(at_step(tmp_path / "run", 4)),
+        )
+
+    def test_momentum_goes_over_by_the_chain_rule(self, tmp_path):
+        dense, low = self.factorized(tmp_path, SGD, "kept")
+        (trace,) = {k.removesuffix("head/kernel") for k in dense if "trace/head/k" in k}
+        for layer in ("head", "hidden/0"):
+            u, v = (low[f"params/{layer}/factors/{n}"] for n in "uv")
+            momentum = dense[f"{trace}{layer}/kernel"]
+            for name, wanted in (("u", momentum @ v.T), ("v", u.T @ momentum)):
+                error = relative_error(low[f"{trace}{layer}/factors/{name}"], wanted)
+                assert error < 1e-5
+            bias = f"{trace}{layer}/bias"
+            np.testing.assert_array_equal(low[bias], dense[bias])
+
+    def test_a_new_state_is_zero(self, tmp_path):
+        _, low = self.factorized(tmp_path, SGD, "new")
+        traces = [x for k, x in low.items() if "trace" in k]
+        assert traces and not any(x.any() for x in traces)
+
+    def test_adam_says_why_it_starts_anew(self, tmp_path, capfd):
+        _, low = self.factorized(tmp_path, ADAM, "kept")
+        said = capfd.readouterr().err
+        assert "factorize: the optimizer's ScaleByAdamState starts anew, as" in said
+        assert not any(x.any() for k, x in low.items() if k.endswith("/mu"))
+
+    def test_kept_moments_with_a_schedule_of_its_own(self, tmp_path):
+        """Two phases with `kept` do what one does, if the learning rate is constant."""
+        two = make_config(
+            phase(4, name="a"), phase(4, name="b", optimizer_state="kept"), rule="full"
+        )
+        new = make_config(phase(4, name="a"), phase(4, name="b"), rule="full")
+        one = make_config(phase(8), rule="full")
+        results = [
+            arrays(train(c, tmp_path / n))
+            for n, c in (("two", two), ("one", one), ("new", new))
+        ]
+        key = "params/head/factors/u"
+        np.testing.assert_array_equal(results[0][key], results[1][key])
+        assert not np.array_equal(results[2][key], results[1][key])
+
+    def test_a_cut_and_a_rotation(self):
+        """A prefix keeps its moments, a rotation starts anew."""
+        model = surgery.factorize(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        optimizer = optax.sgd(0.1, momentum=0.9)
+        params = nnx.as_pure(nnx.state(model, nnx.Param))
+        opt_state = optimizer.update(params, optimizer.init(params), params)[1]
+        small = surgery.truncate(model, {"": 2})
+        cut, restarted = transitions.carry_opt_state(
+            "cut", model, small, opt_state, optimizer
+        )
+        assert restarted == []
+        trace = cut[0].trace["factors"]["u"]
+        np.testing.assert_array_equal(trace, params["factors"]["u"][:, :2])
+        fresh, restarted = transitions.carry_opt_state(
+            "rotated", model, surgery.canonicalize(model), opt_state, optimizer
+        )
+        assert restarted and not any(x.any() for x in jax.tree.leaves(fresh))
+
+
+class TestTrainable:
+    def test_one_factor_rests_in_each_epoch(self, runs):
+        """u in the first and third epoch, v in the second; biases never."""
+        workdir = runs("freezing")
+        config = METHODS["freezing"]()
+        fresh = state.build_model(config, (8, 8, 1), 10, allow_imports=None)
+        first = {
+            f"params/{k}": np.asarray(x)
+            for k, x in checkpoint.flatten(
+                checkpoint.model_items(fresh)["params"]
+            ).items()
+        }
+        points = [first, *(arrays(at_step(workdir, step)) for step in (4, 8, 12))]
+        for epoch in range(3):
+            for key in first:
+                same = np.array_equal(points[epoch][key], points[epoch + 1][key])
+                rests = key.endswith("u" if epoch % 2 == 0 else "v")
+                assert same == (rests and "factors" in key), (epoch, key)
+
+    def test_decay_spares_what_rests(self, tmp_path):
+        decay = common.optimizer("adamw", learning_rate=0.1, weight_decay=0.5)
+        config = make_config(
+            phase(2, optimizer=decay, trainable=(".*bias",)), rule="full"
+        )
+        fresh = state.build_model(config, (8, 8, 1), 10, allow_imports=None)
+        model = load(train(config, tmp_path / "run"))
+        for path, one in surgery.find_factors(model).items():
+            before = surgery.find_factors(fresh)[path]
+            np.testing.assert_array_equal(one.u[...], before.u[...])
+
+
+class TestProjections:
+    def test_the_stable_rank_stays_below(self, runs, tmp_path):
+        model = load(checkpoint.open_checkpoint(runs("normalized")))
+        ranks = curves.stable_ranks(surgery.kernel_matrices(model))
+        assert all(rank <= 2.0 + 1e-4 for rank in ranks.values())
+        free = make_config(phase(4), rule="full")  # the control
+        ranks = curves.stable_ranks(
+            surgery.kernel_matrices(load(train(free, tmp_path / "run")))
+        )
+        assert all(rank > 2.5 for rank in ranks.values())
+
+
+def test_penalties_count_steps_from_the_phase(tmp_path, monkeypatch):
+    """The first step of every phase is 0."""
+    seen: list[int] = []
+
+    def note(*, tag: str) -> Any:
+        def penalty(factors, step):
+            jax.debug.callback(lambda n: seen.append(int(n)), step, ordered=True)
+            return jnp.float32(0)
+
+        return penalty
+
+    monkeypatch.setitem(phases.PENALTIES, "note", note)
+    penalties = (named("note", tag="x"),)
+    config = make_config(
+        phase(2, name="a", penalties=penalties),
+        phase(3, name="b", penalties=penalties),
+        rule="full",
+    )
+    train(config, tmp_path / "run")
+    jax.effects_barrier()
+    assert [n for n in seen if n >= 0][-5:] == [0, 1, 0, 1, 2]
+
+
+def test_random_factors_are_the_seeds(tmp_path):
+    """`init: random` is drawn from the config's seed, and unlike the spectral one."""
+    config = make_config(phase(1), rule={"init": "random", "max_rank": 4})
+    build = lambda: state.build_model(config, (8, 8, 1), 10, allow_imports=None)  # noqa: E731
+    one, other = (surgery.find_factors(build())["head"].u[...] for _ in range(2))
+    np.testing.assert_array_equal(one, other)
+    config["rank_rules"][0][1]["init"] = "svd"
+    assert relative_error(surgery.find_factors(build())["head"].u[...], one) > 0.1
+
+
+class TestRecalibratedLevels:
+    def test_every_size_has_statistics_of_its_own(self, tmp_path):
+        """With them a cut model's loss falls; the full one's hardly moves."""
+        config = make_config(
+            phase(
+                24,
+                sampler=named("uniform_fraction", fractions=(0.5, 1.0)),
+                teacher=named("full", label_weight=0.0),
+            ),
+            rule="full",
+            model=named("convnet", widths=(8, 8)),
+            recalibration_batches=4,
+        )
+        rows = train_lib.train_and_evaluate(config, tmp_path / "run")["frontier"]
+        plain, own = (
+            evaluation.evaluate_checkpoint(
+                tmp_path / "run",
+                split="validation",
+                fractions=(1.0, 0.5),
+                recalibration_batches=count,
+            )
+            for count in (0, 4)
+        )
+        assert own[1]["loss"] < plain[1]["loss"]
+        assert [r["loss"] for r in own] == pytest.approx([r["loss"] for r in rows])
