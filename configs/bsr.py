@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = common.resnet(56, batch_size=128) if cifar10 else common.mnist_lenet()
     config.rank_rules = ((".*", "dense"),)
     make = common.cifar10_sgd if cifar10 else common.lenet_optimizer
-    early = make(schedule=common.named("constant", warmup_steps=0))
+    early, sequel = make(constant=True), make(constant=True, warmup_steps=0)
     epochs = (100, 100, 100) if cifar10 else (3, 3, 2)
     beam = common.named(
         "beam", measure="macs", fraction=options["fraction"], width=3, steps=20
@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
             name="stable_rank",
             until=common.length(epochs[1], smoke=smoke),
             penalties=(stable_rank,),
-            optimizer=early,
+            optimizer=sequel,
             optimizer_state="kept",
             on_end=(
                 common.named("canonicalize"),

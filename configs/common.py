@@ -157,13 +157,15 @@ def mnist_lenet() -> ConfigDict:
 LENET_EPOCHS = 8
 
 
-def lenet_optimizer(*, constant: bool = False, **changes: Any) -> dict[str, Any]:
+def lenet_optimizer(
+    *, constant: bool = False, warmup_steps: int = 200, **changes: Any
+) -> dict[str, Any]:
     """SGD with momentum, cosine to zero; `constant` for a phase that others follow."""
-    schedule = named("constant", warmup_steps=0) if constant else None
+    schedule = named("constant", warmup_steps=warmup_steps) if constant else None
     values = {
-        "learning_rate": 0.02,
+        "learning_rate": 0.05,
         "args": {"momentum": 0.9},
-        "schedule": schedule or cosine(warmup_steps=200),
+        "schedule": schedule or cosine(warmup_steps=warmup_steps),
         "weight_decay": 1e-4,
         **changes,
     }
@@ -181,13 +183,16 @@ def resnet(depth: int, *, batch_size: int) -> ConfigDict:
     return config
 
 
-def cifar10_sgd(**changes: Any) -> dict[str, Any]:
+def cifar10_sgd(
+    *, constant: bool = False, warmup_steps: int = 0, **changes: Any
+) -> dict[str, Any]:
     """SGD 0.1, momentum 0.9, decay 1e-4, x0.1 at half and three quarters (Horvath et
     al., 2024)."""
+    schedule = named("constant", warmup_steps=warmup_steps) if constant else None
     values = {
         "learning_rate": 0.1,
         "args": {"momentum": 0.9},
-        "schedule": steps_down(factor=0.1, at_fractions=(0.5, 0.75)),
+        "schedule": schedule or steps_down(factor=0.1, at_fractions=(0.5, 0.75)),
         "weight_decay": 1e-4,
         **changes,
     }

@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
         common.phase(
             name="dense",
             until=common.length(total // 2, smoke=smoke) | {"condition": still},
-            optimizer=make(schedule=common.named("constant", warmup_steps=0)),
+            optimizer=make(constant=True),
             on_end=(common.named("factorize_at_stable_rank", rules=rules),),
         ),
         common.phase(

@@ -27,7 +27,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config = common.resnet(18, batch_size=128) if cifar10 else common.mnist_lenet()
     if cifar10 and options["vgg"]:
         config.model = common.named("vgg", depth=19)
-    epochs, optimizer = 15, common.lenet_optimizer(constant=True, learning_rate=0.01)
+    epochs, optimizer = (
+        15,
+        common.lenet_optimizer(constant=True, warmup_steps=0, learning_rate=0.01),
+    )
     if cifar10:
         epochs, optimizer = 300, common.cifar10_sgd()
     elif options["compare"]:

@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
         common.phase(
             name="warm_up",
             until=common.length(warm_up, smoke=smoke),
-            optimizer=make(schedule=common.named("constant", warmup_steps=0)),
+            optimizer=make(constant=True),
             on_end=(common.named("factorize", rules=rules),),
         ),
         common.phase(

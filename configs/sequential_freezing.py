@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
         common.phase(
             name="pretrain",
             until=common.length(epochs[0], smoke=smoke),
-            optimizer=make(schedule=common.named("constant", warmup_steps=0)),
+            optimizer=make(constant=True),
             on_end=(common.named("factorize", rules=rules),),
         ),
         common.phase(

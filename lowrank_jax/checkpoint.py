@@ -298,8 +298,7 @@ def _contents(
         "rank_rules": rules_of(model),
         "arrays": {name: _describe(leaves) for name, leaves in flat.items()},
     }
-    json.dumps(about)
-    return flat, about
+    return flat, json.loads(json.dumps(about))  # a copy: it is written later
 
 
 def _at_ranks(params: Any, ranks: Ranks) -> Any:

@@ -20,6 +20,15 @@ from typing import Any
 import jax
 import optax
 
+# two states are not exported by name; abstractly, since an array here would start the
+# backend, after which jax.distributed.initialize fails
+_CORRECTED_RMS = type(
+    jax.eval_shape(lambda: optax.scale_by_rms(bias_correction=True).init({}))
+)
+_INJECTED_SCHEDULE = type(
+    jax.eval_shape(optax.schedules.WrappedSchedule(lambda count: 0.0).init)
+)
+
 ELEMENTWISE: tuple[type, ...] = (
     optax.TraceState,
     optax.ScaleByAdamState,
@@ -37,10 +46,8 @@ ELEMENTWISE: tuple[type, ...] = (
     optax.InjectStatefulHyperparamsState,
     optax.ApplyIfFiniteState,
     optax.contrib.ScheduleFreeState,
-    # not exported by name; abstractly, since an array here would start the backend,
-    # after which jax.distributed.initialize fails
-    type(jax.eval_shape(lambda: optax.scale_by_rms(bias_correction=True).init({}))),
-    type(jax.eval_shape(optax.schedules.WrappedSchedule(lambda count: 0.0).init)),
+    _CORRECTED_RMS,
+    _INJECTED_SCHEDULE,
 )
 """States whose arrays follow the parameters number by number, counters, and containers
 of such states."""
@@ -51,7 +58,7 @@ LINEAR: dict[type, str] = {
 }
 """States that are a weighted sum of gradients, and the field that holds it."""
 
-SCHEDULES: tuple[type, ...] = (optax.ScaleByScheduleState,)
+SCHEDULES: tuple[type, ...] = (optax.ScaleByScheduleState, _INJECTED_SCHEDULE)
 """Counters of learning-rate schedules."""
 
 
@@ -117,7 +124,8 @@ def convert_opt_state(
         momentum = getattr(old, field)
         if jax.tree.structure(momentum) != jax.tree.structure(old_params):
             return None  # masked: some parts are missing
-        return old._replace(**{field: pull_back(momentum)[0]})
+        pulled = pull_back(_cast(momentum, old_params))[0]
+        return old._replace(**{field: _cast(pulled, getattr(new, field))})
 
     restarted: list[str] = []
     return _walk(opt_state, fresh, convert, _kept, restarted), restarted
@@ -135,6 +143,11 @@ def restart_schedules(
         return type(old)(*(_walk(a, b, restart, _kept, []) for a, b in fields))
 
     return _walk(opt_state, fresh, restart, _kept, [])
+
+
+def _cast(tree: Any, like: Any) -> Any:
+    """A tree in the dtypes of another; a momentum may be kept in fewer bits."""
+    return jax.tree.map(lambda x, other: x.astype(other.dtype), tree, like)
 
 
 def _kept(old: Any, fresh: Any) -> Any:

@@ -53,11 +53,7 @@ def stable_rank_normalization(
         return jnp.where(above, new_u, u), jnp.where(above, new_v, v)
 
     def project(factors: Mapping[str, Factors], step: Int[Array, ""] | int) -> None:
-        middles = [
-            path
-            for path, one in factors.items()
-            if getattr(one, "middle", None) is not None
-        ]
+        middles = [path for path, one in factors.items() if one.middle is not None]
         if middles:
             raise ValueError(
                 f"{', '.join(middles)}: projection stable_rank_normalization must set u"

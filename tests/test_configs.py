@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from lowrank_jax import checkpoint
+from train import (
+    checks,
+    datasets,
+    evaluation,
+    input_pipeline,
+    phases,
+    state,
+    truncation,
+)
 from train import config as config_lib
-from train import phases
 from train import train as train_lib
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -25,27 +33,85 @@ def plain(name: str, arg: str) -> dict[str, Any]:
 
 def mnist_like() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Noise of MNIST's shape: 40 images to train on, 10 to test on."""
+    return _noise((28, 28, 1))
+
+
+def cifar10_like() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return _noise((32, 32, 3))
+
+
+def _noise(shape: tuple[int, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (50, 28, 28, 1), dtype=np.uint8)
+    images = rng.integers(0, 256, (50, *shape), dtype=np.uint8)
     labels = np.arange(50) % 10
     return {"train": (images[:40], labels[:40]), "test": (images[40:], labels[40:])}
 
 
 def test_there_are_configs():
-    expected = {"digits_mlp", "digits_vit", "mnist_lenet_maestro", "mnist_lenet_nested"}
-    assert expected <= set(NAMES)
+    methods = {"bsr", "cuttlefish", "dense", "fjord", "khodak", "lorita", "maestro"}
+    methods |= {"nested", "pufferfish", "sequential_freezing", "svd_training"}
+    assert methods | {"digits_mlp", "digits_vit"} <= set(NAMES)
 
 
-@pytest.mark.parametrize("arg", ["", "smoke"])
-@pytest.mark.parametrize("name", NAMES)
+VARIANTS = [(name, "") for name in NAMES] + [
+    ("bsr", "cifar10"),
+    ("cuttlefish", "cifar10"),
+    ("dense", "cifar10"),
+    ("fjord", "cifar10"),
+    ("khodak", "cifar10"),
+    ("khodak", "plain"),
+    ("lorita", "cifar10,depth=3"),
+    ("lorita", "depth=3"),
+    ("maestro", "cifar10"),
+    ("maestro", "cifar10,vgg"),
+    ("maestro", "compare"),
+    ("maestro", "dense"),
+    ("nested", "compare"),
+    ("pufferfish", "cifar10"),
+    ("sequential_freezing", "cifar10"),
+    ("svd_training", "cifar10"),
+    ("svd_training", "cifar10,l1,spatial"),
+    ("svd_training", "l1"),
+    ("svd_training", "spatial"),
+]
+
+
+def joined(*words: str) -> str:
+    return ",".join(word for word in words if word)
+
+
+@pytest.mark.parametrize("name, arg", VARIANTS)
 def test_it_is_valid(name, arg):
     """Right keys, types and names; the smoke run is shorter and else the same."""
     config = plain(name, arg)
-    built = phases.build_phases(config, steps_per_epoch=100)
+    built = phases.build_phases(config, steps_per_epoch=400)
     assert [phase.name for phase in built] == [p["name"] for p in config["phases"]]
-    whole = phases.build_phases(plain(name, ""), steps_per_epoch=100)
-    assert built[-1].end < whole[-1].end or arg == ""
-    assert config["model"] == plain(name, "")["model"]
+    smoke = plain(name, joined(arg, "smoke"))
+    assert phases.build_phases(smoke, steps_per_epoch=400)[-1].end < built[-1].end
+    assert smoke["model"] == config["model"]
+
+
+@pytest.mark.parametrize("name, arg", VARIANTS)
+def test_its_phases_fit_its_model(name, arg):
+    """The check before the first step: every rule, sampler, penalty and action."""
+    config = plain(name, arg)
+    cifar10 = config["data"]["name"] == "cifar10"
+    shape = (32, 32, 3) if cifar10 else (28, 28, 1)
+    if config["data"]["name"] == "digits":
+        shape = (8, 8, 1)
+    model = state.abstract_model(
+        lambda: state.build_model(config, shape, 10, allow_imports=None)
+    )
+    split = input_pipeline.Subset(
+        datasets.ArraySource(
+            np.zeros((500, *shape), np.uint8), np.zeros(500, np.int64)
+        ),
+        np.arange(500),
+    )
+    splits = dict.fromkeys(("train", "validation", "test"), split)
+    data = input_pipeline.Dataset("fake", shape, 10, splits)
+    built = phases.build_phases(config, steps_per_epoch=400)
+    checks.check_phases(built, model, config, data)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,10 +121,10 @@ def test_unknown_arguments_are_refused(name):
 
 
 def test_arguments_of_maestro():
-    config = plain("mnist_lenet_maestro", "lasso=1e-4")
+    config = plain("maestro", "lasso=1e-4")
     (penalty,) = config["phases"][0]["penalties"]
     assert penalty["args"] == {"weight": 1e-4}
-    dense = plain("mnist_lenet_maestro", "dense,smoke")
+    dense = plain("maestro", "dense,smoke")
     assert dense["rank_rules"] == [[".*", "dense"]]
     assert dense["phases"][0]["penalties"] == []
     for key in ("optimizer", "teacher", "passes_loss"):  # the same recipe
@@ -83,11 +149,11 @@ def quick_compilation():
 
 
 @pytest.mark.parametrize(
-    "name, arg",
-    [(name, "smoke") for name in NAMES] + [("mnist_lenet_maestro", "smoke,dense")],
+    "name, arg", [(name, "smoke") for name in NAMES] + [("svd_training", "smoke,l1")]
 )
 def test_it_trains_end_to_end(quick_compilation, tmp_path, name, arg):
-    """Three steps of its smoke form, of each phase, one block deep, without MNIST."""
+    """Three steps of its smoke form, of each phase, one block deep, without MNIST; what
+    comes out is low-rank, and is cut, saved, loaded and evaluated like any other."""
     config = plain(name, arg)
     config["model"]["args"] |= {"depth": 1} if name == "digits_vit" else {}
     data = config["data"]
@@ -97,7 +163,9 @@ def test_it_trains_end_to_end(quick_compilation, tmp_path, name, arg):
     else:
         data |= {"validation_examples": 1437 - 30, "batch_size": 10}
     for phase in config["phases"]:
-        phase["until"] = {"steps": 3}
+        lengths = {"steps", "epochs", "to_epoch"}
+        kept = {k: v for k, v in phase["until"].items() if k not in lengths}
+        phase["until"] = {"steps": 3, **kept}
     config["eval_fractions"] = [1.0, 0.5]
     steps = 3 * len(config["phases"])
     result = train_lib.train_and_evaluate(config, tmp_path / "run")
@@ -107,3 +175,24 @@ def test_it_trains_end_to_end(quick_compilation, tmp_path, name, arg):
     saved = checkpoint.open_checkpoint(tmp_path / "run")
     assert saved.step == steps
     assert saved.metadata["config"] == json.loads(json.dumps(config))
+    output, packages = tmp_path / "cut", [__name__.split(".")[0]]
+    cut = truncation.truncate_checkpoint(
+        tmp_path / "run", output, "rank_fraction", 0.5, allow_imports=packages
+    )
+    assert cut["ranks"] and cut["params"] < result["frontier"][0]["params"]
+    figures = evaluation.evaluate_checkpoint(output, allow_imports=packages)
+    assert figures["ranks"] == cut["ranks"] and np.isfinite(figures["loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["maestro", "svd_training", "khodak"])
+def test_the_published_recipes_train(quick_compilation, tmp_path, name):
+    """One step of each phase on noise of CIFAR-10's shape."""
+    config = plain(name, "cifar10,smoke")
+    data = config["data"]
+    data["name"] = f"{__name__}:cifar10_like"
+    data |= {"validation_examples": 10, "eval_batch_size": 10, "batch_size": 10}
+    for phase in config["phases"]:
+        phase["until"] = {"steps": 1}
+    result = train_lib.train_and_evaluate(config, tmp_path / "run")
+    assert np.isfinite(result["frontier"][0]["loss"])

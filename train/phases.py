@@ -11,9 +11,9 @@ from flax import nnx
 
 from lowrank_jax import surgery
 from lowrank_jax.ordered_dropout import SAMPLERS, RankSampler
+from lowrank_jax.projections import PROJECTIONS, Projection
 from lowrank_jax.regularizers import PENALTIES, Penalty
 from lowrank_jax.selection import curves, solvers
-from lowrank_jax.projections import PROJECTIONS, Projection
 from train import optim, registry
 from train.transitions import ACTIONS, Action
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from lowrank_jax import surgery
 from lowrank_jax.ordered_dropout import RankSampler, SampledRanks
-from lowrank_jax.regularizers import Penalty
 from lowrank_jax.projections import Projection
+from lowrank_jax.regularizers import Penalty
 from train.state import Structure, TrainState, model_state_of
 
 Batch = Mapping[str, Array]

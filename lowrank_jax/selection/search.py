@@ -1,5 +1,6 @@
 """Search for ranks with the real loss."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ def beam_search(
     what the budget just allows; with `width=1` it is greedy.
 
     Args:
-      score: Scores of rank vectors, higher is better; called once a level.
+      score: Scores of rank vectors, higher is better, NaN worst; called once a level.
       costs: Cost of each layer.
       max_ranks: Ranks to start from; the layers of a stack are lowered together.
       fraction: Budget as a share, in (0, 1], of what the layers cost when dense.
@@ -54,8 +55,9 @@ def beam_search(
             for ranks in frontier
             for child in _children(ranks, costs, measure, saving)
         )
+        scores = [-math.inf if math.isnan(x) else x for x in score(children)]
         scored = sorted(
-            zip(score(children), children, strict=True),
+            zip(scores, children, strict=True),
             key=lambda pair: pair[0],
             reverse=True,
         )

@@ -145,8 +145,8 @@ def check_budget(
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"{measure}_fraction: must be in (0, 1], got {fraction}.")
-    dense = sum(getattr(costs[path], f"dense_{measure}") for path in max_ranks)
     least = total_cost(costs, at_most(max_ranks, 1), measure)
+    dense = sum(getattr(costs[path], f"dense_{measure}") for path in max_ranks)
     if least > fraction * dense:
         raise ValueError(
             f"{measure}_fraction: must be at least {least / dense:.4g} here (rank 1 in"
@@ -178,7 +178,8 @@ def scaled_stable_ranks(
         full = full_ranks[path]
         first = np.asarray(initial[path], np.float64)
         positive = first > 0  # a layer that started at zero has no scale: full rank
-        scaled = np.where(positive, now * full / np.where(positive, first, 1), full)
+        scaled = np.asarray(now, np.float64) * full / np.where(positive, first, 1)
+        scaled = np.where(positive, scaled, full)
         ranks[path] = np.clip(np.ceil(scaled - 1e-6), 1, full).astype(int).tolist()
     return ranks
 

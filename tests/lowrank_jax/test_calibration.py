@@ -7,7 +7,11 @@ import pytest
 from flax import nnx
 from reference import relative_error
 
-from lowrank_jax.calibration import recalibrate_batch_norm
+from lowrank_jax.calibration import (
+    has_batch_norm,
+    recalibrate_batch_norm,
+    use_batch_statistics,
+)
 from lowrank_jax.surgery import factorize, set_ranks
 
 
@@ -129,3 +133,32 @@ def test_no_batches_are_refused(net):
     """Averages over nothing would silently keep, or zero, the statistics."""
     with pytest.raises(ValueError, match="at least one batch, got none"):
         recalibrate_batch_norm(net, [])
+
+
+def test_batch_statistics_are_used_and_kept(net):
+    """Each batch is normalized by its own; the running ones become its own. Dropout,
+    and a norm that does not run, stay as they are."""
+    net.eval()
+    control = nnx.clone(net)
+    use_batch_statistics(net)
+    assert net.dropout.deterministic
+    for batch in BATCHES:
+        outputs = net(batch)
+        np.testing.assert_allclose(outputs.mean(0), 0, atol=1e-5)
+        np.testing.assert_allclose(outputs.std(0), 1, atol=1e-3)
+        for norm, (mean, variance) in zip(
+            net.norms, numpy_statistics(net, [batch]), strict=True
+        ):
+            assert relative_error(norm.mean[...], mean) <= 1e-5
+            assert relative_error(norm.var[...], variance) <= 1e-5
+    np.testing.assert_array_equal(net.unused.mean[...], control.unused.mean[...])
+    assert np.abs(control(BATCHES[0]).mean(0)).max() > 1  # the running ones are far off
+
+
+def test_batch_norm_is_found_wherever_it_is(net):
+    """In a list, inside another model; other norms and layers are none."""
+    assert has_batch_norm(net) and has_batch_norm(nnx.Sequential(net))
+    rngs = nnx.Rngs(0)
+    assert not has_batch_norm(
+        nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), nnx.LayerNorm(2, rngs=rngs))
+    )

@@ -17,8 +17,8 @@ from reference import relative_error
 
 from lowrank_jax import regularizers
 from lowrank_jax.factors import Factors
-from lowrank_jax.regularizers import PENALTIES, Penalty
 from lowrank_jax.projections import PROJECTIONS, stable_rank_normalization
+from lowrank_jax.regularizers import PENALTIES, Penalty
 
 WEIGHT = 0.3
 GOLDEN = np.array([4.0, 3.0, 2.0, 1.0])

@@ -1,0 +1,101 @@
+"""Time of penalties over all layers of ResNet-18, as a share of its training step.
+
+`python -m benchmarks.penalty_time`: value and gradient of each penalty on the model
+factored at full rank, against the training loop's own step at batch 128, round by round
+in one run; the share is the median over rounds. Spectral penalties run every n steps
+(n in the config), which divides their share. Ends with one line of JSON.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
+from benchmarks import step_time
+from lowrank_jax import factorize, find_factors
+from lowrank_jax.ordered_dropout import full
+from lowrank_jax.regularizers import PENALTIES
+from train import logs
+from train.models import resnet
+
+FLAGS = flags.FLAGS
+EVERY = {"stable_rank": 20, "modified_stable_rank": 20}
+"""How many steps the spectral penalties are spread over; 1 for the others."""
+
+
+def arguments(model: nnx.Module) -> dict[str, dict[str, Any]]:
+    """Arguments of each penalty."""
+    half = {path: -(-one.max_rank // 2) for path, one in find_factors(model).items()}
+    every: dict[str, dict[str, Any]] = {name: {} for name in PENALTIES}
+    every["modified_stable_rank"] = {"target_ranks": half}
+    every["funnel"] = {"start": 1.0, "end": 0.1, "anneal_steps": 100}
+    return every
+
+
+def make_timer(
+    model: nnx.Module, name: str, args: dict[str, Any]
+) -> Callable[[], float]:
+    """A function that computes value and gradient once and says how long it took."""
+    penalty = PENALTIES[name](weight=1.0, **args)
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def compute(params: Any) -> Any:
+        def value(params: Any) -> jax.Array:
+            merged = nnx.merge(graphdef, params, rest, copy=True)
+            return penalty(find_factors(merged), 0)
+
+        return jax.value_and_grad(value)(params)
+
+    def timed() -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(compute(params))
+        return time.perf_counter() - began
+
+    timed()  # compiles
+    return timed
+
+
+def _main(argv: list[str]) -> None:
+    del argv
+    dense = resnet.build(image_shape=(32, 32, 3), num_classes=10, rngs=nnx.Rngs(0))
+    models = {s: factorize(dense, [(".*", {"with_s": s})]) for s in (False, True)}
+    rng, size = np.random.default_rng(0), FLAGS.batch_size
+    batch = {
+        "image": rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8),
+        "label": rng.integers(0, 10, size).astype(np.int32),
+    }
+    step = step_time.make_timer(models[False], full(), jax.device_put(batch))
+    on_s = ("orthogonality", "l1", "hoyer", "hoyer_square")
+    timers = {
+        name: make_timer(models[name in on_s], name, args)
+        for name, args in arguments(models[False]).items()
+    }
+    times = {name: [] for name in ["step", *timers]}
+    for _ in range(FLAGS.rounds):
+        times["step"].append(step(FLAGS.steps))
+        for name, timed in timers.items():
+            times[name].append(timed())
+    steps = np.asarray(times["step"])
+    figures = {}
+    for name, values in times.items():
+        n = EVERY.get(name, 1)
+        figures[name] = {
+            "ms": 1000 * float(np.median(values)),
+            "every_steps": n,
+            "share_of_step": float(np.median(np.asarray(values) / steps)) / n,
+        }
+    rows = [
+        [k, v["ms"], v["every_steps"], v["share_of_step"]] for k, v in figures.items()
+    ]
+    print(f"\nResNet-18, batch {size}, {jax.devices()[0].device_kind}")
+    print(logs.table(["penalty", "ms", "every steps", "share of the step"], rows))
+    logs.emit(figures)
+
+
+if __name__ == "__main__":
+    app.run(_main)
