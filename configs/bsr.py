@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.rank_rules = ((".*", "dense"),)
     make = common.cifar10_sgd if cifar10 else common.lenet_optimizer
     early, sequel = make(constant=True), make(constant=True, warmup_steps=0)
-    epochs = (100, 100, 100) if cifar10 else (3, 3, 2)
+    epochs = (100, 100, 100) if cifar10 else (2, 2, 2)
     beam = common.named(
         "beam", measure="macs", fraction=options["fraction"], width=3, steps=20
     )
@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
         weight=options["weight"],
         target_ranks="selected",
         power=2,
-        every_steps=10,
+        every_steps=20 if cifar10 else 1,
     )
     recalibrate = (common.named("recalibrate", batches=50),) if cifar10 else ()
     config.phases = (

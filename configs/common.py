@@ -147,14 +147,14 @@ def cifar10(*, batch_size: int) -> ConfigDict:
 
 
 def mnist_lenet() -> ConfigDict:
-    """LeNet on MNIST, where all methods are compared: 8 epochs, `lenet_optimizer`."""
+    """LeNet on MNIST, where all methods are compared: 6 epochs, `lenet_optimizer`."""
     config = base(seed=0)
     config.data = mnist(batch_size=128)
     config.model = named("lenet")
     return config
 
 
-LENET_EPOCHS = 8
+LENET_EPOCHS = 6
 
 
 def lenet_optimizer(

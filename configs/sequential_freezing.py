@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     make = common.cifar10_sgd if cifar10 else common.lenet_optimizer
     dense = "stem|head" if cifar10 else "conv1|fc3"
     rules = ((dense, "dense"), (".*", {"rank_fraction": options["ratio"]}))
-    epochs = (150, 150) if cifar10 else (4, common.LENET_EPOCHS - 4)
+    epochs = (150, 150) if cifar10 else (2, common.LENET_EPOCHS - 2)
     config.phases = (
         common.phase(
             name="pretrain",

@@ -63,8 +63,8 @@ def get_config(arg: str = "") -> ConfigDict:
     sequel = common.lenet_optimizer(constant=True, warmup_steps=0, weight_decay=0.0)
     late = common.lenet_optimizer(weight_decay=0.0)
     config.phases = (
-        phase("full_rank", 3, (orthogonality,), early),
-        phase("sparsify", 3, sparse, sequel, optimizer_state="kept", on_end=prune),
+        phase("full_rank", 2, (orthogonality,), early),
+        phase("sparsify", 2, sparse, sequel, optimizer_state="kept", on_end=prune),
         phase("fine_tune", 2, (orthogonality,), late, on_end=last),
     )
     return config

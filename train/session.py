@@ -16,8 +16,8 @@ from train import state as state_lib
 
 Memory = dict[str, Any]
 """What a run remembers beside its arrays, as JSON values in the checkpoint: "phase" and
-"phase_start", "history" of the phase's condition, "target_ranks" that were selected,
-"initial_stable_ranks"."""
+"phase_start", "history" of the phase's condition and the step at which it "ended" the
+phase, "target_ranks" that were selected, "initial_stable_ranks"."""
 
 SCORED_BATCHES = 2
 """Validation batches on which a search scores each candidate."""
@@ -53,6 +53,7 @@ class Session:
                 "phase": 0,
                 "phase_start": 0,
                 "history": [],
+                "ended": None,
                 "target_ranks": None,
                 "initial_stable_ranks": initial,
             }
@@ -143,7 +144,8 @@ class Session:
     def _begin(self, model: nnx.Module, step: int) -> None:
         """Starts the memory's phase, with a new optimizer state."""
         self.phase = self._build(self.memory["phase"], self.memory["phase_start"])
-        self._end = self.phase.end
+        ended = self.memory["ended"]
+        self._end = self.phase.end if ended is None else ended
         self.structure, self.state = state_lib.new_state(
             model, self.phase.optimizer, self.phase.sampler, step
         )
@@ -227,7 +229,7 @@ class Session:
         self.memory["history"].append(condition.measure(self.model()))
         if step > self.phase.start and condition.is_met(self.memory["history"]):
             logs.say(f"phase {self.phase.name}: its condition is met at step {step}")
-            self._end = step
+            self._end = self.memory["ended"] = step
 
     def _finish(self, step: int) -> None:
         """The phase's actions, then the next phase, if there is one."""
@@ -253,7 +255,12 @@ class Session:
             if self.phase.on_end:
                 self._adopt(model)
             return
-        self.memory |= {"phase": index, "phase_start": step, "history": []}
+        self.memory |= {
+            "phase": index,
+            "phase_start": step,
+            "history": [],
+            "ended": None,
+        }
         self._begin(model, step)
         if kept:
             opt_state = optimizer_state.restart_schedules(

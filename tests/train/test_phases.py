@@ -298,6 +298,12 @@ class TestConditions:
         saved = train(config, tmp_path / "run")
         assert saved.metadata["run"]["phase_start"] == 8
 
+    def test_a_run_that_ended_early_is_finished(self, tmp_path):
+        """Running it once more does not go on to the limit."""
+        config = make_config(phase(until={"epochs": 5, "condition": STILL}))
+        assert train(config, tmp_path / "run").step == 4
+        assert train_lib.train_and_evaluate(config, tmp_path / "run")["step"] == 4
+
     def test_ranks_are_the_scaled_stable_ranks(self, runs):
         """From the kernels as they were, by NumPy in float64."""
         workdir = runs("cuttlefish")
