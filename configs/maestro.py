@@ -23,7 +23,9 @@ def get_config(arg: str = "") -> ConfigDict:
         arg, lasso=0.0, dense=False, compare=False, cifar10=False, vgg=False
     )
     smoke, dense, cifar10 = options["smoke"], options["dense"], options["cifar10"]
-    lasso = options["lasso"] or (16e-6 if cifar10 else 2**-4 / 100)
+    lambdas = {"lenet": 2**-4 / 100, "compare": 2**-3 / 100, "cifar10": 16e-6}
+    setting = "cifar10" if cifar10 else "compare" if options["compare"] else "lenet"
+    lasso = options["lasso"] or lambdas[setting]
     config = common.resnet(18, batch_size=128) if cifar10 else common.mnist_lenet()
     if cifar10 and options["vgg"]:
         config.model = common.named("vgg", depth=19)
@@ -31,9 +33,9 @@ def get_config(arg: str = "") -> ConfigDict:
         15,
         common.lenet_optimizer(constant=True, warmup_steps=0, learning_rate=0.01),
     )
-    if cifar10:
+    if setting == "cifar10":
         epochs, optimizer = 300, common.cifar10_sgd()
-    elif options["compare"]:
+    elif setting == "compare":
         epochs, optimizer = common.LENET_EPOCHS, common.lenet_optimizer()
     config.rank_rules = ((".*", "dense" if dense else "full"),)
     penalty = common.named("hierarchical_group_lasso", weight=lasso)

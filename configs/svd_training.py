@@ -70,5 +70,5 @@ def get_config(arg: str = "") -> ConfigDict:
     return config
 
 
-LENET = {"hoyer": (0.03, 1e-2), "l1": (0.01, 1e-2)}
+LENET = {"hoyer": (0.1, 0.03), "l1": (0.01, 0.03)}
 """Weight and removed energy for LeNet, chosen on held-out images (docs/LOG.md)."""
