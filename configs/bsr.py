@@ -20,19 +20,20 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config; `fraction` is the share of the dense MACs to keep."""
-    options = common.options(arg, cifar10=False, fraction=0.25, weight=0.1)
+    options = common.options(arg, cifar10=False, fraction=0.25, weight=-1.0)
     smoke, cifar10 = options["smoke"], options["cifar10"]
     config = common.resnet(56, batch_size=128) if cifar10 else common.mnist_lenet()
     config.rank_rules = ((".*", "dense"),)
     make = common.cifar10_sgd if cifar10 else common.lenet_optimizer
-    early, sequel = make(constant=True), make(constant=True, warmup_steps=0)
+    default = 0.01 if cifar10 else 0.1
+    weight = options["weight"] if options["weight"] >= 0 else default
     epochs = (100, 100, 100) if cifar10 else (2, 2, 2)
     beam = common.named(
         "beam", measure="macs", fraction=options["fraction"], width=3, steps=20
     )
     stable_rank = common.named(
         "modified_stable_rank",
-        weight=options["weight"],
+        weight=weight,
         target_ranks="selected",
         power=2,
         every_steps=20 if cifar10 else 1,
@@ -42,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
         common.phase(
             name="pretrain",
             until=common.length(epochs[0], smoke=smoke),
-            optimizer=early,
+            optimizer=make(),
             on_end=(
                 common.named("factorize", rules=((".*", "full"),)),
                 common.named("select", selector=beam),
@@ -52,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
             name="stable_rank",
             until=common.length(epochs[1], smoke=smoke),
             penalties=(stable_rank,),
-            optimizer=sequel,
+            optimizer=make(constant=True, warmup_steps=0),
             optimizer_state="kept",
             on_end=(
                 common.named("canonicalize"),

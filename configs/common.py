@@ -32,8 +32,19 @@ def options(arg: str, **known: float | bool) -> dict[str, Any]:
                 f"config argument: must be of {words}, got {part!r}. Separate several"
                 " with commas."
             )
-        values[name] = True if is_word else float(text)
+        values[name] = True if is_word else _number(name, text, values[name])
     return values
+
+
+def _number(name: str, text: str, default: float) -> float:
+    """A number of the default's type."""
+    try:
+        return type(default)(text)
+    except ValueError as error:
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise ValueError(
+            f"config argument: {name} must be {kind}, got {text!r}. Correct it."
+        ) from error
 
 
 def base(*, seed: int) -> ConfigDict:

@@ -5,7 +5,7 @@ Command:  python -m train.main --config=configs/fjord.py --workdir=runs/fjord
 Variants: :cifar10 for ResNet-18
 Hardware: 2 CPU cores
 Time:     8 minutes
-Result:   docs/results.md, the table of all methods (LeNet there)
+Result:   not measured yet
 
 Each step trains the full model on the labels, and the model at a random one of five
 fractions on the full model's softmax. The network has BatchNorm: every size is

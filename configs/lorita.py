@@ -19,11 +19,12 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config; `depth` counts the factors, `decay` is the weight decay on each."""
-    options = common.options(arg, cifar10=False, depth=2.0, decay=0.0)
+    options = common.options(arg, cifar10=False, depth=2, decay=-1.0)
     smoke, cifar10 = options["smoke"], options["cifar10"]
     config = common.resnet(20, batch_size=128) if cifar10 else common.mnist_lenet()
-    config.rank_rules = ((".*", {"depth": int(options["depth"])}),)
-    decay = options["decay"] or (5e-4 if cifar10 else 5e-3)
+    config.rank_rules = ((".*", {"depth": options["depth"]}),)
+    default = 5e-4 if cifar10 else 5e-3
+    decay = options["decay"] if options["decay"] >= 0 else default
     make = common.cifar10_sgd if cifar10 else common.lenet_optimizer
     config.phases = (
         common.phase(

@@ -20,14 +20,16 @@ from configs import common
 def get_config(arg: str = "") -> ConfigDict:
     """The config; `lasso` is the papers' lambda."""
     options = common.options(
-        arg, lasso=0.0, dense=False, compare=False, cifar10=False, vgg=False
+        arg, lasso=-1.0, dense=False, compare=False, cifar10=False, vgg=False
     )
     smoke, dense, cifar10 = options["smoke"], options["dense"], options["cifar10"]
+    if options["vgg"] and not cifar10:
+        raise ValueError("config argument: 'vgg' needs 'cifar10' beside it. Add it.")
     lambdas = {"lenet": 2**-4 / 100, "compare": 2**-3 / 100, "cifar10": 16e-6}
     setting = "cifar10" if cifar10 else "compare" if options["compare"] else "lenet"
-    lasso = options["lasso"] or lambdas[setting]
+    lasso = options["lasso"] if options["lasso"] >= 0 else lambdas[setting]
     config = common.resnet(18, batch_size=128) if cifar10 else common.mnist_lenet()
-    if cifar10 and options["vgg"]:
+    if options["vgg"]:
         config.model = common.named("vgg", depth=19)
     epochs, optimizer = (
         15,

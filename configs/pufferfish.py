@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
         common.phase(
             name="low_rank",
             until=common.length(rest, smoke=smoke),
-            optimizer=make(**late if cifar10 else {}),
+            optimizer=make(warmup_steps=0, **late if cifar10 else {}),
             optimizer_state="kept",
             on_end=common.NESTED,
         ),

@@ -4,7 +4,7 @@ Command:  python -m train.main --config=configs/sequential_freezing.py --workdir
 Variants: :ratio=0.5 for another rank, :cifar10 for ResNet-18
 Hardware: 2 CPU cores
 Time:     1 minute
-Result:   docs/results.md
+Result:   docs/results.md, the table of all methods
 
 A dense network is factored and fine-tuned; in one epoch the u of every layer rests, in
 the next the v, so that only one factor's gradient is computed.
@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
             name="alternate",
             until=common.length(epochs[1], smoke=smoke),
             trainable=(r"(?!.*factors/u$).*", r"(?!.*factors/v$).*"),
-            optimizer=make(),
+            optimizer=make(warmup_steps=0),
             optimizer_state="kept",
             on_end=common.NESTED,
         ),

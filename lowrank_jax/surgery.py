@@ -241,7 +241,15 @@ def canonicalize(model: nnx.Module) -> nnx.Module:
     order is better for the loss.
     """
     model = nnx.clone(model)
-    for factors in find_factors(model).values():
+    for path, factors in find_factors(model).items():
+        product = [x for x in factors.arrays() if x is not None]
+        if not any(isinstance(x, jax.core.Tracer) for x in product) and not all(
+            np.isfinite(x).all() for x in product
+        ):
+            raise ValueError(
+                f"{path}: factors must be finite to have an SVD, got NaN or infinity."
+                " Train or load them anew, with a lower learning rate."
+            )
         factors.canonicalize()
     return model
 

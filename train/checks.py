@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,10 @@ def check_phases(
     cost = functools.partial(state_lib.model_cost, image_shape=data.image_shape)
     scorer = (lambda model: lambda ranks: [0.0] * len(ranks)) if held_out else None
     context = transitions.Context(cost, scorer, None, None, None, preview=True)
-    for phase in phases:
+    for phase, spec in zip(phases, config["phases"], strict=True):
         where = f"config.phases ({phase.name})"
         try:
-            _check_phase(phase, model, config["data"]["batch_size"])
+            _check_phase(phase, spec, model, config["data"]["batch_size"])
             for name, action in phase.on_end:
                 where = f"config.phases ({phase.name}).on_end ({name})"
                 change = action(model, context)
@@ -80,15 +81,57 @@ def check_phases(
             raise ValueError(f"{where}: {error}") from error
 
 
-def _check_phase(phase: phases_lib.Phase, model: nnx.Module, batch_size: int) -> None:
+def _check_phase(
+    phase: phases_lib.Phase,
+    spec: Mapping[str, Any],
+    model: nnx.Module,
+    batch_size: int,
+) -> None:
     ranks = surgery.max_ranks(model)
-    if not ranks and (phase.sampler.per_example or phase.sampler.passes > 1):
+    if not ranks:
+        _check_dense(spec)
+    params = checkpoint.flatten(checkpoint.model_items(model)["params"])
+    _check_patterns(spec, list(params))
+    _check_sampler(phase, ranks, batch_size)
+    sampled, _ = _sampled(phase, ranks)
+    jax.eval_shape(functools.partial(_apply, phase), model, sampled)
+
+
+def _check_dense(spec: Mapping[str, Any]) -> None:
+    """What acts on factors has nothing to act on in a dense model."""
+    idle = [key for key in ("penalties", "projections", "shrink") if spec[key]]
+    if spec["sampler"]["name"] != "full":
+        idle.append("sampler")
+    if idle:
         raise ValueError(
-            "sampler: needs low-rank layers, got a dense model. Use 'full', or make"
-            " layers low-rank in config.rank_rules."
+            f"{', '.join(idle)}: need low-rank layers, got a dense model. Use the"
+            " sampler 'full' and nothing else, or make layers low-rank in"
+            " config.rank_rules."
         )
-    state = phase.sampler.init(ranks)
-    sampled, _ = jax.eval_shape(phase.sampler.sample, state, jax.random.key(0))
+
+
+def _check_patterns(spec: Mapping[str, Any], keys: list[str]) -> None:
+    """Patterns for parameters must match one, where they are used."""
+    patterns = {f"trainable {text!r}": text for text in spec["trainable"]}
+    if spec["optimizer"]["weight_decay"]:
+        patterns["optimizer.decayed"] = spec["optimizer"]["decayed"]
+    for where, text in patterns.items():
+        if not any(re.fullmatch(text, key) for key in keys):
+            raise ValueError(
+                f"{where}: must match a parameter, got {text!r} among {sorted(keys)}."
+                " Patterns must match the whole path."
+            )
+    if spec["projections"] and list(spec["trainable"]) != [".*"]:
+        raise ValueError(
+            "trainable: must be ('.*',) beside projections, which move both factors,"
+            f" got {spec['trainable']}. Drop one of the two."
+        )
+
+
+def _check_sampler(
+    phase: phases_lib.Phase, ranks: surgery.Ranks, batch_size: int
+) -> None:
+    sampled, _ = _sampled(phase, ranks)
     if phase.sampler.per_example:
         sizes = {rank.shape[-1] for rank in sampled.values()}
         if sizes - {batch_size}:
@@ -96,14 +139,12 @@ def _check_phase(phase: phases_lib.Phase, model: nnx.Module, batch_size: int) ->
                 "per_example's batch_size must be config.data.batch_size"
                 f" {batch_size}, got {sizes}. Make them equal."
             )
-    jax.eval_shape(functools.partial(_apply, phase), model, sampled)
-    keys = checkpoint.flatten(checkpoint.model_items(model)["params"])
-    for pattern in phase.trainable:
-        if not any(pattern.fullmatch(key) for key in keys):
-            raise ValueError(
-                f"trainable: must match a parameter, got {pattern.pattern!r} among"
-                f" {sorted(keys)}. Patterns must match the whole path."
-            )
+
+
+def _sampled(phase: phases_lib.Phase, ranks: surgery.Ranks) -> Any:
+    """Shapes of the ranks that a step gets, and of the sampler's state."""
+    state = phase.sampler.init(ranks)
+    return jax.eval_shape(phase.sampler.sample, state, jax.random.key(0))
 
 
 def _apply(phase: phases_lib.Phase, model: nnx.Module, sampled: Any) -> Any:

@@ -51,7 +51,6 @@ class Phase(NamedTuple):
       projections: Applied to the factors after each update.
       trainable: Which parameters are trained, one pattern for each epoch in turn.
       optimizer: With its schedule over the phase.
-      keeps_optimizer_state: Whether it goes on with the moments of the phase before.
       shrink: None, or when and how ranks are cut.
       on_end: Changes of the model after the last step.
     """
@@ -68,7 +67,6 @@ class Phase(NamedTuple):
     projections: list[Projection]
     trainable: list[re.Pattern[str]]
     optimizer: optax.GradientTransformation
-    keeps_optimizer_state: bool
     shrink: dict[str, Any] | None
     on_end: list[tuple[str, Action]]
 
@@ -162,6 +160,7 @@ def build_phase(
       target_ranks: What "selected" stands for in penalties; None before `select`.
     """
     spec, where = config["phases"][index], f"phases[{index}]"
+    _check_optimizer_state(config, index)
     end = _end(config, index, start, steps_per_epoch)
     condition = spec["until"].get("condition")
     distill, label_weight = registry.build(
@@ -192,7 +191,6 @@ def build_phase(
         optim.make_optimizer(
             spec["optimizer"], end - start, where=f"{where}.optimizer"
         ),
-        _keeps_optimizer_state(config, index),
         spec["shrink"] or None,
         [
             (action["name"], registry.build(f"{where}.on_end", action, ACTIONS))
@@ -241,10 +239,11 @@ def _with_targets(
     return {**spec, "args": {**args, "target_ranks": target_ranks}}
 
 
-def _keeps_optimizer_state(config: Mapping[str, Any], index: int) -> bool:
+def _check_optimizer_state(config: Mapping[str, Any], index: int) -> None:
+    """A state can be kept between equal optimizers only."""
     specs = config["phases"]
     if specs[index]["optimizer_state"] == "new":
-        return False
+        return
     same = ("name", "args", "weight_decay", "decayed", "clip_norm")
     before, here = (specs[max(n, 0)]["optimizer"] for n in (index - 1, index))
     if index == 0 or any(before[key] != here[key] for key in same):
@@ -253,4 +252,3 @@ def _keeps_optimizer_state(config: Mapping[str, Any], index: int) -> bool:
             f" with the same optimizer but for learning rate and schedule, got {here}"
             f" after {before if index else None}. Use 'new', or make them equal."
         )
-    return True

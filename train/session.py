@@ -48,7 +48,8 @@ class Session:
         if saved is None:
             initial = None
             if phases_lib.needs_initial_stable_ranks(config):
-                initial = phases_lib.stable_ranks(model)
+                fresh = self._fresh_model() if config["init_from"] else model
+                initial = phases_lib.stable_ranks(fresh)
             self.memory: Memory = {
                 "phase": 0,
                 "phase_start": 0,
@@ -59,6 +60,12 @@ class Session:
             }
             self._begin(model, 0)
             self._measure(0)
+        elif "run" not in saved.metadata:
+            raise ValueError(
+                f"--workdir: must hold a run of this version, got {saved.path}, which"
+                " does not say what phase it is in. Start a new run with"
+                " config.init_from."
+            )
         else:
             self.memory = saved.metadata["run"]
             self._begin(model, saved.step)
@@ -66,6 +73,15 @@ class Session:
             self.state = self.state._replace(
                 opt_state=restored["opt_state"], sampler_state=restored["sampler"]
             )
+
+    def _fresh_model(self) -> nnx.Module:
+        """What the run would start from without `init_from`."""
+        return state_lib.build_model(
+            self._config,
+            self._data.image_shape,
+            self._data.num_classes,
+            allow_imports=None,
+        )
 
     def items(self) -> dict[str, Any]:
         """What a checkpoint holds beside the model."""
@@ -290,6 +306,8 @@ class Session:
             structure, functools.partial(self._prepare, None), batch_statistics=True
         )
         batches = list(itertools.islice(self._validation_batches(), SCORED_BATCHES))
+        whole = [batch for batch in batches if batch["weight"].all()]
+        batches = whole or batches  # padding would enter the statistics
 
         def score(candidates: Sequence[surgery.Ranks]) -> list[float]:
             return [

@@ -102,8 +102,15 @@ def factorize_at_stable_rank(*, rules: Sequence[Sequence[Any]]) -> Action:
         are the upper limit of what is found.
     """
     pairs = config_lib.pairs(rules, "rules")
+    if any(isinstance(rule, Mapping) and "scheme" in rule for _, rule in pairs):
+        raise ValueError(
+            "factorize_at_stable_rank: rules must not have a scheme, since the stable"
+            f" rank is that of scheme 0, got {rules}. Drop it."
+        )
 
     def action(model: nnx.Module, context: Context) -> Change:
+        if low := list(surgery.find_factors(model)):
+            raise ValueError(f"needs a dense model, got low-rank layers {low}.")
         if context.preview:
             return _factorize(model, context, rules=pairs)
         matrices = surgery.kernel_matrices(model)

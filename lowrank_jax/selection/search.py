@@ -21,7 +21,8 @@ def beam_search(
     """All ranks jointly for one compression ratio by beam search on the loss.
 
     A state is a rank for every layer; a child lowers one layer by as little as saves
-    `1 / steps` of what has to go, so that children are compared at about equal cost.
+    `1 / steps` of what has to go (less in small layers), so that children are compared
+    at about equal cost.
     The best `width` states of a level stay; a state within the budget is done. Our
     reading of the modified beam search of BSR (Eo et al., 2021), whose details are not
     public. With every rank as a step and no limit on the width this is exhaustive over
@@ -76,21 +77,26 @@ def _children(
     measure: str,
     saving: float,
 ) -> list[dict[str, Any]]:
-    """One layer lowered in each: by the least that saves enough, else to rank 1."""
-    enough, some = [], []
-    for path, rank in ranks.items():
-        cost = {path: costs[path]}
-        here = total_cost(cost, {path: rank}, measure)
-        top = max(flatten_rank(rank), default=0)
-        for lower in range(top - 1, 0, -1):
-            smaller = at_most({path: rank}, lower)
-            saved = here - total_cost(cost, smaller, measure)
-            if saved >= saving:
-                enough.append({**ranks, **smaller})
+    """One layer lowered in each, by the least that saves enough.
+
+    Enough is the saving asked for, or half of what the layer can still save, if that is
+    less; layers that would save less than a quarter of the others wait.
+    """
+    one = {path: at_most({path: rank}, 1)[path] for path, rank in ranks.items()}
+    here = {p: total_cost(costs, {p: rank}, measure) for p, rank in ranks.items()}
+    left = {p: here[p] - total_cost(costs, {p: one[p]}, measure) for p in ranks}
+    enough = {p: min(saving, left[p] / 2) for p in ranks if left[p] > 0}
+    most = max(enough.values(), default=0)
+    children = []
+    for path, wanted in enough.items():
+        if wanted < most / 4:
+            continue
+        for lower in range(max(flatten_rank(ranks[path])) - 1, 0, -1):
+            smaller = at_most({path: ranks[path]}, lower)
+            if here[path] - total_cost(costs, smaller, measure) >= wanted:
+                children.append({**ranks, **smaller})
                 break
-            if lower == 1 and saved > 0:
-                some.append({**ranks, **smaller})
-    return enough or some
+    return children
 
 
 def _unique(states: Any) -> list[dict[str, Any]]:

@@ -49,6 +49,11 @@ def by_energy(
         # the prefix of length n is short of the share for n = 0 .. rank - 1
         short = (kept < needed).sum(axis=-1)
         total = squares.sum(axis=-1)
+        if not np.isfinite(total).all():
+            raise ValueError(
+                f"{path}: importances must be finite, got NaN or infinity. Train or"
+                " load the model anew."
+            )
         ranks[path] = np.where(total > 0, short + 1, 0).tolist()
     return ranks
 

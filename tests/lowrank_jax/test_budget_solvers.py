@@ -281,3 +281,10 @@ def test_standing_still_is_that_of_a_loop(window, points):
             )
             assert found == expected
     assert not solvers.stands_still(history[:20]) and solvers.stands_still(history)
+
+
+def test_energy_of_what_is_not_finite():
+    """Not rank 0, as for a layer of zeros."""
+    with pytest.raises(ValueError, match="a: importances must be finite"):
+        solvers.by_energy({"a": np.array([1.0, np.nan])}, 0.9)
+    assert solvers.by_energy({"a": np.zeros(2)}, 0.9) == {"a": 0}

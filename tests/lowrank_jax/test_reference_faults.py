@@ -24,7 +24,7 @@ import pytest
 from flax import nnx
 from reference import relative_error
 
-from configs import common, mnist_lenet_maestro
+from configs import common, maestro
 from lowrank_jax import (
     checkpoint,
     ordered_dropout,
@@ -89,7 +89,7 @@ def host(tree: Any) -> dict[str, np.ndarray]:
 
 
 def maestro_config() -> dict[str, Any]:
-    return config_lib.to_json(mnist_lenet_maestro.get_config())
+    return config_lib.to_json(maestro.get_config())
 
 
 def test_the_maestro_config_trains_with_ordered_dropout():

@@ -749,3 +749,11 @@ def test_low_rank_layers_are_low_rank_modules():
     """Every dense type in the table has a twin that names it."""
     assert all(issubclass(twin, LowRankLayer) for twin in LAYERS.values())
     assert all(twin.dense_type is dense for dense, twin in LAYERS.items())
+
+
+def test_factors_that_are_not_finite_have_no_canonical_form():
+    model = factorize(nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0))))
+    u = find_factors(model)["layers/0"].u
+    u[...] = u[...].at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="layers/0: factors must be finite"):
+        canonicalize(model)

@@ -464,6 +464,52 @@ MISTAKES |= {
         None,
         (FIRST, "per example", "canonicalize"),
     ),
+    "a sampler without layers to sample": (
+        {"phases/0/sampler": named("single_layer"), "rank_rules": [[".*", "dense"]]},
+        None,
+        (FIRST, "sampler", "dense model"),
+    ),
+    "a penalty on a dense model": (
+        {
+            "phases/0/penalties": penalties("group_lasso", weight=0.1),
+            "rank_rules": [[".*", "dense"]],
+        },
+        None,
+        (FIRST, "penalties", "dense model"),
+    ),
+    "a projection beside a factor at rest": (
+        {
+            "phases/0/projections": penalties(
+                "stable_rank_normalization", stable_rank=2.0
+            ),
+            "phases/0/trainable": [".*/u"],
+        },
+        None,
+        (FIRST, "trainable", "projections"),
+    ),
+    "decay of nothing": (
+        {
+            "phases/0/optimizer/weight_decay": 0.1,
+            "phases/0/optimizer/decayed": "kernel",
+        },
+        None,
+        (FIRST, "optimizer.decayed", "'kernel'", "head/factors/u"),
+    ),
+    "a stable rank of another fold": (
+        {
+            "phases/0/on_end": [
+                named("factorize_at_stable_rank", rules=[[".*", {"scheme": 2}]])
+            ],
+            "rank_rules": [[".*", "dense"]],
+        },
+        None,
+        ("config.phases[0].on_end", "scheme"),
+    ),
+    "a stable rank of what is low-rank": (
+        "phases/0/on_end",
+        ends_with("factorize_at_stable_rank", rules=[[".*", "full"]]),
+        (FIRST, "on_end (factorize_at_stable_rank)", "dense model", "hidden/0"),
+    ),
     "s in a deep product": (
         "rank_rules",
         [[".*", {"depth": 3, "with_s": True}]],
