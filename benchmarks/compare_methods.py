@@ -11,12 +11,14 @@ with a table and one line of JSON; runs that are there already are not trained a
 import importlib
 import json
 import statistics
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
+from configs import common
 from lowrank_jax import checkpoint, surgery
 from lowrank_jax.selection import curves, solvers
 from train import binary, evaluation, input_pipeline, logs, steps
@@ -39,34 +41,47 @@ METHODS = {
 """Config and its argument by the name in the table; the first is the baseline."""
 
 RATE = "train/examples_per_s"
+WINDOW, WINDOWS = 20, 7
+"""Steps between two logged rates, and how many of these a phase is timed for."""
 BUDGETS = (0.5, 0.25, 0.125)
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for the runs.")
 _METHODS = flags.DEFINE_list("methods", list(METHODS), "Which methods.")
+_TIMES = flags.DEFINE_bool("times", True, "Time the steps (on an idle machine).")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
 
 
-def train(method: str, seed: int, workdir: Path) -> float:
-    """Trains a method, or goes on with a run of the same config; returns the seconds of
-    its training steps."""
+def make_config(method: str, seed: int) -> Any:
+    """A method's config, without evaluation in between."""
     name, arg = METHODS[method]
     config = importlib.import_module(f"configs.{name}").get_config(arg)
     config.seed = seed
     config.eval_every_epochs = 0
     config.checkpoint_every_epochs = 0
-    train_lib.train_and_evaluate(config, workdir)
-    return _seconds(workdir)
+    return config
 
 
-def _seconds(workdir: Path) -> float:
-    """Time of all steps by the logged rates; the windows in which something compiled or
-    a search ran, three times slower than the median, count as the median."""
-    config = json.loads((workdir / "config.json").read_text())
-    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").open()]
+def seconds_per_step(method: str) -> float:
+    """Time of a training step, the phases weighed by their epochs; from a short run of
+    each phase, the median of its logged rates."""
+    config = make_config(method, seed=0)
+    config.log_every_steps = WINDOW
+    epochs = [phase["until"].get("epochs") for phase in config.phases]
+    rest = common.LENET_EPOCHS - sum(n for n in epochs if n)
+    shares = [(n or rest) / common.LENET_EPOCHS for n in epochs]
+    for phase in config.phases:
+        phase["until"] = {"steps": WINDOW * WINDOWS}
+    with tempfile.TemporaryDirectory() as folder:
+        train_lib.train_and_evaluate(config, Path(folder) / "run")
+        lines = [json.loads(x) for x in (Path(folder) / "run/metrics.jsonl").open()]
     rates = np.array([x[RATE] for x in lines if RATE in x])
-    seconds = config["data"]["batch_size"] * config["log_every_steps"] / rates
-    median = float(np.median(seconds))
-    return float(np.where(seconds > 3 * median, median, seconds).sum())
+    seconds = config.data.batch_size / rates
+    return sum(
+        share * float(np.median(windows))
+        for share, windows in zip(
+            shares, np.array_split(seconds, len(shares)), strict=True
+        )
+    )
 
 
 def frontier(workdir: Path) -> dict[str, dict[str, Any]]:
@@ -118,9 +133,8 @@ def _cuts(model: Any, cost: Any, full: surgery.Ranks, share: float) -> list[Any]
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds."""
-    sizes = {size: None for run in runs for size in run["rows"]}
-    summary = {"relative_time": statistics.mean(r["relative_time"] for r in runs)}
-    for size in sizes:
+    summary: dict[str, Any] = {}
+    for size in {size: None for run in runs for size in run["rows"]}:
         rows = [run["rows"][size] for run in runs if size in run["rows"]]
         if len(rows) == len(runs):
             summary[size] = {
@@ -134,29 +148,28 @@ def _main() -> None:
     unknown = [method for method in _METHODS.value if method not in METHODS]
     if unknown:
         raise ValueError(f"--methods: must be of {list(METHODS)}, got {unknown}.")
-    baseline = next(iter(METHODS))
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in _METHODS.value}
     for seed in map(int, _SEEDS.value):
-        baseline_seconds = None
-        for method in dict.fromkeys([baseline, *_METHODS.value]):
+        for method in runs:
             workdir = Path(_WORKDIR.value) / f"{'_'.join(METHODS[method])}_{seed}"
-            seconds = train(method, seed, workdir)
-            baseline_seconds = baseline_seconds or seconds
-            run = {"seed": seed, "rows": frontier(workdir)}
-            run["relative_time"] = seconds / baseline_seconds
-            runs.setdefault(method, []).append(run)
-            logs.say(f"{method}, seed {seed}: {json.dumps(run)}")
+            train_lib.train_and_evaluate(make_config(method, seed), workdir)
+            runs[method].append({"seed": seed, "rows": frontier(workdir)})
+            logs.say(f"{method}: {json.dumps(runs[method][-1])}")
     means = {method: _summary(of_method) for method, of_method in runs.items()}
+    times = {method: seconds_per_step(method) for method in runs if _TIMES.value}
+    baseline = times[next(iter(times))] if times else 1.0
     sizes = ["full", *(f"{budget:g}" for budget in BUDGETS)]
     rows = []
     for method, mean in means.items():
         cells = [
-            f"{100 * mean[s]['accuracy']:.2f}" if s in mean else "-" for s in sizes
+            f"{100 * mean[size]['accuracy']:.2f}" if size in mean else "-"
+            for size in sizes
         ]
         macs = f"{mean['full']['macs'] / 1000:.0f}k"
-        rows.append([method, macs, *cells, f"{mean['relative_time']:.2f}"])
-    print(logs.table(["method", "MACs as trained", *sizes, "time"], rows))
-    logs.emit({"runs": runs, "means": means})
+        time = f"{times[method] / baseline:.2f}" if times else "-"
+        rows.append([method, macs, *cells, time])
+    print(logs.table(["method", "MACs as trained", *sizes, "step time"], rows))
+    logs.emit({"runs": runs, "means": means, "seconds_per_step": times})
 
 
 if __name__ == "__main__":
