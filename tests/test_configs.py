@@ -196,3 +196,19 @@ def test_the_published_recipes_train(quick_compilation, tmp_path, name):
         phase["until"] = {"steps": 1}
     result = train_lib.train_and_evaluate(config, tmp_path / "run")
     assert np.isfinite(result["frontier"][0]["loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_smoke_run_as_it_is(tmp_path, name):
+    """On the real data; the network learns, and every phase is as long as it says."""
+    config = plain(name, "smoke")
+    try:
+        input_pipeline.load_data(config["data"], allow_imports=None)
+    except FileNotFoundError:
+        pytest.skip(f"{config['data']['name']} is not in TFDS_DATA_DIR")
+    result = train_lib.train_and_evaluate(config, tmp_path / "run")
+    untrained = 1 / 10
+    assert result["frontier"][0]["accuracy"] > 2 * untrained
+    for row in result["frontier"]:
+        assert np.isfinite(row["loss"])
