@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-LENET = {"hoyer": (0.1, 0.03), "l1": (0.01, 0.03)}
+LENET = {"hoyer": (0.05, 0.03), "l1": (0.01, 0.03)}
 """Weight and removed energy for LeNet, chosen on held-out images (docs/LOG.md)."""
 
 HOYER = {18: (0.03, 0.03), 20: (0.1, 0.1), 32: (0.03, 0.005), 56: (0.001, 0.003)}
