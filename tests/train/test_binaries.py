@@ -337,7 +337,7 @@ class TestTruncateRefuses:
         """One without a config, as someone's own loop writes it, is named as such."""
         model = load(run)
         checkpoint.save(tmp_path / "own", model)
-        with pytest.raises(ValueError, match="must hold config and inputs"):
+        with pytest.raises(ValueError, match="must hold config, inputs and rank_rules"):
             evaluation.evaluate_checkpoint(tmp_path / "own")
 
 
@@ -472,7 +472,8 @@ def test_mistakes_are_one_line(run, tmp_path):
     new, there, missing = (tmp_path / name for name in ("new", "there", "missing"))
     cases = {
         "flags: exactly one of --rank, --rank_fraction, --ranks, --energy,"
-        " --params_fraction must be given, got ['--rank', '--energy']": (
+        " --params_fraction, --macs_fraction must be given, got ['--rank',"
+        " '--energy']": (
             "train.truncate",
             checkpoint_flag,
             f"--output={new}",
