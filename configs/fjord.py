@@ -4,7 +4,7 @@ model.
 Command:  python -m train.main --config=configs/fjord.py --workdir=runs/fjord
 Variants: :cifar10 for ResNet-18
 Hardware: 2 CPU cores
-Time:     8 minutes
+Time:     not measured
 Result:   not measured yet
 
 Each step trains the full model on the labels, and the model at a random one of five
