@@ -92,8 +92,10 @@ def _check_phase(
         _check_dense(spec)
     params = checkpoint.flatten(checkpoint.model_items(model)["params"])
     _check_patterns(spec, list(params))
-    _check_sampler(phase, ranks, batch_size)
-    sampled, _ = _sampled(phase, ranks)
+    sampler_state = phase.sampler.init(ranks)
+    sampled, _ = jax.eval_shape(phase.sampler.sample, sampler_state, jax.random.key(0))
+    if phase.sampler.per_example:
+        _check_examples(sampled, batch_size)
     jax.eval_shape(functools.partial(_apply, phase), model, sampled)
 
 
@@ -128,23 +130,14 @@ def _check_patterns(spec: Mapping[str, Any], keys: list[str]) -> None:
         )
 
 
-def _check_sampler(
-    phase: phases_lib.Phase, ranks: surgery.Ranks, batch_size: int
-) -> None:
-    sampled, _ = _sampled(phase, ranks)
-    if phase.sampler.per_example:
-        sizes = {rank.shape[-1] for rank in sampled.values()}
-        if sizes - {batch_size}:
-            raise ValueError(
-                "per_example's batch_size must be config.data.batch_size"
-                f" {batch_size}, got {sizes}. Make them equal."
-            )
-
-
-def _sampled(phase: phases_lib.Phase, ranks: surgery.Ranks) -> Any:
-    """Shapes of the ranks that a step gets, and of the sampler's state."""
-    state = phase.sampler.init(ranks)
-    return jax.eval_shape(phase.sampler.sample, state, jax.random.key(0))
+def _check_examples(sampled: Mapping[str, Any], batch_size: int) -> None:
+    """One rank per example needs as many as the batch has."""
+    sizes = {rank.shape[-1] for rank in sampled.values()}
+    if sizes - {batch_size}:
+        raise ValueError(
+            "per_example's batch_size must be config.data.batch_size"
+            f" {batch_size}, got {sizes}. Make them equal."
+        )
 
 
 def _apply(phase: phases_lib.Phase, model: nnx.Module, sampled: Any) -> Any:

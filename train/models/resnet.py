@@ -17,14 +17,15 @@ Letters: `b` batch, `x y` space, `c` channels, `o` classes.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from train.models import norms
+
 STEMS = ("3x3", "7x7")
-NORMS = ("batch", "group")
 
 
 def _conv(
@@ -44,15 +45,6 @@ def _conv(
         kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
         rngs=rngs,
     )
-
-
-def _norm(
-    features: int, *, norm: str, groups: int, rngs: nnx.Rngs
-) -> nnx.BatchNorm | nnx.GroupNorm:
-    if norm == "batch":
-        return nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, rngs=rngs)
-    groups = min(groups, features)
-    return nnx.GroupNorm(features, num_groups=groups, epsilon=1e-5, rngs=rngs)
 
 
 class BasicBlock(nnx.Module):
@@ -192,9 +184,20 @@ class ResNet(nnx.Module):
         block, widths, sizes = DEPTHS[depth]
         widths = [width * width_multiplier for width in widths]
         outputs = [width * block.expansion for width in widths]
-        _check(stem, norm, groups, widths + outputs, width_multiplier)
+        errors = norms.problems(
+            "resnet", norm, groups, widths + outputs, width_multiplier
+        )
+        if stem not in STEMS:
+            errors.append(
+                f"resnet: stem must be one of {STEMS}, got {stem!r}. Choose one of "
+                "them."
+            )
+        if errors:
+            raise ValueError("\n".join(errors))
         widths = [int(width) for width in widths]
-        make_norm = functools.partial(_norm, norm=norm, groups=groups, rngs=rngs)
+        make_norm = functools.partial(
+            norms.make_norm, norm=norm, groups=groups, rngs=rngs
+        )
         size, stride = (3, 1) if stem == "3x3" else (7, 2)
         self.stem = _conv(in_features, widths[0], size, stride, rngs=rngs)
         self.stem_norm = make_norm(widths[0])
@@ -220,34 +223,6 @@ class ResNet(nnx.Module):
         for block in self.blocks:
             features = block(features)
         return self.head(features.mean(axis=(1, 2))).astype(jnp.float32)
-
-
-def _check(
-    stem: str, norm: str, groups: int, widths: Sequence[float], multiplier: float
-) -> None:
-    errors = []
-    if stem not in STEMS:
-        errors.append(
-            f"resnet: stem must be one of {STEMS}, got {stem!r}. Choose one of them."
-        )
-    if norm not in NORMS:
-        errors.append(
-            f"resnet: norm must be one of {NORMS}, got {norm!r}. Choose one of them."
-        )
-    if not all(width >= 1 and width == int(width) for width in widths):
-        errors.append(
-            f"resnet: width_multiplier must give whole widths above 0, got "
-            f"{multiplier}, hence {sorted(set(widths))}. Choose another multiplier."
-        )
-    elif norm == "group" and (
-        groups < 1 or any(width % min(groups, width) for width in widths)
-    ):
-        errors.append(
-            f"resnet: groups must be at least 1 and divide every width above it, got "
-            f"{groups} for the widths {sorted(set(widths))}. Choose another number."
-        )
-    if errors:
-        raise ValueError("\n".join(errors))
 
 
 def build(

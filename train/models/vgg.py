@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-NORMS = ("batch", "group")
+from train.models import norms
+
 WIDTHS = (64, 128, 256, 512, 512)
 # By depth (with the three linear layers of the paper): the convolutions of each stage.
 DEPTHS: dict[int, tuple[int, ...]] = {
@@ -51,15 +52,7 @@ class ConvBlock(nnx.Module):
             kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
             rngs=rngs,
         )
-        if norm == "batch":
-            self.norm = nnx.BatchNorm(
-                out_features, momentum=0.9, epsilon=1e-5, rngs=rngs
-            )
-        else:
-            groups = min(groups, out_features)
-            self.norm = nnx.GroupNorm(
-                out_features, num_groups=groups, epsilon=1e-5, rngs=rngs
-            )
+        self.norm = norms.make_norm(out_features, norm=norm, groups=groups, rngs=rngs)
         self.pools = pools
 
     def __call__(self, images: Float[Array, "b x y c"]) -> Float[Array, "b _ _ _"]:
@@ -138,27 +131,12 @@ def _check(
             f"vgg: depth must be one of {list(DEPTHS)}, got {depth!r}. Choose one of "
             "them."
         )
-    if norm not in NORMS:
-        errors.append(
-            f"vgg: norm must be one of {NORMS}, got {norm!r}. Choose one of them."
-        )
     if min(x, y) < MIN_SIDE:
         errors.append(
             f"vgg: image_shape must be at least {MIN_SIDE}x{MIN_SIDE} pixels, got "
             f"{x}x{y}. Enlarge the images or use another model."
         )
-    if not all(width >= 1 and width == int(width) for width in widths):
-        errors.append(
-            f"vgg: width_multiplier must give whole widths above 0, got "
-            f"{multiplier}, hence {sorted(set(widths))}. Choose another multiplier."
-        )
-    elif norm == "group" and (
-        groups < 1 or any(width % min(groups, width) for width in widths)
-    ):
-        errors.append(
-            f"vgg: groups must be at least 1 and divide every width above it, got "
-            f"{groups} for the widths {sorted(set(widths))}. Choose another number."
-        )
+    errors += norms.problems("vgg", norm, groups, widths, multiplier)
     if errors:
         raise ValueError("\n".join(errors))
 

@@ -1,0 +1,41 @@
+"""The normalization that follows convolutions, and the check of its options."""
+
+from collections.abc import Sequence
+
+from flax import nnx
+
+NORMS = ("batch", "group")
+
+
+def make_norm(
+    features: int, *, norm: str, groups: int, rngs: nnx.Rngs
+) -> nnx.BatchNorm | nnx.GroupNorm:
+    """Batch normalization, or group normalization with at most one group a channel."""
+    if norm == "batch":
+        return nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, rngs=rngs)
+    groups = min(groups, features)
+    return nnx.GroupNorm(features, num_groups=groups, epsilon=1e-5, rngs=rngs)
+
+
+def problems(
+    model: str, norm: str, groups: int, widths: Sequence[float], multiplier: float
+) -> list[str]:
+    """What is wrong with these options of a model, a line each; empty if nothing is."""
+    errors = []
+    if norm not in NORMS:
+        errors.append(
+            f"{model}: norm must be one of {NORMS}, got {norm!r}. Choose one of them."
+        )
+    if not all(width >= 1 and width == int(width) for width in widths):
+        errors.append(
+            f"{model}: width_multiplier must give whole widths above 0, got "
+            f"{multiplier}, hence {sorted(set(widths))}. Choose another multiplier."
+        )
+    elif norm == "group" and (
+        groups < 1 or any(width % min(groups, width) for width in widths)
+    ):
+        errors.append(
+            f"{model}: groups must be at least 1 and divide every width above it, got "
+            f"{groups} for the widths {sorted(set(widths))}. Choose another number."
+        )
+    return errors
