@@ -19,11 +19,15 @@ import numpy as np
 from absl import flags
 
 from configs import common
-from lowrank_jax import checkpoint, surgery
+from lowrank_jax import checkpoint
+from lowrank_jax.active import get_ranks
+from lowrank_jax.paths import find_factors
+from lowrank_jax.ranks import Ranks
 from lowrank_jax.selection import curves, solvers
-from train import binary, evaluation, input_pipeline, logs, steps
-from train import state as state_lib
-from train import train as train_lib
+from train import binary, evaluation, loop, step
+from train.data import pipeline
+from train.report import logs
+from train.state import load_model, model_cost, split_model
 
 METHODS = {
     "dense + SVD": ("dense", ""),
@@ -72,7 +76,7 @@ def seconds_per_step(method: str) -> float:
     for phase in config.phases:
         phase["until"] = {"steps": WINDOW * WINDOWS}
     with tempfile.TemporaryDirectory() as folder:
-        train_lib.train_and_evaluate(config, Path(folder) / "run")
+        loop.train_and_evaluate(config, Path(folder) / "run")
         lines = [json.loads(x) for x in (Path(folder) / "run/metrics.jsonl").open()]
     rates = np.array([x[RATE] for x in lines if RATE in x])
     seconds = config.data.batch_size / rates
@@ -87,16 +91,16 @@ def seconds_per_step(method: str) -> float:
 def frontier(workdir: Path) -> dict[str, dict[str, Any]]:
     """Test figures of a trained model, whole and at each budget."""
     saved = checkpoint.open_checkpoint(workdir)
-    model = state_lib.load_model(saved, allow_imports=None)
+    model = load_model(saved, allow_imports=None)
     config = saved.metadata["config"]
-    data = input_pipeline.load_data(config["data"], allow_imports=None)
-    structure, params, model_state = state_lib.split_model(model)
-    normalize = steps.normalize(config["data"]["mean"], config["data"]["std"])
+    data = pipeline.load_data(config["data"], allow_imports=None)
+    structure, params, model_state = split_model(model)
+    normalize = step.normalize(config["data"]["mean"], config["data"]["std"])
     evaluate = evaluation.make_evaluator(structure, normalize)
-    cost = state_lib.model_cost(model, data.image_shape)
-    full = surgery.get_ranks(model)
+    cost = model_cost(model, data.image_shape)
+    full = get_ranks(model)
 
-    def accuracy(ranks: surgery.Ranks, split: str) -> float:
+    def accuracy(ranks: Ranks, split: str) -> float:
         batches = data.eval_batches(split, config["data"]["eval_batch_size"])
         return evaluate(params, model_state, ranks, batches)["accuracy"]
 
@@ -114,14 +118,14 @@ def frontier(workdir: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _cuts(model: Any, cost: Any, full: surgery.Ranks, share: float) -> list[Any]:
+def _cuts(model: Any, cost: Any, full: Ranks, share: float) -> list[Any]:
     """Rank vectors within a share of the factored layers' dense MACs; none if that is
     below rank 1."""
     if solvers.total_cost(cost.layers, full, "macs") <= share * sum(
         layer.dense_macs for layer in cost.layers.values()
     ):
         return [full]
-    importances = curves.column_importances(surgery.find_factors(model))
+    importances = curves.column_importances(find_factors(model))
     try:
         return [
             solvers.by_macs_fraction(cost.layers, full, share),
@@ -152,7 +156,7 @@ def _main() -> None:
     for seed in map(int, _SEEDS.value):
         for method in runs:
             workdir = Path(_WORKDIR.value) / f"{'_'.join(METHODS[method])}_{seed}"
-            train_lib.train_and_evaluate(make_config(method, seed), workdir)
+            loop.train_and_evaluate(make_config(method, seed), workdir)
             runs[method].append({"seed": seed, "rows": frontier(workdir)})
             logs.say(f"{method}: {json.dumps(runs[method][-1])}")
     means = {method: _summary(of_method) for method, of_method in runs.items()}

@@ -17,10 +17,10 @@ from flax import nnx
 
 from benchmarks import step_time
 from lowrank_jax import factorize, find_factors
-from lowrank_jax.ordered_dropout import full
-from lowrank_jax.regularizers import PENALTIES
-from train import logs
+from lowrank_jax.penalties import PENALTIES
+from lowrank_jax.samplers import full
 from train.models import resnet
+from train.report import logs
 
 FLAGS = flags.FLAGS
 EVERY = {"stable_rank": 20, "modified_stable_rank": 20}

@@ -19,17 +19,19 @@ from absl import app, flags
 from flax import nnx
 
 from lowrank_jax import factorize
-from lowrank_jax.ordered_dropout import (
+from lowrank_jax.active import max_ranks
+from lowrank_jax.ranks import at_fraction
+from lowrank_jax.samplers import (
     RankSampler,
     full,
     single_layer,
     uniform_fraction,
 )
-from lowrank_jax.selection.solvers import at_fraction
 from lowrank_jax.shrinking import shrink
-from lowrank_jax.surgery import max_ranks
-from train import logs, state, steps
 from train.models import lenet, vit
+from train.report import logs
+from train.state import new_state
+from train.step import make_train_step, normalize
 
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds; each variant runs once in each.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps of each variant in a round.")
@@ -44,15 +46,15 @@ def make_timer(
     """A function that runs some training steps and says how long one took, in
     seconds."""
     optimizer = optax.sgd(0.01, momentum=0.9)
-    structure, first = state.new_state(model, optimizer, sampler, 0)
+    structure, first = new_state(model, optimizer, sampler, 0)
     channels = batch["image"].shape[-1]
-    normalize = steps.normalize([33.3] * channels, [78.6] * channels)
-    step = steps.make_train_step(
+    prepare_image = normalize([33.3] * channels, [78.6] * channels)
+    step = make_train_step(
         structure,
         optimizer,
         sampler,
         [],
-        lambda key, images: normalize(images),
+        lambda key, images: prepare_image(images),
         jax.random.key(0),
     )
     holder = [jax.tree.map(jax.numpy.copy, first)]

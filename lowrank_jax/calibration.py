@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from lowrank_jax.errors import UserError
+
 
 def use_batch_statistics(model: nnx.Module) -> None:
     """Makes every BatchNorm use the batch's own statistics, and keep them, in place.
@@ -59,7 +61,7 @@ def recalibrate_batch_norm(
         count += 1
         mean = average(mean, jax.numpy.float32(count), statistics, rest, batch)
     if count == 0:
-        raise ValueError(
+        raise UserError(
             "recalibrate_batch_norm: batches must hold at least one batch, got none."
             " Give training batches."
         )

@@ -27,18 +27,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from lowrank_jax.cost import flatten_rank
+from lowrank_jax.active import get_ranks, max_ranks, set_ranks
+from lowrank_jax.errors import ExistingFile, MissingFile, UserError
+from lowrank_jax.factorization import rules_of
 from lowrank_jax.factors import Rank
-from lowrank_jax.surgery import (
-    Ranks,
-    find_aliases,
-    find_factors,
-    get_ranks,
-    max_ranks,
-    rank_problems,
-    rules_of,
-    set_ranks,
-)
+from lowrank_jax.paths import find_aliases, find_factors
+from lowrank_jax.ranks import Limits, Ranks, check_lower, flatten_rank, largest
 
 FORMAT_VERSION = 1
 _RANK_AXES = {"u": (-1,), "s": (-1,), "v": (-2,), "middle": (-2, -1)}
@@ -134,7 +128,7 @@ def save(
 def check_new_folder(directory: str | Path, *, flag: str = "directory") -> None:
     """Raises FileExistsError where an output folder exists already."""
     if Path(directory).exists():
-        raise FileExistsError(
+        raise ExistingFile(
             f"{flag}: must not exist yet, got {directory}. Nothing is overwritten;"
             " name a new folder, or move this one away."
         )
@@ -154,7 +148,7 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
     """
     root = Path(path).absolute()
     if not root.is_dir():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{flag}: must be a folder with a checkpoint, got {path}, which is not"
             " there."
             " Check the path."
@@ -166,7 +160,7 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
     complete = [p for p in candidates if (p / "metadata" / "metadata").is_file()]
     complete = [p for p in complete if (p / "_CHECKPOINT_METADATA").is_file()]
     if not complete:
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{flag}: must hold a complete checkpoint of this library, got {path},"
             " which"
             f" has {sorted(p.name for p in root.iterdir())}. A save that was cut off"
@@ -178,12 +172,12 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
         version = metadata["format_version"]
         missing = {"step", "ranks", "max_ranks", "arrays"} - set(metadata)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{flag}: metadata must be JSON of this library, got {complete[0]}"
             f" ({error!r}). The file is damaged, or from another program."
         ) from error
     if version != FORMAT_VERSION or missing:
-        raise ValueError(
+        raise UserError(
             f"{flag}: must be of format {FORMAT_VERSION}, got {version} in"
             f" {complete[0]}"
             f" (missing: {sorted(missing)}). Use the library version"
@@ -213,22 +207,21 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
     allocated = saved.max_ranks
     factors = find_factors(model)
     if set(allocated) != set(factors):
-        raise ValueError(
+        raise UserError(
             f"checkpoint {saved.path}: low-rank layers must be {sorted(factors)}, as in"
             f" the model, got {sorted(allocated)}. Load it with the config it was"
             " trained with."
         )
+    active = saved.metadata["ranks"]
     if ranks is not None:
-        allocated = {
-            **allocated,
-            **_check_against(allocated, ranks, find_aliases(model)),
-        }
+        active = {**active, **_check_against(saved, ranks, find_aliases(model))}
+        allocated = active
     template = _at_ranks(nnx.as_pure(params), allocated)
     items = {"params": template, "model_state": model_items(model)["model_state"]}
     restored = restore(saved, items)
     model = nnx.merge(graphdef, restored["params"], rest, copy=True)
     nnx.update(model, restored["model_state"])
-    set_ranks(model, saved.metadata["ranks"] if ranks is None else allocated)
+    set_ranks(model, active)
     return model
 
 
@@ -252,7 +245,7 @@ def restore(saved: Saved, items: Mapping[str, Any]) -> dict[str, Any]:
         for problem in _differences(name, leaves, saved.metadata["arrays"])
     ]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {saved.path}: must be of this model, got one that differs:\n  "
             + "\n  ".join(problems)
             + "\nLoad it with the config it was trained with."
@@ -323,16 +316,12 @@ def rank_axes(key: str) -> tuple[int, ...]:
 
 
 def _check_against(
-    allocated: Ranks, ranks: Ranks, aliases: Mapping[str, str]
+    saved: Saved, ranks: Ranks, aliases: Mapping[str, str]
 ) -> dict[str, Any]:
     """The ranks under the first path of each layer, checked against what is stored."""
     named = {aliases.get(path, path): rank for path, rank in ranks.items()}
-    limits = {path: np.asarray(rank) for path, rank in allocated.items()}
-    problems = rank_problems(
-        named, {p: (int(r.max(initial=0)), r.shape) for p, r in limits.items()}
-    )
-    if problems:
-        raise ValueError("\n".join(problems))
+    active, allocated = saved.metadata["ranks"], saved.max_ranks
+    check_lower(named, {p: Limits(active[p], largest(allocated[p])) for p in active})
     return named
 
 

@@ -6,13 +6,9 @@ Letters: `i` rows and `o` columns of the matrix.
 """
 
 import dataclasses
-import fractions
-import math
-from collections.abc import Sequence
-from typing import Any, TypeAlias
 
-RankValue: TypeAlias = int | Sequence[Any]
-"""A rank outside jit: an int, or a nested list of ints for stacked layers."""
+from lowrank_jax.errors import UserError
+from lowrank_jax.ranks import RankValue, flatten_rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,33 +74,11 @@ class LayerCost:
         """One rank for each matrix, from one number or a nested list of them."""
         flat = flatten_rank(rank)
         if not flat or self.matrices % len(flat):
-            raise ValueError(
+            raise UserError(
                 f"rank: must be one number or one for each of {self.matrices} matrices,"
                 f" got {rank}. Give a list of that length."
             )
         return flat * (self.matrices // len(flat))
-
-
-def flatten_rank(rank: RankValue) -> list[int]:
-    """The numbers of a rank: `[r]` for an int, row by row for nested lists."""
-    if isinstance(rank, Sequence):
-        return [number for part in rank for number in flatten_rank(part)]
-    return [int(rank)]
-
-
-def fraction_of(fraction: float, rank: int) -> int:
-    """A fraction of a rank, rounded up, without the errors of floating point.
-
-    `ceil(7 / 25 * 25)` is 8 in floats. The fraction is read as the nearest one with a
-    denominator below a million, so that `fraction_of(k / n, n) == k`.
-
-    >>> fraction_of(7 / 25, 25), fraction_of(0.25, 10)
-    (7, 3)
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"rank fraction: must be in (0, 1], got {fraction}.")
-    exact = fractions.Fraction(fraction).limit_denominator(1_000_000)
-    return math.ceil(exact * rank)
 
 
 def merged_is_cheaper(

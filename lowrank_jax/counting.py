@@ -16,7 +16,8 @@ from flax import nnx
 
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.layers import LAYERS, LowRankLayer
-from lowrank_jax.surgery import Ranks, find_factors, find_layers
+from lowrank_jax.paths import find_factors, find_layers
+from lowrank_jax.ranks import Ranks
 
 
 class ModelCost(NamedTuple):

@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lowrank_jax import linalg
-from lowrank_jax.cost import RankValue, flatten_rank
+from lowrank_jax.errors import UserError
+from lowrank_jax.ranks import Limits, RankValue, flatten_rank
 
 
 class Rank(nnx.Variable):
@@ -52,7 +53,7 @@ class Factors(nnx.Module):
         if v.shape[:-1] != (*stack, allocated) or (
             s is not None and s.shape != (*stack, allocated)
         ):
-            raise ValueError(
+            raise UserError(
                 "Factors: u (*stack, i, r), s (*stack, r) and v (*stack, r, o) must"
                 " agree"
                 f" in stack and r, got {u.shape}, {getattr(s, 'shape', None)} and"
@@ -64,7 +65,7 @@ class Factors(nnx.Module):
             or (*middle.shape[:-3], *middle.shape[-2:])
             != (*stack, allocated, allocated)
         ):
-            raise ValueError(
+            raise UserError(
                 f"Factors: middle must be (*stack, n, r, r) beside u {u.shape}, without"
                 f" s, got {middle.shape} and s {getattr(s, 'shape', None)}."
             )
@@ -93,7 +94,7 @@ class Factors(nnx.Module):
           depth: How many factors share them: 2, or more for square ones in between.
         """
         if depth < 2 or (with_s and depth > 2):
-            raise ValueError(
+            raise UserError(
                 "depth: must be 2, or more without with_s, got"
                 f" {depth} with_s={with_s}. Use one of the two."
             )
@@ -182,7 +183,7 @@ class Factors(nnx.Module):
         rank = self.rank[...]
         expected = len(self.stack_shape) + self.per_example
         if rank.ndim != expected:
-            raise ValueError(
+            raise UserError(
                 f"rank: must have {expected} axes beside u {self.u.shape}"
                 f" (per_example={self.per_example}), got shape {rank.shape}. Under"
                 " nnx.scan or nnx.vmap map the Rank variables over the layer axis, as"
@@ -227,7 +228,7 @@ class Factors(nnx.Module):
     ) -> Float[Array, "*stack i o"]:
         """The merged matrix at the active rank."""
         if self.per_example:
-            raise ValueError(
+            raise UserError(
                 "rank: must be one number to merge the factors, got one per example."
                 " Set a rank with set_ranks first."
             )
@@ -242,7 +243,7 @@ class Factors(nnx.Module):
         stack = len(self.stack_shape)
         batch = hidden.shape[stack] if hidden.ndim >= mask.ndim else None
         if batch != mask.shape[stack]:
-            raise ValueError(
+            raise UserError(
                 "rank: one rank per example needs as many ranks as examples, got"
                 f" {mask.shape[stack]} for a batch of {batch}. Sample ranks for this"
                 " batch size, and keep the batch as the first axis."
@@ -285,20 +286,20 @@ class Factors(nnx.Module):
         array.
 
         A traced or concrete array of shape `(*stack, b)` sets one rank per example.
-        Values are not checked here (they may be traced); `surgery.set_ranks` does.
+        Values are not checked here (they may be traced); `set_ranks` does.
         """
         value = jnp.asarray(rank, jnp.int32)
         stack = self.stack_shape
         per_example = value.ndim == len(stack) + 1
         if value.ndim and value.shape[: value.ndim - per_example] != stack:
-            raise ValueError(
+            raise UserError(
                 f"rank: must be one number, or an array of shape {stack} (a rank for"
                 " each"
                 f" matrix) or {(*stack, 'batch')}, got shape {value.shape}. Give one of"
                 " these."
             )
         if per_example and self.middle is not None:
-            raise ValueError(
+            raise UserError(
                 "rank: factors with square ones in between take no rank per example,"
                 f" got shape {value.shape}. Use another sampler, or canonicalize first."
             )
@@ -306,6 +307,17 @@ class Factors(nnx.Module):
         if not per_example:
             value = jnp.broadcast_to(value, stack)
         self.rank.set_value(value)
+
+    def limits(self) -> Limits:
+        """What bounds the rank: the active one to cut, the allocated one to set."""
+        return Limits(self._known_rank(), self.max_rank)
+
+    def _known_rank(self) -> RankValue:
+        """The active rank; where it is abstract or traced, the allocated one."""
+        rank = self.rank.get_value()
+        if isinstance(rank, jax.core.Tracer | jax.ShapeDtypeStruct):
+            return np.full(self.stack_shape, self.max_rank).tolist()
+        return self.get_rank()
 
     def get_rank(self) -> RankValue:
         """The active rank as plain Python numbers (nested lists for a stack)."""

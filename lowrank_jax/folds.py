@@ -23,6 +23,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowrank_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
@@ -71,7 +73,7 @@ class Fold:
         """Reads a kernel as matrices `(*leading, *stack, i, o)`."""
         lead = kernel.shape[: kernel.ndim - len(self.kernel_shape)]
         if kernel.shape[len(lead) :] != self.kernel_shape:
-            raise ValueError(
+            raise UserError(
                 f"kernel: shape must end in {self.kernel_shape}, got {kernel.shape}."
                 " Build the fold from the layer that owns the kernel."
             )
@@ -138,13 +140,13 @@ def einsum_fold(einsum_str: str, kernel_shape: Sequence[int]) -> Fold:
             (False, True): "output",
         }.get(known)
         if kind is None or letter == "." or kernel.count(letter) > 1:
-            raise ValueError(
+            raise UserError(
                 f"einsum {einsum_str!r}: every kernel axis must be named once and be in"
                 f" the input or the output, got {letter!r}. Keep this layer dense."
             )
         kinds[kind].append(axis)
     if not kinds["input"] or not kinds["output"]:
-        raise ValueError(
+        raise UserError(
             f"einsum {einsum_str!r}: the kernel needs an axis that is contracted and"
             " one that is new in the output to be a matrix. Keep this layer dense."
         )
@@ -218,7 +220,7 @@ def conv_fold(
         3: (),
     }
     if scheme not in by_scheme or (scheme in (1, 2) and spatial != 2):
-        raise ValueError(
+        raise UserError(
             "conv scheme: must be 0 or 3, or for two spatial axes 1 or 2, got"
             f" {scheme} for kernel size {tuple(kernel_size)}. Use 0."
         )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from lowrank_jax import linalg
+from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 
 Projection: TypeAlias = Callable[[Mapping[str, Factors], "Int[Array, ''] | int"], None]
@@ -34,9 +35,9 @@ def stable_rank_normalization(
       every_steps: Project at steps divisible by this only.
     """
     if not stable_rank >= 1:
-        raise ValueError(f"projection stable_rank: must be >= 1, got {stable_rank}.")
+        raise UserError(f"projection stable_rank: must be >= 1, got {stable_rank}.")
     if every_steps < 1:
-        raise ValueError(f"projection every_steps: must be >= 1, got {every_steps}.")
+        raise UserError(f"projection every_steps: must be >= 1, got {every_steps}.")
 
     def normalized(u, s, v):
         p, sigma, q = linalg.canonical_form(u, s, v)
@@ -55,7 +56,7 @@ def stable_rank_normalization(
     def project(factors: Mapping[str, Factors], step: Int[Array, ""] | int) -> None:
         middles = [path for path, one in factors.items() if one.middle is not None]
         if middles:
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(middles)}: projection stable_rank_normalization must set u"
                 " and v alone, but the layer has middle factors; canonicalize first."
             )

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from lowrank_jax.errors import UserError
+
 Value = TypeVar("Value")
 
 
@@ -42,12 +44,12 @@ def match_rules(
     uncovered = [path for path in names if path not in values]
     unused = [rules[n][0] for n, hit in enumerate(used) if not hit]
     if uncovered:
-        raise ValueError(
+        raise UserError(
             f"{where}: every layer must be covered by a rule, got none for"
             f" {uncovered}. Add a rule, such as ('.*', 'dense') at the end."
         )
     if unused:
-        raise ValueError(
+        raise UserError(
             f"{where}: every rule must match a layer, got no match for {unused} among"
             f" {sorted(names)}. Patterns must match the whole path; remove or mend"
             " them."
@@ -59,7 +61,7 @@ def _compile(pattern: str, where: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(
+        raise UserError(
             f"{where}: a pattern must be a regular expression, got {pattern!r}"
             f" ({error}). Escape special characters with a backslash."
         ) from error

@@ -16,16 +16,11 @@ import optax
 from flax import nnx
 
 from lowrank_jax import linalg
-from lowrank_jax.cost import RankValue, flatten_rank
+from lowrank_jax.active import check_ranks, max_ranks, set_ranks
 from lowrank_jax.optimizer_state import cut_opt_state
-from lowrank_jax.surgery import (
-    Ranks,
-    check_ranks,
-    find_factors,
-    max_ranks,
-    set_ranks,
-    truncate,
-)
+from lowrank_jax.paths import find_factors
+from lowrank_jax.ranks import Ranks, RankValue, flatten_rank
+from lowrank_jax.surgery import truncate
 
 
 class Shrunk(NamedTuple):

@@ -10,17 +10,10 @@ import numpy as np
 import pytest
 
 from lowrank_jax import checkpoint
-from train import (
-    checks,
-    datasets,
-    evaluation,
-    input_pipeline,
-    phases,
-    state,
-    truncation,
-)
-from train import config as config_lib
-from train import train as train_lib
+from train import checkpoints, checks, evaluation, loop, phases
+from train.config import to_json
+from train.data import pipeline, sources
+from train.state import abstract_model, build_model
 
 FOLDER = Path(__file__).parents[1] / "configs"
 NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "common")
@@ -28,7 +21,7 @@ NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "common")
 
 def plain(name: str, arg: str) -> dict[str, Any]:
     module = importlib.import_module(f"configs.{name}")
-    return config_lib.to_json(module.get_config(arg))
+    return to_json(module.get_config(arg))
 
 
 def mnist_like() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -99,17 +92,13 @@ def test_its_phases_fit_its_model(name, arg):
     shape = (32, 32, 3) if cifar10 else (28, 28, 1)
     if config["data"]["name"] == "digits":
         shape = (8, 8, 1)
-    model = state.abstract_model(
-        lambda: state.build_model(config, shape, 10, allow_imports=None)
-    )
-    split = input_pipeline.Subset(
-        datasets.ArraySource(
-            np.zeros((500, *shape), np.uint8), np.zeros(500, np.int64)
-        ),
+    model = abstract_model(lambda: build_model(config, shape, 10, allow_imports=None))
+    split = pipeline.Subset(
+        sources.ArraySource(np.zeros((500, *shape), np.uint8), np.zeros(500, np.int64)),
         np.arange(500),
     )
     splits = dict.fromkeys(("train", "validation", "test"), split)
-    data = input_pipeline.Dataset("fake", shape, 10, splits)
+    data = pipeline.Dataset("fake", shape, 10, splits)
     built = phases.build_phases(config, steps_per_epoch=400)
     checks.check_phases(built, model, config, data)
 
@@ -168,7 +157,7 @@ def test_it_trains_end_to_end(quick_compilation, tmp_path, name, arg):
         phase["until"] = {"steps": 3, **kept}
     config["eval_fractions"] = [1.0, 0.5]
     steps = 3 * len(config["phases"])
-    result = train_lib.train_and_evaluate(config, tmp_path / "run")
+    result = loop.train_and_evaluate(config, tmp_path / "run")
     assert result["step"] == steps
     assert [row["rank_fraction"] for row in result["frontier"]] == [1.0, 0.5]
     assert all(np.isfinite(row["loss"]) for row in result["frontier"])
@@ -176,7 +165,7 @@ def test_it_trains_end_to_end(quick_compilation, tmp_path, name, arg):
     assert saved.step == steps
     assert saved.metadata["config"] == json.loads(json.dumps(config))
     output, packages = tmp_path / "cut", [__name__.split(".")[0]]
-    cut = truncation.truncate_checkpoint(
+    cut = checkpoints.truncate_checkpoint(
         tmp_path / "run", output, "rank_fraction", 0.5, allow_imports=packages
     )
     assert cut["ranks"] and cut["params"] < result["frontier"][0]["params"]
@@ -194,7 +183,7 @@ def test_the_published_recipes_train(quick_compilation, tmp_path, name):
     data |= {"validation_examples": 10, "eval_batch_size": 10, "batch_size": 10}
     for phase in config["phases"]:
         phase["until"] = {"steps": 1}
-    result = train_lib.train_and_evaluate(config, tmp_path / "run")
+    result = loop.train_and_evaluate(config, tmp_path / "run")
     assert np.isfinite(result["frontier"][0]["loss"])
 
 
@@ -204,10 +193,10 @@ def test_the_smoke_run_as_it_is(tmp_path, name):
     """On the real data; the network learns, and every phase is as long as it says."""
     config = plain(name, "smoke")
     try:
-        input_pipeline.load_data(config["data"], allow_imports=None)
+        pipeline.load_data(config["data"], allow_imports=None)
     except FileNotFoundError:
         pytest.skip(f"{config['data']['name']} is not in TFDS_DATA_DIR")
-    result = train_lib.train_and_evaluate(config, tmp_path / "run")
+    result = loop.train_and_evaluate(config, tmp_path / "run")
     untrained = 1 / 10
     assert result["frontier"][0]["accuracy"] > 2 * untrained
     for row in result["frontier"]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from absl import app, logging
 
-from train.train import Interrupted
+from train.loop import Interrupted
 
 
 def run(main: Callable[[], None]) -> None:

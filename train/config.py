@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lowrank_jax.errors import UserError
+
 NAMED = {"name": str, "args": dict}
 """A choice from a table, or an import path, and its arguments."""
 
@@ -83,7 +85,7 @@ def to_json(config: Any) -> dict[str, Any]:
     try:
         plain = json.loads(json.dumps(values))
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"config: must hold JSON values only, got {error}. Name functions by import"
             " path."
         ) from error
@@ -93,7 +95,7 @@ def to_json(config: Any) -> dict[str, Any]:
             problems += _compare(phase, PHASE, f"config.phases[{index}]")
     problems = problems or _bounds(plain)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return plain
 
 
@@ -235,7 +237,7 @@ def pairs(rules: Sequence[Sequence[Any]], where: str) -> list[tuple[str, Any]]:
     """
     for rule in rules:
         if not isinstance(rule, list) or len(rule) != 2 or not isinstance(rule[0], str):
-            raise ValueError(
+            raise UserError(
                 f"{where}: every entry must be a pair of a name and a value, got"
                 f" {rule!r}. Correct it."
             )

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from absl import flags
 
-from train import binary, evaluation, logs, plots
+from lowrank_jax.errors import UserError
+from train import binary, evaluation
+from train.report import logs, plots
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a checkpoint, of its steps, or of a run."
@@ -52,7 +54,7 @@ def parse_fractions(values: Sequence[str]) -> list[float]:
         except ValueError:
             fractions.append(0.0)
         if not 0 < fractions[-1] <= 1:
-            raise ValueError(
+            raise UserError(
                 f"--rank_fractions: must be numbers in (0, 1], got {value!r}. Write"
                 " them as 1,0.5,0.25."
             )

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lowrank_jax import calibration, checkpoint, counting, surgery
-from lowrank_jax.selection.solvers import at_fraction
-from lowrank_jax.surgery import Ranks
-from train import input_pipeline, steps
-from train import state as state_lib
-from train.state import Structure
+from lowrank_jax import calibration, checkpoint, counting
+from lowrank_jax.active import get_ranks, set_ranks
+from lowrank_jax.ranks import Ranks, at_fraction
+from train import step
+from train.data import pipeline
+from train.state import Structure, load_model, model_cost, model_state_of, split_model
 
 Figures = dict[str, Any]
 """`{"accuracy", "loss", "params", "macs", "ranks"}`, as every binary prints them."""
@@ -45,7 +45,7 @@ def make_evaluator(
         model = structure.merge(params, model_state, None)
         if batch_statistics:
             calibration.use_batch_statistics(model)
-        surgery.set_ranks(model, ranks)
+        set_ranks(model, ranks)
         logits, labels = model(prepare(batch["image"])), batch["label"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         hits = jnp.argmax(logits, axis=-1) == labels
@@ -84,9 +84,9 @@ def make_calibrator(
     def update(mean: Any, count: Any, params: Any, ranks: Any, batch: Any):
         model = structure.merge(params, mean, None)
         calibration.use_batch_statistics(model)
-        surgery.set_ranks(model, ranks)
+        set_ranks(model, ranks)
         model(prepare(batch["image"]))
-        new = state_lib.model_state_of(model)
+        new = model_state_of(model)
         average = lambda a, b: (a + (b - a) / count).astype(a.dtype)  # noqa: E731
         return jax.tree.map(average, mean, new)
 
@@ -172,14 +172,14 @@ def evaluate_checkpoint(
       allow_imports: Packages that names in the checkpoint may be imported from.
     """
     saved = checkpoint.open_checkpoint(path, flag="--checkpoint")
-    model = state_lib.load_model(saved, allow_imports=list(allow_imports))
+    model = load_model(saved, allow_imports=list(allow_imports))
     config = config_of(saved, data_dir)
-    data = input_pipeline.load_data(config["data"], allow_imports=list(allow_imports))
-    structure, params, model_state = state_lib.split_model(model)
-    prepare = steps.normalize(config["data"]["mean"], config["data"]["std"])
+    data = pipeline.load_data(config["data"], allow_imports=list(allow_imports))
+    structure, params, model_state = split_model(model)
+    prepare = step.normalize(config["data"]["mean"], config["data"]["std"])
     evaluate = make_evaluator(structure, prepare)
-    cost = state_lib.model_cost(model, data.image_shape)
-    ranks = surgery.get_ranks(model)
+    cost = model_cost(model, data.image_shape)
+    ranks = get_ranks(model)
     batches = functools.partial(
         data.eval_batches, split, config["data"]["eval_batch_size"]
     )
@@ -199,7 +199,7 @@ def evaluate_checkpoint(
 
 
 def training_batches(
-    data: input_pipeline.Dataset, config: Mapping[str, Any], count: int
+    data: pipeline.Dataset, config: Mapping[str, Any], count: int
 ) -> Iterable[Mapping[str, Array]]:
     """The first training batches of a config's seed."""
     batches = data.train_batches(config["data"]["batch_size"], seed=config["seed"])

@@ -6,8 +6,8 @@ Ends with one line of JSON: `{"workdir", "step", "frontier": [...]}`.
 from absl import flags
 from ml_collections import config_flags
 
-from train import binary, logs
-from train import train as train_lib
+from train import binary, loop
+from train.report import logs
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with :argument after it (such as :smoke)."
@@ -18,7 +18,7 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def _main() -> None:
-    result = train_lib.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+    result = loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
     logs.emit({"workdir": _WORKDIR.value, **result})
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from lowrank_jax.errors import UserError
 from train import registry
 
 OPTIMIZERS = {
@@ -102,7 +103,7 @@ def pattern(text: str, where: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise ValueError(
+        raise UserError(
             f"config.{where}: must be a regular expression, got {text!r}"
             f" ({error}). Correct it."
         ) from error

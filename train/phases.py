@@ -9,13 +9,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lowrank_jax import surgery
-from lowrank_jax.ordered_dropout import SAMPLERS, RankSampler
+from lowrank_jax import factorization
+from lowrank_jax.errors import UserError
+from lowrank_jax.penalties import PENALTIES, Penalty
 from lowrank_jax.projections import PROJECTIONS, Projection
-from lowrank_jax.regularizers import PENALTIES, Penalty
+from lowrank_jax.samplers import SAMPLERS, RankSampler
 from lowrank_jax.selection import curves, solvers
 from train import optim, registry
-from train.transitions import ACTIONS, Action
+from train.actions import ACTIONS, Action
 
 StableRanks = dict[str, Any]
 """Stable rank of each layer's matrix: numbers, nested lists for stacks."""
@@ -83,7 +84,7 @@ def full_pass(*, label_weight: float) -> tuple[bool, float]:
       label_weight: Share of the labels, in [0, 1].
     """
     if not 0 <= label_weight <= 1:
-        raise ValueError(f"label_weight: must be in [0, 1], got {label_weight}.")
+        raise UserError(f"label_weight: must be in [0, 1], got {label_weight}.")
     return True, label_weight
 
 
@@ -102,7 +103,7 @@ def stable_ranks_stand_still(
       tolerance: As in `solvers.stands_still`, per measurement.
     """
     if min(every_steps, window) < 1 or points < 2 or tolerance < 0:
-        raise ValueError(
+        raise UserError(
             "stable_ranks_stand_still: every_steps and window must be >= 1, points >="
             f" 2, tolerance >= 0, got {every_steps}, {window}, {points}, {tolerance}."
         )
@@ -121,7 +122,7 @@ CONDITIONS = {"stable_ranks_stand_still": stable_ranks_stand_still}
 
 def stable_ranks(model: nnx.Module) -> StableRanks:
     """The stable rank of each layer that has, or can have, a low-rank form."""
-    matrices = surgery.kernel_matrices(model)
+    matrices = factorization.kernel_matrices(model)
     return {p: rank.tolist() for p, rank in curves.stable_ranks(matrices).items()}
 
 
@@ -216,7 +217,7 @@ def _end(
         return start + until["epochs"] * steps_per_epoch
     end = until["to_epoch"] * steps_per_epoch
     if end <= start:
-        raise ValueError(
+        raise UserError(
             f"config.phases[{index}] ({spec['name']}).until: to_epoch must be after the"
             f" phases before it, which may last to step {start}, got"
             f" {until['to_epoch']} (step {end}). Raise it."
@@ -232,7 +233,7 @@ def _with_targets(
     if "target_ranks" not in args or args["target_ranks"] != "selected":
         return spec
     if target_ranks is None:
-        raise ValueError(
+        raise UserError(
             f"{where}: target_ranks 'selected' needs an action 'select' at the end of"
             " an earlier phase, got none. Add one, or give ranks by path."
         )
@@ -247,7 +248,7 @@ def _check_optimizer_state(config: Mapping[str, Any], index: int) -> None:
     same = ("name", "args", "weight_decay", "decayed", "clip_norm")
     before, here = (specs[max(n, 0)]["optimizer"] for n in (index - 1, index))
     if index == 0 or any(before[key] != here[key] for key in same):
-        raise ValueError(
+        raise UserError(
             f"config.phases[{index}].optimizer_state: 'kept' needs a phase before it"
             f" with the same optimizer but for learning rate and schedule, got {here}"
             f" after {before if index else None}. Use 'new', or make them equal."

@@ -12,8 +12,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from train import binary, evaluation, logs, plots, truncation
-from train.train import train_and_evaluate
+from lowrank_jax.errors import UserError
+from train import binary, checkpoints, evaluation
+from train.loop import train_and_evaluate
+from train.report import logs, plots
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to run.")
 _WORKDIR = flags.DEFINE_string(
@@ -29,7 +31,7 @@ _MARK = "quickstart"
 def _clear(workdir: Path) -> None:
     """Removes an earlier quickstart, and nothing else."""
     if workdir.exists() and not (workdir / _MARK).exists():
-        raise ValueError(
+        raise UserError(
             f"--workdir: must be new or of an earlier quickstart, got {workdir}."
             " Nothing is overwritten; name another."
         )
@@ -46,7 +48,7 @@ def _main() -> None:
     rows = [{"size": "full", **evaluation.evaluate_checkpoint(run)}]
     for budget in BUDGETS:
         output = workdir / f"params_{budget}"
-        truncation.truncate_checkpoint(run, output, "params_fraction", budget)
+        checkpoints.truncate_checkpoint(run, output, "params_fraction", budget)
         rows.append({"size": f"{budget:g}", **evaluation.evaluate_checkpoint(output)})
     curve = evaluation.evaluate_checkpoint(run, fractions=FRACTIONS)
     picture = workdir / "frontier.png"

@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lowrank_jax.errors import UserError
+
 
 def resolve(
     kind: str,
@@ -38,14 +40,14 @@ def resolve(
         return entry if callable(entry) else _import(where, entry)
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
-        raise ValueError(
+        raise UserError(
             f"{where}: must be one of {', '.join(sorted(table))} or an import path "
             f"'package.module:function', got {name!r}. Correct the spelling, or give "
             "the import path of your own function."
         )
     package = module_name.split(".")[0]
     if allow_imports is not None and package not in list(allow_imports):
-        raise ValueError(
+        raise UserError(
             f"{where}: must be one of {', '.join(sorted(table))} or come from an "
             f"allowed package, got {name!r}. Importing it runs its code: if you trust "
             f"it, pass --allow_imports={package}."
@@ -88,14 +90,14 @@ def call(
         signature.bind(*positional, **args)
     except TypeError as error:
         known = [name for name in signature.parameters][len(positional) :]
-        raise ValueError(
+        raise UserError(
             f"{where}.args: must be arguments of {function.__name__} ({known}), got"
             f" {sorted(args)}: {error}. Correct them."
         ) from error
     try:
         return function(*positional, **args)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
 
 def _import(where: str, path: str) -> Callable[..., Any]:
@@ -104,13 +106,13 @@ def _import(where: str, path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{where}: must be the import path of a function, got {path!r} ({error}). "
             "Correct the path, install the package or add its folder to PYTHONPATH."
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise ValueError(
+        raise UserError(
             f"{where}: must be the import path of a function, got {path!r} "
             f"({module_name} has no function {attribute!r}). Correct the path."
         )

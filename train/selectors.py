@@ -7,8 +7,9 @@ import numpy as np
 from jaxtyping import Float
 
 from lowrank_jax.counting import ModelCost
+from lowrank_jax.errors import UserError
+from lowrank_jax.ranks import Ranks, at_fraction, at_most
 from lowrank_jax.selection import search, solvers
-from lowrank_jax.surgery import Ranks
 from train import registry
 
 
@@ -31,12 +32,12 @@ class Context(NamedTuple):
 
 def rank(context: Context, *, value: int) -> dict[str, Any]:
     """Every layer at most this rank."""
-    return solvers.at_most(context.ranks, value)
+    return at_most(context.ranks, value)
 
 
 def rank_fraction(context: Context, *, value: float) -> dict[str, Any]:
     """This fraction of each layer's rank, rounded up."""
-    return solvers.at_fraction(context.ranks, value)
+    return at_fraction(context.ranks, value)
 
 
 def ranks(context: Context, *, value: Ranks) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def beam(
 ) -> dict[str, Any]:
     """Beam search on held-out training data (BSR), within the same kind of budget."""
     if context.score is None:
-        raise ValueError(
+        raise UserError(
             "beam: needs held-out training images to score models on, got none. Set"
             " config.data.validation_examples above 0."
         )

@@ -9,10 +9,15 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lowrank_jax import calibration, checkpoint, optimizer_state, shrinking, surgery
-from train import evaluation, input_pipeline, logs, steps, transitions
-from train import phases as phases_lib
-from train import state as state_lib
+from lowrank_jax import calibration, checkpoint, optimizer_state, shrinking
+from lowrank_jax.active import get_ranks
+from lowrank_jax.errors import UserError
+from lowrank_jax.ranks import Ranks
+from train import actions, evaluation, step
+from train.data import pipeline
+from train.phases import Phase, build_phase, needs_initial_stable_ranks, stable_ranks
+from train.report import logs
+from train.state import build_model, join_model, model_cost, new_state, split_model
 
 Memory = dict[str, Any]
 """What a run remembers beside its arrays, as JSON values in the checkpoint: "phase" and
@@ -37,7 +42,7 @@ class Session:
     def __init__(
         self,
         config: Mapping[str, Any],
-        data: input_pipeline.Dataset,
+        data: pipeline.Dataset,
         prepare: Callable[..., Any],
         model: nnx.Module,
         saved: checkpoint.Saved | None,
@@ -47,9 +52,9 @@ class Session:
         self.steps_per_epoch = data.steps_per_epoch(config["data"]["batch_size"])
         if saved is None:
             initial = None
-            if phases_lib.needs_initial_stable_ranks(config):
+            if needs_initial_stable_ranks(config):
                 fresh = self._fresh_model() if config["init_from"] else model
-                initial = phases_lib.stable_ranks(fresh)
+                initial = stable_ranks(fresh)
             self.memory: Memory = {
                 "phase": 0,
                 "phase_start": 0,
@@ -61,7 +66,7 @@ class Session:
             self._begin(model, 0)
             self._measure(0)
         elif "run" not in saved.metadata:
-            raise ValueError(
+            raise UserError(
                 f"--workdir: must hold a run of this version, got {saved.path}, which"
                 " does not say what phase it is in. Start a new run with"
                 " config.init_from."
@@ -76,7 +81,7 @@ class Session:
 
     def _fresh_model(self) -> nnx.Module:
         """What the run would start from without `init_from`."""
-        return state_lib.build_model(
+        return build_model(
             self._config,
             self._data.image_shape,
             self._data.num_classes,
@@ -89,9 +94,7 @@ class Session:
 
     def model(self) -> nnx.Module:
         """The model as it is, in evaluation mode, at all its ranks."""
-        return state_lib.join_model(
-            self.structure, self.state.params, self.state.model_state
-        )
+        return join_model(self.structure, self.state.params, self.state.model_state)
 
     def finished(self, step: int) -> bool:
         """Whether the last phase is over."""
@@ -135,10 +138,10 @@ class Session:
             self._evaluate,
             self.state.params,
             self.state.model_state,
-            surgery.get_ranks(model),
+            get_ranks(model),
             self._config["eval_fractions"],
             self._validation_batches,
-            state_lib.model_cost(model, self._data.image_shape),
+            model_cost(model, self._data.image_shape),
             self._calibrate,
         )
 
@@ -146,10 +149,10 @@ class Session:
     def _is_last(self) -> bool:
         return self.memory["phase"] == len(self._config["phases"]) - 1
 
-    def _build(self, index: int, start: int) -> phases_lib.Phase:
+    def _build(self, index: int, start: int) -> Phase:
         targets = self.memory["target_ranks"]
         after_this = index > self.memory["phase"]
-        return phases_lib.build_phase(
+        return build_phase(
             self._config,
             index,
             start,
@@ -162,7 +165,7 @@ class Session:
         self.phase = self._build(self.memory["phase"], self.memory["phase_start"])
         ended = self.memory["ended"]
         self._end = self.phase.end if ended is None else ended
-        self.structure, self.state = state_lib.new_state(
+        self.structure, self.state = new_state(
             model, self.phase.optimizer, self.phase.sampler, step
         )
         self._compile()
@@ -171,7 +174,7 @@ class Session:
         """Steps and evaluation for the shapes at hand; compiled when first called."""
         phase, structure = self.phase, self.structure
         self._train_steps = [
-            steps.make_train_step(
+            step.make_train_step(
                 structure,
                 phase.optimizer,
                 phase.sampler,
@@ -212,7 +215,7 @@ class Session:
     def _shrink(self) -> None:
         """Cuts the state by the phase's rule, if a rank falls."""
         model, rule = self.model(), self.phase.shrink
-        old = surgery.get_ranks(model)
+        old = get_ranks(model)
         new = shrinking.tail_ranks(
             model, threshold=rule["threshold"], multiple=rule["multiple"]
         )
@@ -231,7 +234,7 @@ class Session:
 
     def _adopt(self, model: nnx.Module) -> None:
         """Goes on with a model of other shapes; optimizer and sampler start anew."""
-        self.structure, self.state = state_lib.new_state(
+        self.structure, self.state = new_state(
             model, self.phase.optimizer, self.phase.sampler, int(self.state.step)
         )
         self._compile()
@@ -259,13 +262,13 @@ class Session:
                 self.memory["target_ranks"] = change.target_ranks
                 logs.say(f"{name}: target ranks {change.target_ranks}")
             elif change.kind != "same":
-                logs.say(f"{name}: ranks {surgery.get_ranks(model)}")
+                logs.say(f"{name}: ranks {get_ranks(model)}")
             if kept:
-                opt_state, restarted = transitions.carry_opt_state(
+                opt_state, restarted = actions.carry_opt_state(
                     change.kind, old, model, opt_state, self.phase.optimizer
                 )
                 for part in restarted:
-                    reason = transitions.REASONS[change.kind]
+                    reason = actions.REASONS[change.kind]
                     logs.say(f"{name}: the optimizer's {part} starts anew, as {reason}")
         if index == len(specs):
             if self.phase.on_end:
@@ -287,9 +290,9 @@ class Session:
         logs.say(f"phase {self.phase.name} at step {step}; the optimizer {how}")
         self._measure(step)
 
-    def _context(self) -> transitions.Context:
-        return transitions.Context(
-            functools.partial(state_lib.model_cost, image_shape=self._data.image_shape),
+    def _context(self) -> actions.Context:
+        return actions.Context(
+            functools.partial(model_cost, image_shape=self._data.image_shape),
             self._scorer if self._data.sizes["validation"] else None,
             self._recalibrate,
             self.memory["initial_stable_ranks"],
@@ -297,11 +300,9 @@ class Session:
             preview=False,
         )
 
-    def _scorer(
-        self, model: nnx.Module
-    ) -> Callable[[Sequence[surgery.Ranks]], list[float]]:
+    def _scorer(self, model: nnx.Module) -> Callable[[Sequence[Ranks]], list[float]]:
         """Minus the loss on held-out images, normalized by their own statistics."""
-        structure, params, model_state = state_lib.split_model(model)
+        structure, params, model_state = split_model(model)
         evaluate = evaluation.make_evaluator(
             structure, functools.partial(self._prepare, None), batch_statistics=True
         )
@@ -309,7 +310,7 @@ class Session:
         whole = [batch for batch in batches if batch["weight"].all()]
         batches = whole or batches  # padding would enter the statistics
 
-        def score(candidates: Sequence[surgery.Ranks]) -> list[float]:
+        def score(candidates: Sequence[Ranks]) -> list[float]:
             return [
                 -evaluate(params, model_state, ranks, batches)["loss"]
                 for ranks in candidates

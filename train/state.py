@@ -9,11 +9,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from lowrank_jax import checkpoint, counting, surgery
+from lowrank_jax import checkpoint, counting, factorization
+from lowrank_jax.active import get_ranks
+from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Rank
-from lowrank_jax.ordered_dropout import RankSampler
-from train import config as config_lib
+from lowrank_jax.ranks import Ranks
+from lowrank_jax.samplers import RankSampler
 from train import registry
+from train.config import pairs
 from train.models import MODELS
 
 
@@ -66,9 +69,9 @@ def build_model(
 
 def factorize(model: nnx.Module, config: Mapping[str, Any]) -> nnx.Module:
     """The model with its dense layers made low-rank by the config's rules."""
-    rules = config_lib.pairs(config["rank_rules"], "config.rank_rules")
+    rules = pairs(config["rank_rules"], "config.rank_rules")
     rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config["seed"]), 1))
-    return surgery.factorize(model, rules, rngs=rngs, where="config.rank_rules")
+    return factorization.factorize(model, rules, rngs=rngs, where="config.rank_rules")
 
 
 def _dense_model(
@@ -92,7 +95,7 @@ def _dense_model(
 def load_model(
     saved: checkpoint.Saved,
     *,
-    ranks: surgery.Ranks | None = None,
+    ranks: Ranks | None = None,
     allow_imports: Sequence[str] | None,
 ) -> nnx.Module:
     """The model of a checkpoint of this application, at its ranks or lower ones.
@@ -112,7 +115,7 @@ def abstract_checkpoint_model(
         shape, classes = inputs["image_shape"], inputs["num_classes"]
         rules = [tuple(pair) for pair in saved.metadata["rank_rules"]]
     except KeyError as error:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {saved.path}: metadata must hold config, inputs and"
             f" rank_rules, got no {error}. It was not written by train.main or"
             " train.truncate."
@@ -121,7 +124,7 @@ def abstract_checkpoint_model(
     def build() -> nnx.Module:
         model = _dense_model(config, shape, classes, allow_imports=allow_imports)
         where = f"checkpoint {saved.path}: rank_rules"
-        return surgery.factorize(model, rules, where=where)
+        return factorization.factorize(model, rules, where=where)
 
     return abstract_model(build)
 
@@ -173,7 +176,7 @@ def new_state(
         params,
         model_state,
         optimizer.init(params),
-        sampler.init(surgery.get_ranks(model)),
+        sampler.init(get_ranks(model)),
     )
     return structure, state
 

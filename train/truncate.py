@@ -9,7 +9,9 @@ evaluated and trained on again. Ends with one line of JSON: `{"output", "params"
 
 from absl import flags
 
-from train import binary, logs, truncation
+from lowrank_jax.errors import UserError
+from train import binary, checkpoints
+from train.report import logs
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a checkpoint, of its steps, or of a run."
@@ -46,21 +48,21 @@ _ALLOW = flags.DEFINE_list(
 def _main() -> None:
     values = dict(
         zip(
-            truncation.FLAGS,
+            checkpoints.FLAGS,
             (f.value for f in (_RANK, _FRACTION, _RANKS, _ENERGY, _PARAMS, _MACS)),
             strict=True,
         )
     )
     given = {name: value for name, value in values.items() if value is not None}
     if len(given) != 1:
-        raise ValueError(
+        raise UserError(
             "flags: exactly one of"
-            f" {', '.join('--' + s for s in truncation.FLAGS)} must be"
+            f" {', '.join('--' + s for s in checkpoints.FLAGS)} must be"
             f" given, got {['--' + name for name in given]}. Keep one."
         )
     ((selector, value),) = given.items()
     logs.emit(
-        truncation.truncate_checkpoint(
+        checkpoints.truncate_checkpoint(
             _CHECKPOINT.value,
             _OUTPUT.value,
             selector,

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lowrank_jax.cost import LayerCost
+from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.folds import Fold
 
@@ -88,7 +89,7 @@ class LowRankLayer(nnx.Module):
         fold = self.fold_of(dense, **fold_options)
         max_rank = fold.full_rank if max_rank is None else max_rank
         if not 0 <= max_rank <= fold.full_rank:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__}: max_rank must be in [0, {fold.full_rank}], got"
                 f" {max_rank}. Lower it; a matrix {fold.input_size} x"
                 f" {fold.output_size} has no higher rank."

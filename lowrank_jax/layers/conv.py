@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from lowrank_jax import folds
 from lowrank_jax.cost import LayerCost, merged_is_cheaper
+from lowrank_jax.errors import UserError
 from lowrank_jax.folds import ConvFold
 from lowrank_jax.layers.base import LowRankLayer
 
@@ -59,7 +60,7 @@ class LowRankConv(LowRankLayer):
     @classmethod
     def fold_of(cls, dense: nnx.Conv, *, scheme: int = 0) -> ConvFold:
         if dense.mask is not None:
-            raise ValueError(
+            raise UserError(
                 "LowRankConv: a masked kernel is not a product of low rank, got a conv"
                 " with a mask. Keep it dense in the rules."
             )
@@ -143,7 +144,7 @@ class LowRankConv(LowRankLayer):
         """Applies ranks per example, which a stack of groups keeps as its first
         axis."""
         if self.factors.per_example and hidden.ndim == len(self.kernel_size) + 1:
-            raise ValueError(
+            raise UserError(
                 "rank: one rank per example needs a batch axis, got one image, hidden"
                 f" shape {hidden.shape}. Add the axis, or set one rank."
             )

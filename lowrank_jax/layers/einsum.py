@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lowrank_jax import folds
+from lowrank_jax.errors import UserError
 from lowrank_jax.folds import Fold
 from lowrank_jax.layers.linear import ProductLayer
 
@@ -53,7 +54,7 @@ class LowRankEinsum(ProductLayer):
         out_sharding: Any = None,
     ) -> Float[Array, "..."]:
         if einsum_str is not None:
-            raise ValueError(
+            raise UserError(
                 "LowRankEinsum: the equation is fixed when the layer is made, got"
                 f" {einsum_str!r} in the call. Keep this layer dense in the rules."
             )

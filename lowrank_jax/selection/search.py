@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lowrank_jax.cost import LayerCost, RankValue, flatten_rank
-from lowrank_jax.selection.solvers import at_most, check_budget, total_cost
+from lowrank_jax.cost import LayerCost
+from lowrank_jax.errors import UserError
+from lowrank_jax.ranks import RankValue, at_most, flatten_rank
+from lowrank_jax.selection.solvers import check_budget, total_cost
 
 
 def beam_search(
@@ -41,7 +43,7 @@ def beam_search(
       ValueError: An argument out of bounds, or a budget that rank 1 everywhere exceeds.
     """
     if width < 1 or steps < 1:
-        raise ValueError(
+        raise UserError(
             f"beam: width and steps must be at least 1, got {width} and {steps}."
         )
     budget = check_budget(costs, max_ranks, fraction, measure)

@@ -6,25 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from lowrank_jax.cost import LayerCost, RankValue, fraction_of
-
-
-def at_most(max_ranks: Mapping[str, RankValue], rank: int) -> dict[str, Any]:
-    """Every layer at most at one rank."""
-    if rank < 0:
-        raise ValueError(f"rank: must be at least 0, got {rank}.")
-    return {p: np.minimum(limit, rank).tolist() for p, limit in max_ranks.items()}
-
-
-def at_fraction(max_ranks: Mapping[str, RankValue], fraction: float) -> dict[str, Any]:
-    """Each allocated rank times a fraction in (0, 1], rounded up."""
-
-    def scaled(limit: RankValue) -> Any:
-        if isinstance(limit, int):
-            return fraction_of(fraction, limit)
-        return [scaled(part) for part in limit]
-
-    return {path: scaled(limit) for path, limit in max_ranks.items()}
+from lowrank_jax.cost import LayerCost
+from lowrank_jax.errors import UserError
+from lowrank_jax.ranks import RankValue, at_fraction, at_most
 
 
 def by_energy(
@@ -40,7 +24,7 @@ def by_energy(
     {'a': 3}
     """
     if not 0 < energy <= 1:
-        raise ValueError(f"energy: must be in (0, 1], got {energy}.")
+        raise UserError(f"energy: must be in (0, 1], got {energy}.")
     ranks = {}
     for path, importance in importances.items():
         squares = np.square(np.asarray(importance, np.float64))
@@ -50,7 +34,7 @@ def by_energy(
         short = (kept < needed).sum(axis=-1)
         total = squares.sum(axis=-1)
         if not np.isfinite(total).all():
-            raise ValueError(
+            raise UserError(
                 f"{path}: importances must be finite, got NaN or infinity. Train or"
                 " load the model anew."
             )
@@ -133,7 +117,7 @@ def total_cost(
 ) -> int:
     """What layers cost at these ranks, in "params" or "macs"."""
     if measure not in ("params", "macs"):
-        raise ValueError(f"measure: must be 'params' or 'macs', got {measure!r}.")
+        raise UserError(f"measure: must be 'params' or 'macs', got {measure!r}.")
     return sum(getattr(costs[path], measure)(rank) for path, rank in ranks.items())
 
 
@@ -149,11 +133,11 @@ def check_budget(
       ValueError: The share is out of bounds, or rank 1 everywhere costs more.
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"{measure}_fraction: must be in (0, 1], got {fraction}.")
+        raise UserError(f"{measure}_fraction: must be in (0, 1], got {fraction}.")
     least = total_cost(costs, at_most(max_ranks, 1), measure)
     dense = sum(getattr(costs[path], f"dense_{measure}") for path in max_ranks)
     if least > fraction * dense:
-        raise ValueError(
+        raise UserError(
             f"{measure}_fraction: must be at least {least / dense:.4g} here (rank 1 in"
             f" every layer), got {fraction}. Raise it, or set ranks to 0 with a rank"
             " file."

@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from lowrank_jax.cost import LayerCost
+from lowrank_jax.factorization import factorize, kernel_matrices
+from lowrank_jax.ranks import at_fraction
 from lowrank_jax.selection import curves, solvers
-from lowrank_jax.surgery import factorize, kernel_matrices
 
 RANDOM = np.random.default_rng(0)
 SIZES = {"a": (12, 20, 1, 1), "b": (8, 8, 2, 9), "c": (3, 50, 1, 4)}
@@ -118,7 +119,7 @@ def test_macs_fraction_is_within_the_budget_and_maximal(share):
     found = solvers.by_macs_fraction(COSTS, LIMITS, share)
     budget = share * dense("macs")
     assert total(found, "macs") <= budget
-    profiles = [solvers.at_fraction(LIMITS, n / 480) for n in range(1, 481)]
+    profiles = [at_fraction(LIMITS, n / 480) for n in range(1, 481)]
     fits = [profile for profile in profiles if total(profile, "macs") <= budget]
     assert found == max(fits, key=lambda p: (p["a"], *p["b"], p["c"]))
 

@@ -7,12 +7,13 @@ import pytest
 from flax import nnx
 from reference import relative_error
 
+from lowrank_jax.active import set_ranks
 from lowrank_jax.calibration import (
     has_batch_norm,
     recalibrate_batch_norm,
     use_batch_statistics,
 )
-from lowrank_jax.surgery import factorize, set_ranks
+from lowrank_jax.factorization import factorize
 
 
 class Net(nnx.Module):

@@ -15,13 +15,9 @@ import tensorstore
 from flax import nnx
 
 from lowrank_jax import checkpoint
-from lowrank_jax.surgery import (
-    factorize,
-    get_ranks,
-    max_ranks,
-    set_ranks,
-    truncate,
-)
+from lowrank_jax.active import get_ranks, max_ranks, set_ranks
+from lowrank_jax.factorization import factorize
+from lowrank_jax.surgery import truncate
 
 
 class Net(nnx.Module):

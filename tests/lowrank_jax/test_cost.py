@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 from lowrank_jax import folds
-from lowrank_jax.cost import LayerCost, flatten_rank, merged_is_cheaper
+from lowrank_jax.cost import LayerCost, merged_is_cheaper
 from lowrank_jax.layers import LowRankConv, LowRankEinsum, LowRankEmbed, LowRankLinear
 from lowrank_jax.layers import LowRankLinearGeneral as LowRankGeneral
+from lowrank_jax.ranks import flatten_rank
 
 # LeNet at 28x28x1 by hand: matrix, positions, biases (methods.md section 1).
 LENET = [

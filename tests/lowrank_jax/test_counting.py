@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from lowrank_jax.active import max_ranks
 from lowrank_jax.counting import count
-from lowrank_jax.surgery import factorize, max_ranks, truncate
+from lowrank_jax.factorization import factorize
+from lowrank_jax.surgery import truncate
 from train.models import convnet, lenet, vit
 
 

@@ -19,10 +19,12 @@ import pytest
 from flax import nnx
 from reference import relative_error
 
-from lowrank_jax import regularizers, surgery
-from lowrank_jax.ordered_dropout import RankSampler
-from train import optim, steps
-from train import state as state_lib
+from lowrank_jax import factorization, penalties
+from lowrank_jax.paths import find_factors
+from lowrank_jax.samplers import RankSampler
+from train import optim
+from train.state import new_state
+from train.step import make_train_step
 
 LEARNING_RATE, MOMENTUM, DECAY, LASSO = 0.05, 0.9, 1e-2, 1e-3
 OPTIMIZER = {
@@ -72,8 +74,8 @@ class SmallNet(nnx.Module):
 
 def low_rank_net(weights: Weights) -> nnx.Module:
     """The net in low-rank form with these values."""
-    net = surgery.factorize(SmallNet(nnx.Rngs(0)))
-    for path, factors in surgery.find_factors(net).items():
+    net = factorization.factorize(SmallNet(nnx.Rngs(0)))
+    for path, factors in find_factors(net).items():
         factors.u.set_value(jnp.asarray(weights[path]["u"]))
         factors.v.set_value(jnp.asarray(weights[path]["v"]))
         getattr(net, path).bias.set_value(jnp.asarray(weights[path]["bias"]))
@@ -304,14 +306,12 @@ def test_ten_steps_are_those_of_the_numpy_reference(float64):
     """
     optimizer = optim.make_optimizer(OPTIMIZER, len(FORCED), where="optimizer")
     weights = random_weights()
-    structure, state = state_lib.new_state(
-        low_rank_net(weights), optimizer, forced(), 0
-    )
-    step = steps.make_train_step(
+    structure, state = new_state(low_rank_net(weights), optimizer, forced(), 0)
+    step = make_train_step(
         structure,
         optimizer,
         forced(),
-        [regularizers.hierarchical_group_lasso(weight=LASSO)],
+        [penalties.hierarchical_group_lasso(weight=LASSO)],
         lambda key, images: images,
         jax.random.key(0),
     )

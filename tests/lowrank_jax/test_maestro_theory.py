@@ -18,15 +18,17 @@ import optax
 import pytest
 from flax import nnx
 
-from lowrank_jax import ordered_dropout, regularizers, shrinking, surgery
-from lowrank_jax.ordered_dropout import RankSampler
-from lowrank_jax.regularizers import Penalty
+from lowrank_jax import factorization, penalties, samplers, shrinking
+from lowrank_jax.active import max_ranks, set_ranks
+from lowrank_jax.paths import find_factors
+from lowrank_jax.penalties import Penalty
+from lowrank_jax.samplers import RankSampler
 
 SEEDS = (0, 1, 2)
 SPECTRUM = (9.55, 6.92, 3.67)
-SAMPLED = ordered_dropout.single_layer()
-FULL = ordered_dropout.full()
-LASSO = regularizers.group_lasso(weight=1e-2)
+SAMPLED = samplers.single_layer()
+FULL = samplers.full()
+LASSO = penalties.group_lasso(weight=1e-2)
 Data = tuple[np.ndarray, np.ndarray]
 
 
@@ -74,9 +76,9 @@ def make_fit(
 
     def objective(params, rest, ranks, inputs, targets):
         model = nnx.merge(graphdef, params, rest, copy=True)
-        surgery.set_ranks(model, ranks)
+        set_ranks(model, ranks)
         value = loss(model(inputs), targets)
-        return value + penalty(surgery.find_factors(model), 0) if penalty else value
+        return value + penalty(find_factors(model), 0) if penalty else value
 
     @jax.jit
     def fit(params, rest, sampler_state, key, inputs, targets):
@@ -105,13 +107,13 @@ def train(
     start: nnx.Module | None = None,
 ) -> nnx.Module:
     """The low-rank layer that SGD makes of a fresh one, or of `start`."""
-    layer = surgery.factorize(dense_layer(data, seed)) if start is None else start
+    layer = factorization.factorize(dense_layer(data, seed)) if start is None else start
     graphdef, params, rest = nnx.split(layer, nnx.Param, ...)
     fit = make_fit(graphdef, sampler, penalty, loss, learning_rate, steps)
     params = fit(
         nnx.as_pure(params),
         nnx.as_pure(rest),
-        sampler.init(surgery.max_ranks(layer)),
+        sampler.init(max_ranks(layer)),
         jax.random.key(seed),
         *(jnp.asarray(array, jnp.float32) for array in data),
     )

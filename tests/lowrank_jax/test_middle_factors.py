@@ -16,16 +16,11 @@ from flax import nnx
 from reference import convolve, relative_error, spectrum_error
 
 from lowrank_jax import checkpoint
+from lowrank_jax.active import get_ranks, set_ranks
+from lowrank_jax.factorization import factorize
 from lowrank_jax.factors import Factors
-from lowrank_jax.surgery import (
-    canonicalize,
-    factorize,
-    find_factors,
-    get_ranks,
-    merge,
-    set_ranks,
-    truncate,
-)
+from lowrank_jax.paths import find_factors
+from lowrank_jax.surgery import canonicalize, merge, truncate
 
 SHAPES = {"tall": (6, 4), "wide": (3, 5)}  # joined into v, and into u
 STACKS = {"one": (), "stacked": (2,), "stacked groups": (2, 3)}

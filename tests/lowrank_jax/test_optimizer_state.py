@@ -13,8 +13,10 @@ import pytest
 from flax import nnx
 from reference import relative_error
 
+from lowrank_jax.factorization import factorize
 from lowrank_jax.optimizer_state import convert_opt_state, restart_schedules
-from lowrank_jax.surgery import factorize, find_factors, merge
+from lowrank_jax.paths import find_factors
+from lowrank_jax.surgery import merge
 
 RANDOM = np.random.default_rng(0)
 BETA = 0.9

@@ -27,19 +27,31 @@ from reference import relative_error
 from configs import common, maestro
 from lowrank_jax import (
     checkpoint,
-    ordered_dropout,
-    regularizers,
+    factorization,
+    penalties,
+    samplers,
     shrinking,
     surgery,
 )
-from lowrank_jax.cost import fraction_of
+from lowrank_jax.active import get_ranks, max_ranks, set_ranks
 from lowrank_jax.factors import Factors
 from lowrank_jax.layers import LowRankConv, LowRankLinear
-from lowrank_jax.selection.solvers import at_fraction
-from train import config as config_lib
-from train import input_pipeline, phases, steps, train
-from train import state as state_lib
+from lowrank_jax.paths import find_factors
+from lowrank_jax.ranks import at_fraction, fraction_of
+from train import loop, phases
+from train.config import to_json
+from train.data import pipeline
 from train.models.mlp import MLP
+from train.state import (
+    Structure,
+    abstract_model,
+    build_model,
+    join_model,
+    load_model,
+    new_state,
+    split_model,
+)
+from train.step import Step, make_train_step
 
 FULL_RANKS = {"head": 3, "hidden/0": 6}
 SGD = common.optimizer("sgd", learning_rate=0.05, args={"momentum": 0.9})
@@ -47,7 +59,7 @@ SGD = common.optimizer("sgd", learning_rate=0.05, args={"momentum": 0.9})
 
 @functools.cache
 def original() -> nnx.Module:
-    return surgery.factorize(MLP(16, (6,), 3, rngs=nnx.Rngs(0)))
+    return factorization.factorize(MLP(16, (6,), 3, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture
@@ -65,12 +77,12 @@ def batch(seed: int, size: int = 8) -> dict[str, jax.Array]:
 
 
 def make_step(
-    structure: state_lib.Structure,
+    structure: Structure,
     optimizer: optax.GradientTransformation,
-    sampler: ordered_dropout.RankSampler,
-    penalties: tuple[regularizers.Penalty, ...] = (),
-) -> steps.Step:
-    return steps.make_train_step(
+    sampler: samplers.RankSampler,
+    penalties: tuple[penalties.Penalty, ...] = (),
+) -> Step:
+    return make_train_step(
         structure,
         optimizer,
         sampler,
@@ -89,7 +101,7 @@ def host(tree: Any) -> dict[str, np.ndarray]:
 
 
 def maestro_config() -> dict[str, Any]:
-    return config_lib.to_json(maestro.get_config())
+    return to_json(maestro.get_config())
 
 
 def test_the_maestro_config_trains_with_ordered_dropout():
@@ -100,12 +112,10 @@ def test_the_maestro_config_trains_with_ordered_dropout():
     """
     config = maestro_config()
     (phase,) = phases.build_phases(config, steps_per_epoch=430)
-    model = state_lib.abstract_model(
-        lambda: state_lib.build_model(config, (28, 28, 1), 10, allow_imports=None)
+    model = abstract_model(
+        lambda: build_model(config, (28, 28, 1), 10, allow_imports=None)
     )
-    limits = {
-        path: factors.max_rank for path, factors in surgery.find_factors(model).items()
-    }
+    limits = {path: factors.max_rank for path, factors in find_factors(model).items()}
     drawn, _ = make_draw(phase.sampler, 236)(phase.sampler.init(limits), 0, 0)
     ranks = {path: np.asarray(column) for path, column in drawn.items()}
     visits = {
@@ -129,8 +139,8 @@ def deviating(
 
 def test_a_sampled_rank_reaches_the_training_step(small_model):
     """In the real step columns past the sampled rank stand still, all others move."""
-    sampler, optimizer = ordered_dropout.single_layer(), optax.sgd(0.1)
-    structure, state = state_lib.new_state(small_model, optimizer, sampler, 0)
+    sampler, optimizer = samplers.single_layer(), optax.sgd(0.1)
+    structure, state = new_state(small_model, optimizer, sampler, 0)
     step = make_step(structure, optimizer, sampler)
     seen = set()
     for number in range(9):  # one pass over all pairs
@@ -174,7 +184,7 @@ def test_a_misspelled_word_is_an_error(place):
         section = section[part]
     section[key] = value
     with pytest.raises(ValueError, match=value if isinstance(value, str) else key):
-        phases.build_phases(config_lib.to_json(config), steps_per_epoch=430)
+        phases.build_phases(to_json(config), steps_per_epoch=430)
 
 
 def test_the_config_without_a_misspelling_builds():
@@ -188,7 +198,7 @@ def test_the_config_without_a_misspelling_builds():
 def test_ranks_are_in_the_checkpoint(small_model, tmp_path):
     """Allocated and active ranks come back, outputs bit for bit; lower ranks too."""
     model = surgery.truncate(small_model, {"hidden/0": 4})
-    surgery.set_ranks(model, {"hidden/0": 2, "head": 1})
+    set_ranks(model, {"hidden/0": 2, "head": 1})
     checkpoint.save(tmp_path / "saved", model)
     saved = checkpoint.open_checkpoint(tmp_path / "saved")
     assert saved.metadata["max_ranks"] == {"head": 3, "hidden/0": 4}
@@ -196,7 +206,7 @@ def test_ranks_are_in_the_checkpoint(small_model, tmp_path):
 
     images = batch(0)["image"]
     loaded = checkpoint.load(saved, small_model)
-    assert surgery.get_ranks(loaded) == {"head": 1, "hidden/0": 2}
+    assert get_ranks(loaded) == {"head": 1, "hidden/0": 2}
     np.testing.assert_array_equal(loaded(images), model(images))
     lower = checkpoint.load(saved, small_model, ranks={"hidden/0": 3, "head": 2})
     expected = surgery.truncate(model, {"hidden/0": 3, "head": 2})
@@ -210,18 +220,18 @@ def test_ranks_are_in_the_checkpoint(small_model, tmp_path):
 def test_shrinking_keeps_every_parameter_in_the_optimizer(small_model, name):
     """Every parameter keeps its moments, cut to its shape, and goes on moving."""
     optimizer = optax.sgd(0.05, momentum=0.9) if name == "sgd" else optax.adam(1e-2)
-    sampler = ordered_dropout.full()
-    structure, state = state_lib.new_state(small_model, optimizer, sampler, 0)
+    sampler = samplers.full()
+    structure, state = new_state(small_model, optimizer, sampler, 0)
     step = make_step(structure, optimizer, sampler)
     for number in range(2):
         state, _ = step(state, batch(number))
     before = host(state.opt_state)
 
-    model = state_lib.join_model(structure, state.params, state.model_state)
+    model = join_model(structure, state.params, state.model_state)
     ranks = {"hidden/0": 4, "head": 1}
     shrunk = shrinking.shrink(model, ranks, state.opt_state, optimizer)
     assert shrunk.restarted == []
-    structure, params, model_state = state_lib.split_model(shrunk.model)
+    structure, params, model_state = split_model(shrunk.model)
     old, moments = host(params), host(shrunk.opt_state)
     assert moments.keys() == before.keys()
     assert len(moments) >= len(old) == 6
@@ -285,7 +295,7 @@ def test_the_gradient_of_the_lasso_is_finite_at_zero(name, live, with_s):
     rng = np.random.default_rng(0)
     u, v = rng.normal(size=(6, 5)), rng.normal(size=(5, 4))
     u[:, live:], v[live:] = 0, 0
-    penalty = regularizers.PENALTIES[name](weight=1.0)
+    penalty = penalties.PENALTIES[name](weight=1.0)
 
     def gradient(columns: int) -> nnx.State:
         s = jnp.ones(columns) if with_s else None
@@ -322,17 +332,17 @@ def test_every_user_of_a_fraction_rounds_exactly():
     expected = {"a": 7, "stack": [7, 14]}
     assert at_fraction(limits, 7 / 25) == expected
     for sampler in (
-        ordered_dropout.matryoshka(fractions=[1.0, 7 / 25]),
-        ordered_dropout.sandwich(passes=2, smallest=7 / 25),
-        ordered_dropout.uniform_fraction(fractions=[1.0, 7 / 25]),
+        samplers.matryoshka(fractions=[1.0, 7 / 25]),
+        samplers.sandwich(passes=2, smallest=7 / 25),
+        samplers.uniform_fraction(fractions=[1.0, 7 / 25]),
     ):
         tables = sampler.init(limits).tables
         assert {path: table[1].tolist() for path, table in tables.items()} == expected
     rules = [(".*", {"rank_fraction": 7 / 25})]
     low_rank = nnx.eval_shape(
-        lambda: surgery.factorize(nnx.Linear(25, 30, rngs=nnx.Rngs(0)), rules)
+        lambda: factorization.factorize(nnx.Linear(25, 30, rngs=nnx.Rngs(0)), rules)
     )
-    assert surgery.max_ranks(low_rank) == {"": 7}
+    assert max_ranks(low_rank) == {"": 7}
 
 
 # Folding back to dense ignores the mask.
@@ -348,7 +358,7 @@ def test_merging_respects_the_mask(kind):
         layer = LowRankConv(1, 5, (3, 3), rngs=nnx.Rngs(0))
         inputs = batch(0)["image"]
     at_full = layer(inputs)
-    surgery.set_ranks(layer, {"": 2})
+    set_ranks(layer, {"": 2})
     dense = surgery.merge(layer)
     assert type(dense) is type(layer).dense_type
     assert relative_error(dense(inputs), layer(inputs)) <= 1e-5
@@ -360,7 +370,7 @@ def test_merging_respects_the_mask(kind):
 # The sampler can be neither seeded nor resumed.
 
 
-def make_draw(sampler: ordered_dropout.RankSampler, count: int) -> Callable[..., Any]:
+def make_draw(sampler: samplers.RankSampler, count: int) -> Callable[..., Any]:
     """A jitted function from state, seed and first step to the next ranks and state."""
 
     @jax.jit
@@ -389,7 +399,7 @@ def test_a_sampler_is_seeded_and_goes_on_where_it_stopped(name, small_model, tmp
 
     A pass of `single_layer` is 9 pairs long here: after 13 steps it is under way.
     """
-    sampler = ordered_dropout.SAMPLERS[name](**SAMPLERS[name])
+    sampler = samplers.SAMPLERS[name](**SAMPLERS[name])
     draw, fresh = make_draw(sampler, 13), sampler.init(FULL_RANKS)
     first, state = draw(fresh, 1, 0)
     same, other = draw(fresh, 1, 0)[0], draw(fresh, 2, 0)[0]
@@ -426,7 +436,7 @@ class Run(NamedTuple):
     """A run of the real loop, with single-layer sampling, lasso and shrinking."""
 
     config: dict[str, Any]
-    data: input_pipeline.Dataset
+    data: pipeline.Dataset
     result: dict[str, Any]
     saved: checkpoint.Saved
 
@@ -449,16 +459,16 @@ def finished_run(tmp_path_factory) -> Run:
             shrink={"every_epochs": 2, "threshold": 0.3, "multiple": 1},
         ),
     )
-    config = config_lib.to_json(config)
-    data = input_pipeline.load_data(config["data"], allow_imports=None)
+    config = to_json(config)
+    data = pipeline.load_data(config["data"], allow_imports=None)
     sealed = dataclasses.replace(
         data.splits["test"], source=Sealed(len(data.splits["test"]))
     )
     data = dataclasses.replace(data, splits={**data.splits, "test": sealed})
     workdir: Path = tmp_path_factory.mktemp("run") / "workdir"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(input_pipeline, "load_data", lambda *_, **__: data)
-        result = train.train_and_evaluate(config, workdir)
+        patch.setattr(pipeline, "load_data", lambda *_, **__: data)
+        result = loop.train_and_evaluate(config, workdir)
     return Run(config, data, result, checkpoint.open_checkpoint(workdir))
 
 
@@ -480,8 +490,8 @@ def test_a_run_leaves_its_ranks_sampler_and_optimizer_in_the_checkpoint(finished
     full = {"head": 8, "hidden/0": 8}
     ranks = saved.metadata["ranks"]
     assert ranks == saved.max_ranks and sum(ranks.values()) < sum(full.values())
-    model = state_lib.load_model(saved, allow_imports=())
-    assert surgery.get_ranks(model) == ranks
+    model = load_model(saved, allow_imports=())
+    assert get_ranks(model) == ranks
 
     arrays = saved.metadata["arrays"]
     moments = arrays["opt_state"]

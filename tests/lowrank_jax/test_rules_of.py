@@ -16,17 +16,10 @@ import pytest
 from flax import nnx
 from reference import relative_error
 
-from lowrank_jax.surgery import (
-    canonicalize,
-    factorize,
-    find_factors,
-    kernel_matrices,
-    max_ranks,
-    merge,
-    rules_of,
-    set_ranks,
-    truncate,
-)
+from lowrank_jax.active import max_ranks, set_ranks
+from lowrank_jax.factorization import factorize, kernel_matrices, rules_of
+from lowrank_jax.paths import find_factors
+from lowrank_jax.surgery import canonicalize, merge, truncate
 
 
 def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

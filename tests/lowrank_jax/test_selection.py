@@ -7,6 +7,7 @@ import pytest
 
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.factors import Factors
+from lowrank_jax.ranks import at_fraction, at_most
 from lowrank_jax.selection import curves, solvers
 
 SPECTRUM = np.array([4.0, 3.0, 2.0, 1.0])
@@ -88,10 +89,10 @@ def test_importances_are_norms_of_rank_one_parts(with_s):
 
 def test_at_most_and_at_fraction():
     """Plain numbers in the shape of the limits; fractions are rounded up, exactly."""
-    assert solvers.at_most(LIMITS, 5) == {"a": 5, "b": [5, 3], "c": 0, "d": [[1, 5]]}
-    assert solvers.at_most(LIMITS, 0) == {"a": 0, "b": [0, 0], "c": 0, "d": [[0, 0]]}
-    assert solvers.at_fraction(LIMITS, 1.0) == LIMITS
-    found = solvers.at_fraction(LIMITS, 7 / 25)
+    assert at_most(LIMITS, 5) == {"a": 5, "b": [5, 3], "c": 0, "d": [[1, 5]]}
+    assert at_most(LIMITS, 0) == {"a": 0, "b": [0, 0], "c": 0, "d": [[0, 0]]}
+    assert at_fraction(LIMITS, 1.0) == LIMITS
+    found = at_fraction(LIMITS, 7 / 25)
     assert found == {"a": 7, "b": [3, 1], "c": 0, "d": [[1, 2]]}
     assert all(type(x) is int for x in (found["a"], *found["b"]))
 
@@ -117,7 +118,7 @@ def test_params_fraction_is_within_the_budget_and_maximal(share):
     """Brute force over all common fractions finds no larger one that fits."""
     found = solvers.by_params_fraction(COSTS, COST_LIMITS, share)
     assert params(found) <= share * DENSE
-    profiles = [solvers.at_fraction(COST_LIMITS, n / 480) for n in range(1, 481)]
+    profiles = [at_fraction(COST_LIMITS, n / 480) for n in range(1, 481)]
     fits = [profile for profile in profiles if params(profile) <= share * DENSE]
     assert found == max(fits, key=lambda p: (p["a"], *p["b"], p["c"]))
 
@@ -158,10 +159,10 @@ def test_shares_out_of_range_are_refused(share):
     with pytest.raises(ValueError, match=r"params_fraction: must be in \(0, 1\]"):
         solvers.by_params_fraction(COSTS, COST_LIMITS, share)
     with pytest.raises(ValueError, match=r"fraction: must be in \(0, 1\]"):
-        solvers.at_fraction(LIMITS, share)
+        at_fraction(LIMITS, share)
 
 
 def test_negative_ranks_are_refused():
     """A rank is at least 0."""
     with pytest.raises(ValueError, match="rank: must be at least 0, got -1"):
-        solvers.at_most(LIMITS, -1)
+        at_most(LIMITS, -1)

@@ -14,17 +14,13 @@ import pytest
 from flax import nnx
 from reference import relative_error
 
+from lowrank_jax.active import get_ranks, max_ranks, set_ranks
+from lowrank_jax.factorization import factorize
 from lowrank_jax.factors import Factors
 from lowrank_jax.optimizer_state import cut_opt_state
+from lowrank_jax.paths import find_factors
 from lowrank_jax.shrinking import shrink, tail_ranks
-from lowrank_jax.surgery import (
-    factorize,
-    find_factors,
-    get_ranks,
-    max_ranks,
-    set_ranks,
-    truncate,
-)
+from lowrank_jax.surgery import truncate
 
 RANKS = {"first": 2, "groups": [1, 2]}
 """Below the allocated 6, [3, 3]; of the two groups one stays masked."""

@@ -17,21 +17,13 @@ import pytest
 from flax import nnx
 from reference import relative_error, spectrum_error
 
-from lowrank_jax.cost import flatten_rank
+from lowrank_jax.active import check_ranks, get_ranks, max_ranks, set_ranks
+from lowrank_jax.factorization import factorize
 from lowrank_jax.factors import Factors, Rank
 from lowrank_jax.layers import LAYERS, LowRankLayer, LowRankLinear
-from lowrank_jax.surgery import (
-    canonicalize,
-    check_ranks,
-    factorize,
-    find_aliases,
-    find_factors,
-    get_ranks,
-    max_ranks,
-    merge,
-    set_ranks,
-    truncate,
-)
+from lowrank_jax.paths import find_aliases, find_factors
+from lowrank_jax.ranks import flatten_rank
+from lowrank_jax.surgery import canonicalize, merge, truncate
 
 
 def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

@@ -20,11 +20,13 @@ from flax import nnx
 from reference import relative_error
 
 from configs import common
-from lowrank_jax import checkpoint, surgery
+from lowrank_jax import checkpoint
+from lowrank_jax.active import max_ranks, set_ranks
+from lowrank_jax.paths import find_factors
+from train import checkpoints, evaluation, loop
 from train import evaluate as evaluate_binary
-from train import evaluation, input_pipeline, truncation
-from train import state as state_lib
-from train import train as train_lib
+from train.data import pipeline
+from train.state import load_model
 
 ROOT = Path(__file__).parents[2]
 FULL = {"head": 10, "hidden/0": 64}
@@ -62,7 +64,7 @@ def run(tmp_path_factory) -> Path:
     """An MLP of ranks `FULL`, big enough for its factors to be saved in chunks."""
     workdir = tmp_path_factory.mktemp("mlp") / "run"
     config = make_config("mlp", {"hidden": (80,)}, epochs=3)
-    train_lib.train_and_evaluate(config, workdir)
+    loop.train_and_evaluate(config, workdir)
     assert checkpoint.open_checkpoint(workdir).metadata["ranks"] == FULL
     return workdir
 
@@ -72,20 +74,20 @@ def norm_run(tmp_path_factory) -> Path:
     """A convolutional network with BatchNorm."""
     workdir = tmp_path_factory.mktemp("convnet") / "run"
     config = make_config("convnet", {"widths": (4, 8)}, epochs=1)
-    train_lib.train_and_evaluate(config, workdir)
+    loop.train_and_evaluate(config, workdir)
     return workdir
 
 
 def load(path: Path) -> nnx.Module:
     saved = checkpoint.open_checkpoint(path)
-    model = state_lib.load_model(saved, allow_imports=[])
+    model = load_model(saved, allow_imports=[])
     model.eval()
     return model
 
 
 def images(count: int = 32) -> jnp.ndarray:
     config = common.digits(batch_size=count).to_dict()
-    data = input_pipeline.load_data(config, allow_imports=[])
+    data = pipeline.load_data(config, allow_imports=[])
     batch = next(data.eval_batches("test", count))
     return (jnp.asarray(batch["image"], jnp.float32) - 4.88) / 6.02
 
@@ -97,20 +99,20 @@ def size_on_disk(path: Path) -> int:
 
 def masked(path: Path, ranks: dict[str, int]) -> nnx.Module:
     model = load(path)
-    surgery.set_ranks(model, ranks)
+    set_ranks(model, ranks)
     return model
 
 
 class TestTruncate:
     def test_rank(self, run, tmp_path):
         """Every layer at most at it."""
-        result = truncation.truncate_checkpoint(run, tmp_path / "cut", "rank", 16)
+        result = checkpoints.truncate_checkpoint(run, tmp_path / "cut", "rank", 16)
         assert result["ranks"] == {"head": 10, "hidden/0": 16}
         assert set(result) == {"output", "params", "macs", "ranks"}
 
     def test_rank_of_zero(self, run, tmp_path):
         """What is left is the biases: one answer for all images."""
-        truncation.truncate_checkpoint(run, tmp_path / "cut", "rank", 0)
+        checkpoints.truncate_checkpoint(run, tmp_path / "cut", "rank", 0)
         logits = np.asarray(load(tmp_path / "cut")(images()))
         assert np.ptp(logits, axis=0).max() == 0
         row = evaluation.evaluate_checkpoint(tmp_path / "cut")
@@ -119,22 +121,22 @@ class TestTruncate:
     def test_rank_fraction(self, run, tmp_path):
         """Of each layer's rank, rounded up."""
         output = tmp_path / "cut"
-        result = truncation.truncate_checkpoint(run, output, "rank_fraction", 0.23)
+        result = checkpoints.truncate_checkpoint(run, output, "rank_fraction", 0.23)
         assert result["ranks"] == {"head": 3, "hidden/0": 15}
 
     def test_ranks(self, run, tmp_path):
         """By file; a layer that is not named keeps its rank."""
         (tmp_path / "ranks.json").write_text('{"hidden/0": 5}')
         output = tmp_path / "cut"
-        result = truncation.truncate_checkpoint(
+        result = checkpoints.truncate_checkpoint(
             run, output, "ranks", str(tmp_path / "ranks.json")
         )
         assert result["ranks"] == {"head": 10, "hidden/0": 5}
 
     def test_energy(self, run, tmp_path):
         """The least prefix with the share of the squared importances, by NumPy."""
-        result = truncation.truncate_checkpoint(run, tmp_path / "cut", "energy", 0.8)
-        for path, factors in surgery.find_factors(load(run)).items():
+        result = checkpoints.truncate_checkpoint(run, tmp_path / "cut", "energy", 0.8)
+        for path, factors in find_factors(load(run)).items():
             u, v = (np.asarray(x[...], np.float64) for x in (factors.u, factors.v))
             importance = np.linalg.norm(u, axis=0) * np.linalg.norm(v, axis=1)
             share = np.cumsum(importance**2) / np.sum(importance**2)
@@ -145,7 +147,7 @@ class TestTruncate:
     def test_params_fraction(self, run, tmp_path, budget):
         """The largest common fraction within the budget of the factored layers."""
         output = tmp_path / "cut"
-        result = truncation.truncate_checkpoint(run, output, "params_fraction", budget)
+        result = checkpoints.truncate_checkpoint(run, output, "params_fraction", budget)
         kept = sum(
             r * s
             for r, s in zip(
@@ -167,16 +169,16 @@ class TestTruncate:
     def test_the_output_is_that_of_the_masked_model(self, run, tmp_path, ranks):
         (tmp_path / "ranks.json").write_text(json.dumps(ranks))
         output = tmp_path / "cut"
-        truncation.truncate_checkpoint(run, output, "ranks", tmp_path / "ranks.json")
+        checkpoints.truncate_checkpoint(run, output, "ranks", tmp_path / "ranks.json")
         small, inputs = load(output), images()
-        assert surgery.max_ranks(small) == ranks
+        assert max_ranks(small) == ranks
         assert relative_error(small(inputs), masked(run, ranks)(inputs)) < 1e-6
 
     def test_files_shrink_with_the_ranks(self, run, tmp_path):
         sizes = [size_on_disk(run)]
         for rank in (32, 8, 1):
             output = tmp_path / str(rank)
-            truncation.truncate_checkpoint(run, output, "rank", rank)
+            checkpoints.truncate_checkpoint(run, output, "rank", rank)
             sizes.append(size_on_disk(output))
         assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
         assert sizes[1] < 0.75 * sizes[0]
@@ -188,12 +190,12 @@ class TestTruncate:
             (tmp_path / "a", "b", 3),
             (run, "c", 3),
         ):
-            truncation.truncate_checkpoint(source, tmp_path / name, "rank", rank)
+            checkpoints.truncate_checkpoint(source, tmp_path / name, "rank", rank)
         twice, once = (load(tmp_path / name)(images()) for name in "bc")
         np.testing.assert_array_equal(twice, once)
 
     def test_the_table(self, run, tmp_path, capsys):
-        result = truncation.truncate_checkpoint(run, tmp_path / "cut", "rank", 2)
+        result = checkpoints.truncate_checkpoint(run, tmp_path / "cut", "rank", 2)
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].split() == "path rank cut to params cut to MACs cut to".split()
         assert lines[2].split()[:3] == ["head", "10", "2"]
@@ -203,7 +205,7 @@ class TestTruncate:
     def test_recalibration_changes_the_statistics_alone(self, norm_run, tmp_path):
         """The convolutions' statistics become those of the cut model's activations."""
         for name, batches in (("plain", 0), ("new", 4)):
-            truncation.truncate_checkpoint(
+            checkpoints.truncate_checkpoint(
                 norm_run,
                 tmp_path / name,
                 "rank",
@@ -251,7 +253,7 @@ class TestTruncateRefuses:
     )
     def test_values_out_of_bounds(self, run, tmp_path, selector, value, parts):
         with pytest.raises(ValueError) as caught:
-            truncation.truncate_checkpoint(run, tmp_path / "cut", selector, value)
+            checkpoints.truncate_checkpoint(run, tmp_path / "cut", selector, value)
         for part in parts:
             assert part in str(caught.value)
         assert not list(tmp_path.iterdir())
@@ -274,7 +276,7 @@ class TestTruncateRefuses:
     def test_rank_files(self, run, tmp_path, text, parts):
         (tmp_path / "ranks.json").write_text(text)
         with pytest.raises(ValueError) as caught:
-            truncation.truncate_checkpoint(
+            checkpoints.truncate_checkpoint(
                 run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json")
             )
         for part in parts:
@@ -284,7 +286,7 @@ class TestTruncateRefuses:
     def test_all_bad_ranks_at_once(self, run, tmp_path):
         (tmp_path / "ranks.json").write_text('{"head": 11, "hidden/0": -1, "tail": 1}')
         with pytest.raises(ValueError) as caught:
-            truncation.truncate_checkpoint(
+            checkpoints.truncate_checkpoint(
                 run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json")
             )
         for part in ("got 11", "got -1", "'tail'"):
@@ -292,16 +294,16 @@ class TestTruncateRefuses:
 
     def test_a_rank_file_that_is_not_there(self, run, tmp_path):
         with pytest.raises(ValueError, match="--ranks: .*nothing.json"):
-            truncation.truncate_checkpoint(
+            checkpoints.truncate_checkpoint(
                 run, tmp_path / "cut", "ranks", str(tmp_path / "nothing.json")
             )
 
     def test_a_rank_above_that_of_a_truncated_one(self, run, tmp_path):
         """Columns that were cut away do not come back."""
-        truncation.truncate_checkpoint(run, tmp_path / "a", "rank", 4)
+        checkpoints.truncate_checkpoint(run, tmp_path / "a", "rank", 4)
         (tmp_path / "ranks.json").write_text('{"head": 5}')
         with pytest.raises(ValueError, match=r"head: rank must be in \[0, 4\], got 5"):
-            truncation.truncate_checkpoint(
+            checkpoints.truncate_checkpoint(
                 tmp_path / "a", tmp_path / "b", "ranks", tmp_path / "ranks.json"
             )
 
@@ -311,7 +313,7 @@ class TestTruncateRefuses:
         (step / "_CHECKPOINT_METADATA").unlink()
         for path in (tmp_path / "half", step):
             with pytest.raises(FileNotFoundError, match="--checkpoint: .*complete"):
-                truncation.truncate_checkpoint(path, tmp_path / "cut", "rank", 4)
+                checkpoints.truncate_checkpoint(path, tmp_path / "cut", "rank", 4)
         assert not (tmp_path / "cut").exists()
 
     def test_damaged_metadata(self, run, tmp_path):
@@ -319,7 +321,7 @@ class TestTruncateRefuses:
         (file,) = (tmp_path / "bad").glob("*/metadata/metadata")
         file.write_text("{")
         with pytest.raises(ValueError, match="--checkpoint: metadata must be JSON"):
-            truncation.truncate_checkpoint(
+            checkpoints.truncate_checkpoint(
                 tmp_path / "bad", tmp_path / "cut", "rank", 4
             )
 
@@ -345,7 +347,7 @@ class TestEvaluate:
     def test_figures_by_numpy(self, run):
         """Accuracy and loss on all 360 test images, from the logits."""
         config = common.digits(batch_size=1).to_dict()
-        data = input_pipeline.load_data(config, allow_imports=[])
+        data = pipeline.load_data(config, allow_imports=[])
         batch = next(data.eval_batches("test", 360))
         logits = np.asarray(
             load(run)((jnp.asarray(batch["image"], jnp.float32) - 4.88) / 6.02),
@@ -360,7 +362,7 @@ class TestEvaluate:
 
     def test_a_moved_checkpoint_stands_alone(self, run, tmp_path):
         """Neither the run nor the first checkpoint is needed; nor its name."""
-        truncation.truncate_checkpoint(run, tmp_path / "cut", "rank", 8)
+        checkpoints.truncate_checkpoint(run, tmp_path / "cut", "rank", 8)
         before = evaluation.evaluate_checkpoint(tmp_path / "cut")
         (tmp_path / "far").mkdir()
         shutil.move(tmp_path / "cut", tmp_path / "far" / "moved")
@@ -374,7 +376,7 @@ class TestEvaluate:
         rows = evaluation.evaluate_checkpoint(run, fractions=[1.0, 0.25])
         assert [row["rank_fraction"] for row in rows] == [1.0, 0.25]
         assert all(set(row) == FIGURES | {"rank_fraction"} for row in rows)
-        truncation.truncate_checkpoint(run, tmp_path / "cut", "rank_fraction", 0.25)
+        checkpoints.truncate_checkpoint(run, tmp_path / "cut", "rank_fraction", 0.25)
         cut = evaluation.evaluate_checkpoint(tmp_path / "cut")
         assert {k: rows[1][k] for k in ("accuracy", "params", "macs", "ranks")} == {
             k: cut[k] for k in ("accuracy", "params", "macs", "ranks")

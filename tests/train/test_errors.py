@@ -10,8 +10,8 @@ import pytest
 
 from configs import common
 from lowrank_jax import checkpoint
-from train import state
-from train import train as train_lib
+from train import loop
+from train.state import load_model
 
 
 def make_config() -> dict[str, Any]:
@@ -533,7 +533,7 @@ def test_a_mistake_in_the_config(tmp_path, mistake):
             config["phases"] += make_config()["phases"]
         put(config, where, what)
     with pytest.raises(ValueError) as caught:
-        train_lib.train_and_evaluate(config, tmp_path / "run")
+        loop.train_and_evaluate(config, tmp_path / "run")
     for part in expected:
         assert part in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -545,7 +545,7 @@ def test_all_mistakes_of_a_kind_at_once(tmp_path):
     put(config, "data/std", ...)
     put(config, "model/name", 3)
     with pytest.raises(ValueError) as caught:
-        train_lib.train_and_evaluate(config, tmp_path / "run")
+        loop.train_and_evaluate(config, tmp_path / "run")
     for part in ("'sede'", "config.data: must have ['std']", "config.model.name"):
         assert part in str(caught.value)
 
@@ -557,7 +557,7 @@ def test_data_that_is_not_there(tmp_path, name):
     put(config, "data/name", name)
     put(config, "data/data_dir", str(folder))
     with pytest.raises(FileNotFoundError) as caught:
-        train_lib.train_and_evaluate(config, tmp_path / "run")
+        loop.train_and_evaluate(config, tmp_path / "run")
     for part in (f"'{name}'", str(folder), "download_and_prepare()", "TFDS_DATA_DIR"):
         assert part in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -569,7 +569,7 @@ def test_init_from_nothing(tmp_path, path):
     config = make_config()
     put(config, "init_from", str(tmp_path / path))
     with pytest.raises(FileNotFoundError, match="config.init_from: must .*" + path):
-        train_lib.train_and_evaluate(config, tmp_path / "run")
+        loop.train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -577,16 +577,16 @@ def test_a_kernel_that_is_not_finite(tmp_path):
     """Found when it is factored, before the run has a folder."""
     source, config = tmp_path / "dense", make_config()
     put(config, "rank_rules", [[".*", "dense"]])
-    train_lib.train_and_evaluate(config, source)
+    loop.train_and_evaluate(config, source)
     saved = checkpoint.open_checkpoint(source)
-    model = state.load_model(saved, allow_imports=None)
+    model = load_model(saved, allow_imports=None)
     model.head.kernel[...] = model.head.kernel[...].at[0, 0].set(float("nan"))
     metadata = {key: saved.metadata[key] for key in ("config", "inputs")}
     checkpoint.save(tmp_path / "broken", model, metadata=metadata)
     config = make_config()
     put(config, "init_from", str(tmp_path / "broken"))
     with pytest.raises(ValueError, match="rank_rules: head: .*NaN"):
-        train_lib.train_and_evaluate(config, tmp_path / "run")
+        loop.train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -605,7 +605,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def finished(tmp_path_factory) -> Path:
     """A finished run of the good config."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    train_lib.train_and_evaluate(make_config(), workdir)
+    loop.train_and_evaluate(make_config(), workdir)
     return workdir
 
 
@@ -616,7 +616,7 @@ def test_a_run_of_another_config(finished):
     put(config, "model/args/hidden", [5])
     put(config, "phases/0/optimizer/learning_rate", 0.2)
     with pytest.raises(ValueError) as caught:
-        train_lib.train_and_evaluate(config, finished)
+        loop.train_and_evaluate(config, finished)
     message = str(caught.value)
     for part in ("--workdir", "config.seed: 0 there, 1 here", "[4] there, [5] here"):
         assert part in message
@@ -638,7 +638,7 @@ def test_a_workdir_that_is_taken(tmp_path, make: Callable[[Path], Any], message:
     make(path)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=f"--workdir.*{message}"):
-        train_lib.train_and_evaluate(make_config(), path)
+        loop.train_and_evaluate(make_config(), path)
     assert contents(tmp_path) == before
 
 
@@ -662,7 +662,7 @@ def test_a_half_written_checkpoint_alone(finished, tmp_path):
     shutil.rmtree(workdir / "checkpoints/4")
     before = contents(workdir)
     with pytest.raises(FileNotFoundError, match="--workdir: .*complete.*half-written"):
-        train_lib.train_and_evaluate(make_config(), workdir)
+        loop.train_and_evaluate(make_config(), workdir)
     assert contents(workdir) == before
 
 
@@ -670,7 +670,7 @@ def test_a_half_written_checkpoint_beside_a_complete_one(finished, tmp_path):
     """The complete one counts, and the run goes on and saves over the other."""
     workdir = damaged_copy(finished, tmp_path / "run", 5)
     assert checkpoint.open_checkpoint(workdir).step == 4
-    result = train_lib.train_and_evaluate(make_config(), workdir)
+    result = loop.train_and_evaluate(make_config(), workdir)
     assert result["step"] == 4
     with pytest.raises(FileNotFoundError, match="half-written"):
         checkpoint.open_checkpoint(workdir / "checkpoints/5")

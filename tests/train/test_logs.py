@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import logs
+from train.report import logs
 
 
 def read(workdir):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lowrank_jax import counting, surgery
+from lowrank_jax import counting, factorization
+from lowrank_jax.active import max_ranks
 from train.models import MODELS, convnet, lenet, mlp, resnet, vgg, vit
 from train.registry import resolve
 
@@ -99,7 +100,7 @@ def test_parameter_count_of_the_defaults(build, image_shape, expected):
 def full_rank_cost(build, image_shape, num_classes, **options):
     """The cost of a model with every layer factored, and its full ranks."""
     model = nnx.eval_shape(
-        lambda: surgery.factorize(
+        lambda: factorization.factorize(
             build(
                 image_shape=image_shape,
                 num_classes=num_classes,
@@ -109,7 +110,7 @@ def full_rank_cost(build, image_shape, num_classes, **options):
         )
     )
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return counting.count(model, images), surgery.max_ranks(model)
+    return counting.count(model, images), max_ranks(model)
 
 
 @pytest.mark.parametrize(

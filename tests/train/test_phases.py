@@ -18,10 +18,13 @@ from flax import nnx
 from reference import relative_error
 
 from configs import common
-from lowrank_jax import checkpoint, surgery
+from lowrank_jax import checkpoint, factorization, surgery
+from lowrank_jax.active import get_ranks
+from lowrank_jax.paths import find_factors
 from lowrank_jax.selection import curves
-from train import evaluation, logs, phases, state, transitions, truncation
-from train import train as train_lib
+from train import actions, checkpoints, evaluation, loop, phases
+from train.report import logs
+from train.state import build_model, load_model, model_cost
 
 BATCH_SIZE, STEPS_PER_EPOCH = 65, 4
 named = common.named
@@ -66,12 +69,12 @@ def make_config(
 
 
 def train(config: Mapping[str, Any], workdir: Path) -> checkpoint.Saved:
-    train_lib.train_and_evaluate(config, workdir)
+    loop.train_and_evaluate(config, workdir)
     return checkpoint.open_checkpoint(workdir)
 
 
 def load(saved: checkpoint.Saved) -> nnx.Module:
-    return state.load_model(saved, allow_imports=None)
+    return load_model(saved, allow_imports=None)
 
 
 def at_step(workdir: Path, step: int) -> checkpoint.Saved:
@@ -188,7 +191,7 @@ class TestEveryMethod:
     def test_it_truncates_saves_loads_and_evaluates(self, runs, tmp_path, name):
         workdir = runs(name)
         output = tmp_path / "cut"
-        cut = truncation.truncate_checkpoint(workdir, output, "rank", 3)
+        cut = checkpoints.truncate_checkpoint(workdir, output, "rank", 3)
         assert set(cut["ranks"].values()) <= {1, 2, 3}
         whole = load(checkpoint.open_checkpoint(workdir))
         small = load(checkpoint.open_checkpoint(output))
@@ -215,7 +218,7 @@ class TestEveryMethod:
 
         with monkeypatch.context() as patch:
             patch.setattr(logs.StepMetrics, "add", add_and_stop)
-            with pytest.raises(train_lib.Interrupted):
+            with pytest.raises(loop.Interrupted):
                 train(METHODS[name](), tmp_path / "run")
         resumed = train(METHODS[name](), tmp_path / "run")
         one, other = arrays(whole), arrays(resumed)
@@ -230,7 +233,7 @@ class TestActions:
     def test_canonicalize_orders_the_spectrum(self, runs):
         """With `s` the scales fall and the factors are orthonormal."""
         model = load(checkpoint.open_checkpoint(runs("svd_training")))
-        for one in surgery.find_factors(model).values():
+        for one in find_factors(model).values():
             u, s, v = one.arrays()
             assert np.all(np.diff(s) <= 0) and np.all(np.asarray(s) >= 0)
             np.testing.assert_allclose(u.T @ u, np.eye(len(s)), atol=1e-5)
@@ -247,23 +250,23 @@ class TestActions:
         saved = checkpoint.open_checkpoint(runs("bsr"))
         targets = saved.metadata["run"]["target_ranks"]
         assert saved.metadata["ranks"] == targets
-        cost = state.model_cost(load(saved), (8, 8, 1))
+        cost = model_cost(load(saved), (8, 8, 1))
         layers = cost.layers
         params = sum(layers[p].params(r) for p, r in targets.items())
         assert params <= 0.5 * sum(layer.dense_params for layer in layers.values())
 
     def test_a_deep_product_is_multiplied_back(self, runs):
         config = METHODS["lorita"]()
-        built = state.build_model(config, (8, 8, 1), 10, allow_imports=None)
-        assert {f.depth for f in surgery.find_factors(built).values()} == {3}
+        built = build_model(config, (8, 8, 1), 10, allow_imports=None)
+        assert {f.depth for f in find_factors(built).values()} == {3}
         model = load(checkpoint.open_checkpoint(runs("lorita")))
-        assert {f.depth for f in surgery.find_factors(model).values()} == {2}
+        assert {f.depth for f in find_factors(model).values()} == {2}
 
     def test_merge_makes_it_dense(self, tmp_path):
         config = make_config(phase(2, on_end=(named("merge"),)), rule={"max_rank": 4})
         saved = train(config, tmp_path / "run")
         assert saved.metadata["ranks"] == {}
-        matrices = surgery.kernel_matrices(load(saved))
+        matrices = factorization.kernel_matrices(load(saved))
         spectra = [np.linalg.svd(m, compute_uv=False) for m in matrices.values()]
         assert all(s[4] < 1e-5 * s[0] < s[3] for s in spectra)
 
@@ -302,17 +305,17 @@ class TestConditions:
         """Running it once more does not go on to the limit."""
         config = make_config(phase(until={"epochs": 5, "condition": STILL}))
         assert train(config, tmp_path / "run").step == 4
-        assert train_lib.train_and_evaluate(config, tmp_path / "run")["step"] == 4
+        assert loop.train_and_evaluate(config, tmp_path / "run")["step"] == 4
 
     def test_ranks_are_the_scaled_stable_ranks(self, runs):
         """From the kernels as they were, by NumPy in float64."""
         workdir = runs("cuttlefish")
         saved = checkpoint.open_checkpoint(workdir)
         config = METHODS["cuttlefish"]()
-        fresh = state.build_model(config, (8, 8, 1), 10, allow_imports=None)
+        fresh = build_model(config, (8, 8, 1), 10, allow_imports=None)
 
         def stable_ranks(model: nnx.Module) -> dict[str, float]:
-            kernels = surgery.kernel_matrices(model)
+            kernels = factorization.kernel_matrices(model)
             spectra = {
                 path: np.linalg.svd(np.asarray(m, np.float64), compute_uv=False)
                 for path, m in kernels.items()
@@ -331,11 +334,11 @@ class TestConditions:
         full = {"hidden/0": 16, "head": 10}
         wanted = {p: int(np.ceil(now[p] * full[p] / first[p] - 1e-3)) for p in full}
         wanted = {p: min(r, full[p]) for p, r in wanted.items()}
-        ranks = surgery.get_ranks(low)
-        cost = state.model_cost(dense, (8, 8, 1))
+        ranks = get_ranks(low)
+        cost = model_cost(dense, (8, 8, 1))
         assert cost.layers == {}
         for path, rank in wanted.items():
-            i, o = surgery.kernel_matrices(dense)[path].shape
+            i, o = factorization.kernel_matrices(dense)[path].shape
             assert ranks.get(path) == (rank if rank * (i + o) < i * o else None)
 
 
@@ -395,18 +398,18 @@ class TestOptimizerState:
 
     def test_a_cut_and_a_rotation(self):
         """A prefix keeps its moments, a rotation starts anew."""
-        model = surgery.factorize(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+        model = factorization.factorize(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
         optimizer = optax.sgd(0.1, momentum=0.9)
         params = nnx.as_pure(nnx.state(model, nnx.Param))
         opt_state = optimizer.update(params, optimizer.init(params), params)[1]
         small = surgery.truncate(model, {"": 2})
-        cut, restarted = transitions.carry_opt_state(
+        cut, restarted = actions.carry_opt_state(
             "cut", model, small, opt_state, optimizer
         )
         assert restarted == []
         trace = cut[0].trace["factors"]["u"]
         np.testing.assert_array_equal(trace, params["factors"]["u"][:, :2])
-        fresh, restarted = transitions.carry_opt_state(
+        fresh, restarted = actions.carry_opt_state(
             "rotated", model, surgery.canonicalize(model), opt_state, optimizer
         )
         assert restarted and not any(x.any() for x in jax.tree.leaves(fresh))
@@ -417,7 +420,7 @@ class TestTrainable:
         """u in the first and third epoch, v in the second; biases never."""
         workdir = runs("freezing")
         config = METHODS["freezing"]()
-        fresh = state.build_model(config, (8, 8, 1), 10, allow_imports=None)
+        fresh = build_model(config, (8, 8, 1), 10, allow_imports=None)
         first = {
             f"params/{k}": np.asarray(x)
             for k, x in checkpoint.flatten(
@@ -436,21 +439,21 @@ class TestTrainable:
         config = make_config(
             phase(2, optimizer=decay, trainable=(".*bias",)), rule="full"
         )
-        fresh = state.build_model(config, (8, 8, 1), 10, allow_imports=None)
+        fresh = build_model(config, (8, 8, 1), 10, allow_imports=None)
         model = load(train(config, tmp_path / "run"))
-        for path, one in surgery.find_factors(model).items():
-            before = surgery.find_factors(fresh)[path]
+        for path, one in find_factors(model).items():
+            before = find_factors(fresh)[path]
             np.testing.assert_array_equal(one.u[...], before.u[...])
 
 
 class TestProjections:
     def test_the_stable_rank_stays_below(self, runs, tmp_path):
         model = load(checkpoint.open_checkpoint(runs("normalized")))
-        ranks = curves.stable_ranks(surgery.kernel_matrices(model))
+        ranks = curves.stable_ranks(factorization.kernel_matrices(model))
         assert all(rank <= 2.0 + 1e-4 for rank in ranks.values())
         free = make_config(phase(4), rule="full")  # the control
         ranks = curves.stable_ranks(
-            surgery.kernel_matrices(load(train(free, tmp_path / "run")))
+            factorization.kernel_matrices(load(train(free, tmp_path / "run")))
         )
         assert all(rank > 2.5 for rank in ranks.values())
 
@@ -481,11 +484,11 @@ def test_penalties_count_steps_from_the_phase(tmp_path, monkeypatch):
 def test_random_factors_are_the_seeds(tmp_path):
     """`init: random` is drawn from the config's seed, and unlike the spectral one."""
     config = make_config(phase(1), rule={"init": "random", "max_rank": 4})
-    build = lambda: state.build_model(config, (8, 8, 1), 10, allow_imports=None)  # noqa: E731
-    one, other = (surgery.find_factors(build())["head"].u[...] for _ in range(2))
+    build = lambda: build_model(config, (8, 8, 1), 10, allow_imports=None)  # noqa: E731
+    one, other = (find_factors(build())["head"].u[...] for _ in range(2))
     np.testing.assert_array_equal(one, other)
     config["rank_rules"][0][1]["init"] = "svd"
-    assert relative_error(surgery.find_factors(build())["head"].u[...], one) > 0.1
+    assert relative_error(find_factors(build())["head"].u[...], one) > 0.1
 
 
 class TestRecalibratedLevels:
@@ -501,7 +504,7 @@ class TestRecalibratedLevels:
             model=named("convnet", widths=(8, 8)),
             recalibration_batches=4,
         )
-        rows = train_lib.train_and_evaluate(config, tmp_path / "run")["frontier"]
+        rows = loop.train_and_evaluate(config, tmp_path / "run")["frontier"]
         plain, own = (
             evaluation.evaluate_checkpoint(
                 tmp_path / "run",

@@ -5,7 +5,7 @@ import sys
 import pytest
 from PIL import Image
 
-from train.plots import plot_frontier
+from train.report.plots import plot_frontier
 
 
 def rows(shift: float = 0.0, scale: float = 1.0):

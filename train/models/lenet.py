@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from lowrank_jax.errors import UserError
+
 # The smallest side that leaves one pixel: 16 -> 12 -> 6 -> 2 -> 1.
 MIN_SIDE = 16
 
@@ -32,7 +34,7 @@ class LeNet(nnx.Module):
     ):
         x, y, channels = image_shape
         if min(x, y) < MIN_SIDE:
-            raise ValueError(
+            raise UserError(
                 f"lenet: image_shape must be at least {MIN_SIDE}x{MIN_SIDE} pixels, "
                 f"got {x}x{y}. Pad the images or use another model."
             )

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from lowrank_jax.errors import UserError
 from train.models import norms
 
 STEMS = ("3x3", "7x7")
@@ -177,7 +178,7 @@ class ResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if depth not in DEPTHS:
-            raise ValueError(
+            raise UserError(
                 f"resnet: depth must be one of {list(DEPTHS)}, got {depth!r}. Choose "
                 "one of them."
             )
@@ -193,7 +194,7 @@ class ResNet(nnx.Module):
                 "them."
             )
         if errors:
-            raise ValueError("\n".join(errors))
+            raise UserError("\n".join(errors))
         widths = [int(width) for width in widths]
         make_norm = functools.partial(
             norms.make_norm, norm=norm, groups=groups, rngs=rngs

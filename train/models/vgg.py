@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from lowrank_jax.errors import UserError
 from train.models import norms
 
 WIDTHS = (64, 128, 256, 512, 512)
@@ -138,7 +139,7 @@ def _check(
         )
     errors += norms.problems("vgg", norm, groups, widths, multiplier)
     if errors:
-        raise ValueError("\n".join(errors))
+        raise UserError("\n".join(errors))
 
 
 def build(

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from lowrank_jax.errors import UserError
+
 
 class Block(nnx.Module):
     """Self-attention, then `down(gelu(up(...)))`, each normalized first and added.
@@ -95,7 +97,7 @@ class ViT(nnx.Module):
                 "Change one of the two."
             )
         if errors:
-            raise ValueError("\n".join(errors))
+            raise UserError("\n".join(errors))
         self.patch_embedding = nnx.Conv(
             channels,
             embed_dim,

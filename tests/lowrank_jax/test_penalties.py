@@ -15,10 +15,10 @@ import pytest
 from flax import nnx
 from reference import relative_error
 
-from lowrank_jax import regularizers
+from lowrank_jax import penalties
 from lowrank_jax.factors import Factors
+from lowrank_jax.penalties import PENALTIES, Penalty
 from lowrank_jax.projections import PROJECTIONS, stable_rank_normalization
-from lowrank_jax.regularizers import PENALTIES, Penalty
 
 WEIGHT = 0.3
 GOLDEN = np.array([4.0, 3.0, 2.0, 1.0])
@@ -385,7 +385,7 @@ def test_golden_values(name, arguments, expected):
 def test_orthogonality_of_orthonormal_columns_and_of_twice_them():
     """0 and 9 / 16 = 0.5625 for each factor, tall or wide; `s` does not count."""
     columns, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 16)))
-    chosen, s = regularizers.orthogonality(weight=1), np.full(16, 5.0)
+    chosen, s = penalties.orthogonality(weight=1), np.full(16, 5.0)
 
     def value(u, v) -> float:
         return float(chosen({"": Factors(**single({"u": u, "s": s, "v": v}))}, 0))
@@ -406,7 +406,7 @@ def test_frobenius_decay_is_the_decay_of_the_product(with_s, sizes):
         return 0.5 * WEIGHT * jnp.sum(jnp.square(product_of(parts)))
 
     def decay(parts):
-        return regularizers.frobenius_decay(weight=WEIGHT)({"": Factors(**parts)}, 0)
+        return penalties.frobenius_decay(weight=WEIGHT)({"": Factors(**parts)}, 0)
 
     found, expected = (jax.grad(f)(parts) for f in (decay, through_product))
     for name in parts:
@@ -457,7 +457,7 @@ def test_nuclear_bounds_the_nuclear_norm():
         one = Factors.from_matrix(
             jnp.float32(product(*matrices(parts)[0])), 2, with_s=with_s
         )
-        value = regularizers.nuclear(weight=WEIGHT)({"": one}, 0)
+        value = penalties.nuclear(weight=WEIGHT)({"": one}, 0)
         expected = WEIGHT * spectrum(*matrices(parts)[0]).sum()
         np.testing.assert_allclose(value, expected, rtol=1e-5)
 
@@ -478,7 +478,7 @@ def test_modified_stable_rank_has_the_gradient_of_its_formula(power):
         "v": (u * np.abs(s)).T @ slope,
         "s": np.sign(s) * np.einsum("ir,io,ro->r", u, slope, v),
     }
-    chosen = regularizers.modified_stable_rank(
+    chosen = penalties.modified_stable_rank(
         weight=1, target_ranks={"": target}, power=power
     )
     with jax.enable_x64(True):
@@ -496,9 +496,7 @@ def test_stacked_targets_are_one_for_each_matrix():
     parts = arrays(0, False, (2, 2), sizes=(5, 4, 6))
     factors = {"a": Factors(**single(parts))}
     for targets in ([[1, 2], [3, 4]], 2):
-        chosen = regularizers.modified_stable_rank(
-            weight=1, target_ranks={"a": targets}
-        )
+        chosen = penalties.modified_stable_rank(weight=1, target_ranks={"a": targets})
         flat = np.broadcast_to(targets, (2, 2)).ravel()
         expected = sum(
             numpy_modified(*one, target)
@@ -510,7 +508,7 @@ def test_stacked_targets_are_one_for_each_matrix():
 def test_layers_without_a_target_are_free():
     """Only what truncation will cut is penalized."""
     factors = {n: Factors(**single(arrays(int(n), False))) for n in "01"}
-    chosen = regularizers.modified_stable_rank(weight=1, target_ranks={"1": 1})
+    chosen = penalties.modified_stable_rank(weight=1, target_ranks={"1": 1})
     expected = numpy_modified(*matrices(arrays(1, False))[0])
     np.testing.assert_allclose(chosen(factors, 0), expected, rtol=1e-5)
 
@@ -520,7 +518,7 @@ def test_bad_targets_are_refused_all_at_once():
     factors = {n: Factors(**single(arrays(0, False))) for n in "abcd"}
     factors["e"] = Factors(**single(arrays(0, False, (2,))))
     targets = {"a": 4, "b": 0, "c": 1.5, "d": [1, 1], "e": [1, [2]], "nowhere": 1}
-    chosen = regularizers.modified_stable_rank(weight=1, target_ranks=targets)
+    chosen = penalties.modified_stable_rank(weight=1, target_ranks=targets)
     with pytest.raises(ValueError, match="target_ranks") as error:
         chosen(factors, 0)
     lines = str(error.value).splitlines()
@@ -560,7 +558,7 @@ def test_every_few_steps_have_the_same_mean(name, arguments):
 def test_the_funnel_narrows_geometrically(step, c):
     """From 2 to 1/4 in 4 steps, then it stays; the step may be traced."""
     parts = arrays(0, True)
-    chosen = regularizers.funnel(weight=1, start=2, end=0.25, anneal_steps=4)
+    chosen = penalties.funnel(weight=1, start=2, end=0.25, anneal_steps=4)
     factors = {"": Factors(**single(parts))}
     expected = numpy_funnel(*matrices(parts)[0], c)
     np.testing.assert_allclose(chosen(factors, step), expected, rtol=1e-5)

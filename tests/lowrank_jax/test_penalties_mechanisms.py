@@ -13,9 +13,10 @@ import optax
 import pytest
 from flax import nnx
 
-from lowrank_jax import linalg, regularizers, surgery
+from lowrank_jax import factorization, linalg, penalties, surgery
 from lowrank_jax.factors import Factors
-from lowrank_jax.regularizers import Penalty
+from lowrank_jax.paths import find_factors
+from lowrank_jax.penalties import Penalty
 from lowrank_jax.selection import solvers
 
 SEEDS = (0, 1, 2)
@@ -105,7 +106,7 @@ def train_net(seed: int, *penalties: Penalty, steps: int = 500) -> tuple[Net, fl
     inputs = np.float32(rng.normal(size=(64, 8)))
     targets = np.sin(inputs @ rng.normal(size=(8, 3))) @ rng.normal(size=(3, 4))
     targets = np.float32(targets)
-    model = surgery.factorize(Net(nnx.Rngs(seed)), [(".*", {"with_s": True})])
+    model = factorization.factorize(Net(nnx.Rngs(seed)), [(".*", {"with_s": True})])
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(model):
@@ -113,7 +114,7 @@ def train_net(seed: int, *penalties: Penalty, steps: int = 500) -> tuple[Net, fl
 
     def objective(params, step):
         model = nnx.merge(graphdef, params, rest, copy=True)
-        factors = surgery.find_factors(model)
+        factors = find_factors(model)
         return loss(model) + sum(penalty(factors, step) for penalty in penalties)
 
     params = minimize(objective, nnx.as_pure(params), cooled_adam(1e-2, steps), steps)
@@ -124,7 +125,7 @@ def train_net(seed: int, *penalties: Penalty, steps: int = 500) -> tuple[Net, fl
 def defect(model: nnx.Module) -> float:
     """`||G - I||_F` of the worst factor, G its smaller Gram matrix."""
     found = []
-    for factors in surgery.find_factors(model).values():
+    for factors in find_factors(model).values():
         u, _, v = factors.arrays()
         for side in (u, v):
             values = np.linalg.svd(np.float64(side), compute_uv=False)
@@ -139,14 +140,14 @@ def test_orthogonality_keeps_the_factors_orthonormal(seed):
     The net of two layers, weight 10, 500 steps. Measured: ||G - I||_F of the worst
     factor 0.15, the control 7.3 at least.
     """
-    kept, _ = train_net(seed, regularizers.orthogonality(weight=10))
+    kept, _ = train_net(seed, penalties.orthogonality(weight=10))
     control, _ = train_net(seed)
     assert defect(kept) <= 0.2
     assert defect(control) >= 2
 
 
 def total_rank(model: nnx.Module, energy: float) -> int:
-    factors = surgery.find_factors(surgery.canonicalize(model))
+    factors = find_factors(surgery.canonicalize(model))
     spectra = {path: one.arrays()[1] for path, one in factors.items()}
     return sum(solvers.by_energy(spectra, energy).values())
 
@@ -160,8 +161,8 @@ def test_hoyer_reaches_a_lower_rank(seed):
     6, 6 and 4 columns, the control 9, 9 and 10; the sparse net leaves 3 % of the
     targets' mean square at most.
     """
-    keep = regularizers.orthogonality(weight=1)
-    sparse, loss = train_net(seed, keep, regularizers.hoyer(weight=0.2), steps=1000)
+    keep = penalties.orthogonality(weight=1)
+    sparse, loss = train_net(seed, keep, penalties.hoyer(weight=0.2), steps=1000)
     control, control_loss = train_net(seed, keep, steps=1000)
     assert total_rank(sparse, 0.9) <= total_rank(control, 0.9) - 3
     assert max(loss, control_loss) <= 0.1
@@ -183,7 +184,7 @@ def test_modified_stable_rank_removes_the_tail(seed, power, weight):
     most the best one to six digits. The control is the whole spectrum.
     """
     target, params = matrix_of(TARGET, (8, 6), seed), start((8, 6), 6, seed)
-    penalty = regularizers.modified_stable_rank(
+    penalty = penalties.modified_stable_rank(
         weight=weight, target_ranks={"": 2}, power=power
     )
     adam = cooled_adam(0.02, 3000)
@@ -212,9 +213,9 @@ def test_weight_decay_on_two_factors_is_a_nuclear_norm(seed, decay):
     target, params = matrix_of(TARGET, (8, 6), seed), start((8, 6), 6, seed)
     noise = np.float32(rng.normal(size=(20, 6)))
     outputs = inputs @ target + noise - inputs @ (inputs.T @ noise)
-    penalty, optimizer = regularizers.nuclear(weight=0.7), optax.sgd(0.1)
+    penalty, optimizer = penalties.nuclear(weight=0.7), optax.sgd(0.1)
     if decay == "optimizer":
-        penalty = regularizers.nuclear(weight=0)
+        penalty = penalties.nuclear(weight=0)
         optimizer = optax.chain(optax.add_decayed_weights(0.7), optimizer)
 
     def loss(params, step):
@@ -244,7 +245,7 @@ def test_stable_rank_falls_under_its_penalty(seed, every_steps):
     every fourth step 1.5001; the control 1.8945.
     """
     target, params = matrix_of(TARGET, (8, 6), seed), start((8, 6), 6, seed)
-    penalty = regularizers.stable_rank(weight=2, every_steps=every_steps)
+    penalty = penalties.stable_rank(weight=2, every_steps=every_steps)
     adam = cooled_adam(0.02, 1000)
 
     def stable_rank(values: np.ndarray) -> float:
@@ -280,8 +281,8 @@ def test_the_funnel_separates_columns():
         )
         return np.abs(found["s"])
 
-    funnel = regularizers.funnel(weight=3, start=2, end=0.05, anneal_steps=1000)
-    found, control = gates(funnel), gates(regularizers.l1(weight=1.05))
+    funnel = penalties.funnel(weight=3, start=2, end=0.05, anneal_steps=1000)
+    found, control = gates(funnel), gates(penalties.l1(weight=1.05))
     for values in (found, control):
         assert (values[3:] < 1e-4).all() and (values[:3] > 0.5).all(), values
     assert (sizes - found)[:3].max() <= 0.05

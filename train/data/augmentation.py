@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num, PRNGKeyArray
 
+from lowrank_jax.errors import UserError
+
 Images = Num[Array, "b x y c"]
 Augment = Callable[[PRNGKeyArray, Images], Images]
 
@@ -19,7 +21,7 @@ Augment = Callable[[PRNGKeyArray, Images], Images]
 def random_crop(key: PRNGKeyArray, images: Images, *, padding: int) -> Images:
     """Pads with zeros by `padding` pixels, then cuts each image at its own offset."""
     if not isinstance(padding, int) or padding < 1:
-        raise ValueError(f"padding must be an integer of at least 1, got {padding!r}")
+        raise UserError(f"padding must be an integer of at least 1, got {padding!r}")
     batch, x, y, c = images.shape
     border = (padding, padding)
     padded = jnp.pad(images, ((0, 0), border, border, (0, 0)))
@@ -59,7 +61,7 @@ def make_augment(ops: Sequence[tuple[str, Mapping[str, Any]]]) -> Augment:
         if (problem := _problem(name, args))
     ]
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     steps = [functools.partial(AUGMENTATIONS[name], **args) for name, args in ops]
 
     def augment(key: PRNGKeyArray, images: Images) -> Images:

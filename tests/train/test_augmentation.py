@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.augment import AUGMENTATIONS, make_augment, random_crop, random_flip
+from train.data.augmentation import (
+    AUGMENTATIONS,
+    make_augment,
+    random_crop,
+    random_flip,
+)
 
 ARGS = {"random_crop": {"padding": 2}, "random_flip": {}}
 

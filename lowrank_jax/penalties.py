@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lowrank_jax import linalg
-from lowrank_jax.cost import RankValue
+from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
+from lowrank_jax.ranks import RankValue
 
 Penalty: TypeAlias = Callable[
     [Mapping[str, Factors], "Int[Array, ''] | int"], Float[Array, ""]
@@ -151,7 +152,7 @@ def modified_stable_rank(
     """
     _check_weight(weight)
     if power not in (1, 2):
-        raise ValueError(f"penalty power: must be 1 or 2, got {power}.")
+        raise UserError(f"penalty power: must be 1 or 2, got {power}.")
 
     def term(target: RankValue, u, s, v) -> Float[Array, ""]:
         powers = _unit(linalg.singular_values(u, s, v)) ** power
@@ -216,9 +217,9 @@ def funnel(*, weight: float, start: float, end: float, anneal_steps: int) -> Pen
     _check_weight(weight)
     for name, value in (("start", start), ("end", end)):
         if not value > 0:
-            raise ValueError(f"penalty {name}: must be > 0, got {value}.")
+            raise UserError(f"penalty {name}: must be > 0, got {value}.")
     if anneal_steps < 1:
-        raise ValueError(f"penalty anneal_steps: must be >= 1, got {anneal_steps}.")
+        raise UserError(f"penalty anneal_steps: must be >= 1, got {anneal_steps}.")
 
     def penalty(factors: Mapping[str, Factors], step: Int[Array, ""] | int):
         part = jnp.minimum(step, anneal_steps) / anneal_steps
@@ -272,7 +273,7 @@ def _sum_over_scales(
     def penalty(factors: Mapping[str, Factors], step: Int[Array, ""] | int):
         without = [path for path, one in factors.items() if one.s is None]
         if without:
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(without)}: penalty {name} needs factors with scales s, got"
                 ' none. Set "with_s": true in rank_rules, or penalize the product.'
             )
@@ -284,7 +285,7 @@ def _sum_over_scales(
 def _at_every(every_steps: int, penalty: Penalty) -> Penalty:
     """The penalty at each n-th step, there n-fold, and 0 at the others."""
     if every_steps < 1:
-        raise ValueError(f"penalty every_steps: must be >= 1, got {every_steps}.")
+        raise UserError(f"penalty every_steps: must be >= 1, got {every_steps}.")
     if every_steps == 1:
         return penalty
 
@@ -319,7 +320,7 @@ def _ratio(
 
 def _check_weight(weight: float) -> None:
     if not weight >= 0:
-        raise ValueError(f"penalty weight: must be >= 0, got {weight}.")
+        raise UserError(f"penalty weight: must be >= 0, got {weight}.")
 
 
 def _check_targets(
@@ -347,7 +348,7 @@ def _check_targets(
                 " Give one, or leave the path out."
             )
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 PENALTIES: dict[str, Callable[..., Penalty]] = {

@@ -14,6 +14,8 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from lowrank_jax.errors import UserError
+
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -70,7 +72,7 @@ class MetricWriter:
         """Appends one line; nested names are joined with "/"."""
         flat = {name: _plain(value, name) for name, value in flatten(metrics)}
         if "step" in flat:
-            raise ValueError("metrics: 'step' is taken by the step itself. Rename it.")
+            raise UserError("metrics: 'step' is taken by the step itself. Rename it.")
         self._lines.write(json.dumps({"step": int(step), **flat}) + "\n")
         self._lines.flush()
         for name, value in flat.items():
@@ -215,7 +217,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     cells = [[_cell(value) for value in row] for row in rows]
     for row in cells:
         if len(row) != len(headers):
-            raise ValueError(
+            raise UserError(
                 f"table: rows must have {len(headers)} cells, got {len(row)}: {row}."
             )
     columns = list(zip(headers, *cells, strict=True))

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lowrank_jax import ordered_dropout, surgery
-from lowrank_jax.cost import fraction_of
-from lowrank_jax.ordered_dropout import SAMPLERS, RankSampler
+from lowrank_jax import factorization, samplers
+from lowrank_jax.active import max_ranks, set_ranks
+from lowrank_jax.paths import find_factors
+from lowrank_jax.ranks import fraction_of
+from lowrank_jax.samplers import SAMPLERS, RankSampler
 
 MAX_RANKS = {"a": 5, "b": 0, "c": [3, 4], "d": [[2, 0], [1, 7]]}
 """A layer, one cut to rank 0, a stack, and a stack of grouped convolutions."""
@@ -24,20 +26,18 @@ PROFILES = (MAX_RANKS, SMALL)
 FJORD = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 ROWS: dict[str, RankSampler] = {
-    "full": ordered_dropout.full(),
-    "single_layer": ordered_dropout.single_layer(),
-    "independent": ordered_dropout.independent(),
-    "geometric": ordered_dropout.geometric(decay=0.7),
-    "uniform_fraction": ordered_dropout.uniform_fraction(),
-    "uniform_fraction, levels": ordered_dropout.uniform_fraction(fractions=FJORD),
-    "sandwich": ordered_dropout.sandwich(),
-    "sandwich, two": ordered_dropout.sandwich(passes=2, smallest=0.5),
-    "matryoshka": ordered_dropout.matryoshka(fractions=(1.0, 0.25, 0.5)),
-    "family": ordered_dropout.family(profiles=PROFILES),
-    "per_example": ordered_dropout.per_example(batch_size=6),
-    "per_example, common": ordered_dropout.per_example(
-        batch_size=6, common_fraction=True
-    ),
+    "full": samplers.full(),
+    "single_layer": samplers.single_layer(),
+    "independent": samplers.independent(),
+    "geometric": samplers.geometric(decay=0.7),
+    "uniform_fraction": samplers.uniform_fraction(),
+    "uniform_fraction, levels": samplers.uniform_fraction(fractions=FJORD),
+    "sandwich": samplers.sandwich(),
+    "sandwich, two": samplers.sandwich(passes=2, smallest=0.5),
+    "matryoshka": samplers.matryoshka(fractions=(1.0, 0.25, 0.5)),
+    "family": samplers.family(profiles=PROFILES),
+    "per_example": samplers.per_example(batch_size=6),
+    "per_example, common": samplers.per_example(batch_size=6, common_fraction=True),
 }
 BATCH = 6
 
@@ -152,7 +152,7 @@ def test_nothing_to_sample_is_no_error(name):
     for max_ranks in ({}, {"a": 0}):
         sampler = ROWS[name]
         if name == "family":
-            sampler = ordered_dropout.family(profiles=[max_ranks])
+            sampler = samplers.family(profiles=[max_ranks])
         ranks, state = sampler.sample(sampler.init(max_ranks), jax.random.key(0))
         assert list(ranks) == list(max_ranks)
         assert not any(np.any(rank) for rank in ranks.values())
@@ -166,22 +166,22 @@ def small_model() -> nnx.Module:
         one=nnx.Linear(5, 6, rngs=nnx.Rngs(0)),
         groups=nnx.Conv(4, 4, (2,), feature_group_count=2, rngs=nnx.Rngs(1)),
     )
-    return surgery.factorize(model)
+    return factorization.factorize(model)
 
 
 def test_ranks_fit_the_model_they_were_made_for(sampler):
     """`set_ranks` takes each pass's ranks as they are, of stacks and per example
     too."""
     model = small_model()
-    limits = surgery.max_ranks(model)
+    limits = max_ranks(model)
     if sampler is ROWS["family"]:
-        sampler = ordered_dropout.family(profiles=[limits])
+        sampler = samplers.family(profiles=[limits])
     ranks = {path: rank[0] for path, rank in draws(sampler, limits, 1).items()}
     for number in range(sampler.passes):
         one = {p: r[number] for p, r in ranks.items()} if sampler.passes > 1 else ranks
         one = {path: jnp.asarray(rank) for path, rank in one.items()}
-        surgery.set_ranks(model, one)
-        for path, factors in surgery.find_factors(model).items():
+        set_ranks(model, one)
+        for path, factors in find_factors(model).items():
             np.testing.assert_array_equal(factors.rank[...], one[path])
             assert factors.per_example == sampler.per_example
 
@@ -306,7 +306,7 @@ def test_levels_are_exact():
     limits = {"a": 25, "b": 7, "c": [10, 3]}
     levels = tuple(n / 25 for n in (7, 14, 25))
     for fractions in (FJORD, levels):
-        sampler = ordered_dropout.uniform_fraction(fractions=fractions)
+        sampler = samplers.uniform_fraction(fractions=fractions)
         ranks = draws(sampler, limits, 1500)
         rows = np.column_stack([ranks["a"], ranks["b"], ranks["c"]])
         found = collections.Counter(map(tuple, rows.tolist()))
@@ -322,7 +322,7 @@ def test_levels_are_exact():
 def test_sandwich_is_full_then_smallest_then_random():
     """Pass 0 full, pass 1 ceil(smallest r), the others one fraction each in between."""
     limits = {"a": 1000, "b": [16, 3]}
-    ranks = draws(ordered_dropout.sandwich(passes=4, smallest=0.25), limits, 500)
+    ranks = draws(samplers.sandwich(passes=4, smallest=0.25), limits, 500)
     np.testing.assert_array_equal(np.unique(ranks["a"][:, 0]), 1000)
     np.testing.assert_array_equal(np.unique(ranks["a"][:, 1]), 250)
     np.testing.assert_array_equal(np.unique(ranks["b"][:, 1], axis=0), [[4, 1]])
@@ -336,7 +336,7 @@ def test_sandwich_is_full_then_smallest_then_random():
 
 def test_matryoshka_makes_every_level_each_step():
     """From the full one down, whatever the order they are given in."""
-    sampler = ordered_dropout.matryoshka(fractions=(0.25, 1.0, 0.5))
+    sampler = samplers.matryoshka(fractions=(0.25, 1.0, 0.5))
     ranks = draws(sampler, {"a": 10, "b": [4, 1]}, 3)
     for step in range(3):
         assert ranks["a"][step].tolist() == [10, 5, 3]
@@ -346,7 +346,7 @@ def test_matryoshka_makes_every_level_each_step():
 def test_family_draws_whole_profiles_equally_often():
     """No mixture of two, however they are ordered."""
     profiles = [{"a": n, "b": [n, 2 * n]} for n in (3, 1, 4)]
-    ranks = draws(ordered_dropout.family(profiles=profiles), {"a": 5, "b": [4, 8]}, 900)
+    ranks = draws(samplers.family(profiles=profiles), {"a": 5, "b": [4, 8]}, 900)
     np.testing.assert_array_equal(ranks["b"][:, 0], ranks["a"])
     np.testing.assert_array_equal(ranks["b"][:, 1], 2 * ranks["a"])
     counts = np.bincount(ranks["a"], minlength=5)[[1, 3, 4]]
@@ -355,13 +355,13 @@ def test_family_draws_whole_profiles_equally_often():
 
 def test_a_family_may_be_given_by_numbers_for_whole_stacks():
     """A profile names a stack by one number, which stands for all of its layers."""
-    ranks = draws(ordered_dropout.family(profiles=[{"a": 2}]), {"a": [3, 4]}, 2)
+    ranks = draws(samplers.family(profiles=[{"a": 2}]), {"a": [3, 4]}, 2)
     np.testing.assert_array_equal(ranks["a"], [[2, 2], [2, 2]])
 
 
 def test_examples_may_share_a_fraction_over_the_layers():
     """One p for each example: two layers of equal rank are equal, examples differ."""
-    sampler = ordered_dropout.per_example(batch_size=300, common_fraction=True)
+    sampler = samplers.per_example(batch_size=300, common_fraction=True)
     ranks = draws(sampler, {"a": 7, "b": [7, 14]}, 2)
     np.testing.assert_array_equal(ranks["a"], ranks["b"][:, 0])
     np.testing.assert_array_equal(ranks["a"], -(-ranks["b"][:, 1] // 2))
@@ -370,23 +370,23 @@ def test_examples_may_share_a_fraction_over_the_layers():
 
 
 REFUSED = {
-    "decay 0": (functools.partial(ordered_dropout.geometric, decay=0), "decay"),
-    "decay 1": (functools.partial(ordered_dropout.geometric, decay=1.0), "decay"),
-    "one pass": (functools.partial(ordered_dropout.sandwich, passes=1), "passes"),
+    "decay 0": (functools.partial(samplers.geometric, decay=0), "decay"),
+    "decay 1": (functools.partial(samplers.geometric, decay=1.0), "decay"),
+    "one pass": (functools.partial(samplers.sandwich, passes=1), "passes"),
     "smallest": (
-        functools.partial(ordered_dropout.sandwich, smallest=0.0),
+        functools.partial(samplers.sandwich, smallest=0.0),
         r"fraction: must be in \(0, 1\]",
     ),
     "no full level": (
-        functools.partial(ordered_dropout.matryoshka, fractions=(0.5, 0.25)),
+        functools.partial(samplers.matryoshka, fractions=(0.5, 0.25)),
         "matryoshka: fractions must hold 1",
     ),
     "one level": (
-        functools.partial(ordered_dropout.matryoshka, fractions=(1.0,)),
+        functools.partial(samplers.matryoshka, fractions=(1.0,)),
         "a smaller one",
     ),
     "no profile": (
-        functools.partial(ordered_dropout.family, profiles=[]),
+        functools.partial(samplers.family, profiles=[]),
         "at least one",
     ),
 }
@@ -412,7 +412,7 @@ def test_wrong_arguments_are_refused_when_the_sampler_is_made(case):
 def test_levels_out_of_range_are_refused(fractions):
     """A fraction is in (0, 1]; at the latest before the first step."""
     with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
-        ordered_dropout.uniform_fraction(fractions=fractions).init({"a": 4})
+        samplers.uniform_fraction(fractions=fractions).init({"a": 4})
 
 
 @pytest.mark.parametrize("case", REFUSED_PROFILES)
@@ -421,4 +421,4 @@ def test_wrong_families_are_refused_before_the_first_step(case):
     profiles, message = REFUSED_PROFILES[case]
     limits = {"a": [3, 3] if "stack" in case else 3, "b": 4}
     with pytest.raises(ValueError, match=message):
-        ordered_dropout.family(profiles=profiles).init(limits)
+        samplers.family(profiles=profiles).init(limits)

@@ -19,11 +19,16 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lowrank_jax import checkpoint, surgery
-from train import augment, checks, evaluation, input_pipeline, logs, phases, steps
-from train import config as config_lib
-from train import state as state_lib
+from lowrank_jax import checkpoint
+from lowrank_jax.active import get_ranks
+from lowrank_jax.errors import UserError
+from train import checks, evaluation, step
+from train.config import pairs, to_json
+from train.data import augmentation, pipeline
+from train.phases import Phase, build_phases
+from train.report import logs
 from train.session import Session
+from train.state import build_model, factorize, load_model, model_cost
 
 
 class Interrupted(RuntimeError):
@@ -46,18 +51,18 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
       FloatingPointError: A loss that is not finite, naming the steps.
       Interrupted: SIGTERM came; the state is saved.
     """
-    config = config_lib.to_json(config)
+    config = to_json(config)
     workdir = Path(workdir)
     saved = checks.check_workdir(workdir, config)
-    data = input_pipeline.load_data(config["data"], allow_imports=None)
+    data = pipeline.load_data(config["data"], allow_imports=None)
     batch_size = config["data"]["batch_size"]
     prepare = _make_prepare(config, data.image_shape[-1])
-    plan = phases.build_phases(config, data.steps_per_epoch(batch_size))
+    plan = build_phases(config, data.steps_per_epoch(batch_size))
     if saved is None:
         model = _initial_model(config, data)
         checks.check_phases(plan, model, config, data)
     else:
-        model = state_lib.load_model(saved, allow_imports=None)
+        model = load_model(saved, allow_imports=None)
     _describe(config, data, model, plan, saved)
 
     workdir.mkdir(parents=True, exist_ok=True)
@@ -70,7 +75,7 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
     saver = checkpoint.CheckpointWriter(
         workdir / "checkpoints", keep=config["keep_checkpoints"]
     )
-    batches = input_pipeline.prefetch(
+    batches = pipeline.prefetch(
         data.train_batches(batch_size, seed=config["seed"], start_step=step)
     )
     frontier: list[evaluation.Figures] = []
@@ -119,13 +124,13 @@ def _make_prepare(config: Mapping[str, Any], channels: int) -> Callable[..., Any
     for key in ("mean", "std"):
         values = config["data"][key]
         if len(values) not in (1, channels):
-            raise ValueError(
+            raise UserError(
                 f"config.data.{key}: must hold one number, or one for each of"
                 f" {channels} channels, got {values}. Correct it."
             )
-    normalize = steps.normalize(config["data"]["mean"], config["data"]["std"])
-    change = augment.make_augment(
-        config_lib.pairs(config["data"]["augment"], "config.data.augment")
+    normalize = step.normalize(config["data"]["mean"], config["data"]["std"])
+    change = augmentation.make_augment(
+        pairs(config["data"]["augment"], "config.data.augment")
     )
 
     def prepare(key: jax.Array | None, images: jax.Array) -> jax.Array:
@@ -134,37 +139,35 @@ def _make_prepare(config: Mapping[str, Any], channels: int) -> Callable[..., Any
     return prepare
 
 
-def _initial_model(
-    config: Mapping[str, Any], data: input_pipeline.Dataset
-) -> nnx.Module:
+def _initial_model(config: Mapping[str, Any], data: pipeline.Dataset) -> nnx.Module:
     """The model to start from: `init_from`'s, or a new one."""
     if not config["init_from"]:
-        return state_lib.build_model(
+        return build_model(
             config, data.image_shape, data.num_classes, allow_imports=None
         )
     saved = checkpoint.open_checkpoint(config["init_from"], flag="config.init_from")
     theirs, inputs = saved.metadata["config"], _metadata(config, data)["inputs"]
     if (theirs["model"], saved.metadata["inputs"]) != (config["model"], inputs):
-        raise ValueError(
+        raise UserError(
             "config.init_from: must be a checkpoint of the same model, got"
             f" {theirs['model']} for {saved.metadata['inputs']}, here"
             f" {config['model']} for {inputs}. Correct config.model or the path."
         )
-    model = state_lib.load_model(saved, allow_imports=None)
-    model = state_lib.factorize(model, config)
+    model = load_model(saved, allow_imports=None)
+    model = factorize(model, config)
     checks.check_same_layers(model, config, data)
     return model
 
 
 def _describe(
     config: Mapping[str, Any],
-    data: input_pipeline.Dataset,
+    data: pipeline.Dataset,
     model: nnx.Module,
-    plan: list[phases.Phase],
+    plan: list[Phase],
     saved: checkpoint.Saved | None,
 ) -> None:
-    cost = state_lib.model_cost(model, data.image_shape)
-    ranks = surgery.get_ranks(model)
+    cost = model_cost(model, data.image_shape)
+    ranks = get_ranks(model)
     name, sizes = config["data"]["name"], data.sizes
     logs.say(f"{name}: {', '.join(f'{n} {split}' for split, n in sizes.items())}")
     logs.say(
@@ -192,9 +195,7 @@ def _summary(frontier: list[evaluation.Figures]) -> str:
     return "validation " + ", ".join(parts) if parts else ""
 
 
-def _metadata(
-    config: Mapping[str, Any], data: input_pipeline.Dataset
-) -> dict[str, Any]:
+def _metadata(config: Mapping[str, Any], data: pipeline.Dataset) -> dict[str, Any]:
     shape = {"image_shape": list(data.image_shape), "num_classes": data.num_classes}
     return {"config": dict(config), "inputs": shape}
 

@@ -10,10 +10,11 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from lowrank_jax import surgery
-from lowrank_jax.ordered_dropout import RankSampler, SampledRanks
+from lowrank_jax.active import set_ranks
+from lowrank_jax.paths import find_factors
+from lowrank_jax.penalties import Penalty
 from lowrank_jax.projections import Projection
-from lowrank_jax.regularizers import Penalty
+from lowrank_jax.samplers import RankSampler, SampledRanks
 from train.state import Structure, TrainState, model_state_of
 
 Batch = Mapping[str, Array]
@@ -88,7 +89,7 @@ def make_train_step(
         if not projections:
             return params
         model = structure.merge(params, state.model_state, root_key)
-        factors = surgery.find_factors(model)
+        factors = find_factors(model)
         for projection in projections:
             projection(factors, state.step - phase_start)
         return nnx.as_pure(nnx.state(model, nnx.Param))
@@ -100,7 +101,7 @@ def make_train_step(
         losses, teacher, first_logits, new_state = [], None, None, None
         for ranks in passes:
             model = structure.merge(params, state.model_state, model_key)
-            surgery.set_ranks(model, ranks)
+            set_ranks(model, ranks)
             logits = model(inputs)
             loss = _cross_entropy(logits, labels)
             if teacher is None:
@@ -113,7 +114,7 @@ def make_train_step(
         others = losses[1:]
         share = 1 / len(others) if others and passes_loss == "mean" else 1
         total = losses[0] + share * sum(others)
-        factors = surgery.find_factors(model)
+        factors = find_factors(model)
         phase_step = state.step - phase_start
         penalty = sum((p(factors, phase_step) for p in penalties), jnp.float32(0))
         accuracy = jnp.mean(jnp.argmax(first_logits, axis=-1) == labels)

@@ -6,6 +6,8 @@ from typing import Any
 
 from matplotlib import axes, figure, ticker
 
+from lowrank_jax.errors import UserError
+
 # Okabe and Ito's palette, told apart with every common colour blindness; markers and
 # dashes repeat the difference for print in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -61,7 +63,7 @@ def _check(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     if not any(len(rows) for rows in series.values()):
         problems.append("plot_frontier: series must hold at least one row, got none.")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 def _draw(

@@ -19,6 +19,8 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from lowrank_jax.errors import MissingFile, UserError
+
 # A split whose decoded pixels exceed this is read from disk batch by batch.
 MEMORY_LIMIT_BYTES = 2**30
 _DECODE_CHUNK = 1024
@@ -142,11 +144,11 @@ def open_dataset(
     data_dir: str = "",
     args: Mapping[str, Any] | None = None,
 ) -> RawDataset:
-    """Opens a data set by name; see `input_pipeline.load_dataset`."""
+    """Opens a data set by name; see `pipeline.load_dataset`."""
     if callable(name):
         return _from_function(name, args or {})
     if args:
-        raise ValueError(
+        raise UserError(
             f"data set {name!r}: only a function of your own takes args, got "
             f"{sorted(args)}. Remove them."
         )
@@ -176,7 +178,7 @@ def _from_function(build: Callable[..., Mapping], args: Mapping) -> RawDataset:
     splits = build(**args)
     if not isinstance(splits, Mapping) or not {"train", "test"} <= set(splits):
         got = sorted(splits) if isinstance(splits, Mapping) else type(splits).__name__
-        raise ValueError(
+        raise UserError(
             f"{name}: must return a dict with 'train' and 'test', got {got}. Return "
             "{'train': (images, labels), 'test': (images, labels)}."
         )
@@ -189,7 +191,7 @@ def _from_function(build: Callable[..., Mapping], args: Mapping) -> RawDataset:
     if not problems and shapes["train"] != shapes["test"]:
         problems.append(f"{name}: splits must have one image shape, got {shapes}.")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     num_classes = 1 + max(int(source.labels.max()) for source in sources.values())
     return RawDataset(name, shapes["train"], num_classes, **sources)
 
@@ -227,7 +229,7 @@ def _find_version(name: str, root: pathlib.Path) -> pathlib.Path:
     directory is looked up here and opened with `builder_from_directory`.
     """
     if not re.fullmatch(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", name):
-        raise ValueError(
+        raise UserError(
             f"data set: must be 'digits', a TFDS name such as 'mnist' or 'cifar10', or "
             f"a function, got {name!r}. An import path 'package.module:function' is "
             "resolved to its function by the caller."
@@ -238,7 +240,7 @@ def _find_version(name: str, root: pathlib.Path) -> pathlib.Path:
     if not found:
         features = root.glob("*/**/features.json")
         prepared = sorted({path.relative_to(root).parts[0] for path in features})
-        raise FileNotFoundError(
+        raise MissingFile(
             f"data set {name!r}: must be 'digits' or prepared in {root}, got neither; "
             f"found there: {', '.join(prepared) or 'nothing'}. Set "
             "config.data.data_dir or TFDS_DATA_DIR, or prepare it once on a machine "
@@ -248,7 +250,7 @@ def _find_version(name: str, root: pathlib.Path) -> pathlib.Path:
         )
     configs = sorted({str(path.parent.relative_to(root)) for path in found})
     if ":" not in name and len(configs) > 1:
-        raise ValueError(
+        raise UserError(
             f"data set {name!r}: must name one config, got several. Choose from "
             f"{', '.join(configs)}."
         )
@@ -262,26 +264,26 @@ def _from_tfds(name: str, data_dir: str) -> RawDataset:
     info = tfds.builder_from_directory(str(directory)).info
     where = f"data set {name!r} in {directory}"
     if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        raise ValueError(
+        raise UserError(
             f"{where}: files must be array_record, got {info.file_format.value}. "
             "Prepare it in another directory with file_format='array_record'."
         )
     features = info.features
     if not {"image", "label"} <= set(features):
-        raise ValueError(
+        raise UserError(
             f"{where}: needs the features image and label, got {sorted(features)}. "
             "Give a function that returns arrays instead."
         )
     # Not `.dtype`, which imports TensorFlow.
     shape, dtype = features["image"].shape, features["image"].np_dtype
     if None in shape or shape[-1] not in (1, 3) or dtype != np.uint8:
-        raise ValueError(
+        raise UserError(
             f"{where}: images must be uint8 of one size with 1 or 3 channels, got "
             f"{np.dtype(dtype)} {shape}. Give a function that returns arrays."
         )
     test = next((split for split in ("test", "validation") if split in info.splits), "")
     if "train" not in info.splits or not test:
-        raise ValueError(
+        raise UserError(
             f"{where}: needs the splits train and test (or validation), got "
             f"{sorted(info.splits)}. Give a function that returns arrays instead."
         )

@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 import grain
 import numpy as np
 
-from train import datasets, registry
+from lowrank_jax.errors import UserError
+from train import registry
+from train.data import sources
 
 Batch = dict[str, np.ndarray]
 T = TypeVar("T")
@@ -29,7 +31,7 @@ _VALIDATION_SEED = 20_240
 class Subset:
     """Some rows of a source, in a fixed order."""
 
-    source: datasets.Source
+    source: sources.Source
     rows: np.ndarray
 
     def __len__(self) -> int:
@@ -69,7 +71,7 @@ class Dataset:
         """
         size = len(self.splits["train"])
         if not 1 <= batch_size <= size:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: batch_size must be in [1, {size}] (the training "
                 f"examples), got {batch_size}. Change batch_size."
             )
@@ -86,7 +88,7 @@ class Dataset:
         """
         steps_per_epoch = self.steps_per_epoch(batch_size)
         if seed < 0 or start_step < 0:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: seed and start_step must be at least 0, got seed {seed} "
                 f"and start_step {start_step}."
             )
@@ -112,12 +114,12 @@ class Dataset:
             )
         subset = self.splits[split]
         if not len(subset):
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: split {split!r} must hold examples, got 0. Set "
                 "validation_examples above 0."
             )
         if batch_size < 1:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: batch_size must be at least 1, got {batch_size}."
             )
 
@@ -158,10 +160,10 @@ def load_dataset(
         FileNotFoundError: the set is not prepared in `data_dir`; says how to.
         ValueError: the set is not images with labels, or leaves nothing to train on.
     """
-    raw = datasets.open_dataset(name, data_dir=data_dir, args=args)
+    raw = sources.open_dataset(name, data_dir=data_dir, args=args)
     size = len(raw.train)
     if not 0 <= validation_examples < size:
-        raise ValueError(
+        raise UserError(
             f"{raw.name}: validation_examples must be in [0, {size - 1}], got "
             f"{validation_examples}. It is taken out of the {size} training examples."
         )
@@ -229,7 +231,7 @@ def prefetch(iterator: Iterable[T], size: int = 2) -> Iterator[T]:
     returned generator stops the thread and closes `iterator`.
     """
     if size < 1:
-        raise ValueError(f"prefetch: size must be at least 1, got {size}.")
+        raise UserError(f"prefetch: size must be at least 1, got {size}.")
     return _prefetch(iterator, size)
 
 

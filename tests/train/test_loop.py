@@ -21,11 +21,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from reference import relative_error
 
 from configs import common
-from lowrank_jax import checkpoint, ordered_dropout, regularizers, surgery
-from train import config as config_lib
-from train import evaluation, input_pipeline, logs, optim, phases, steps, truncation
-from train import state as state_lib
-from train import train as train_lib
+from lowrank_jax import checkpoint, penalties, samplers
+from lowrank_jax.active import max_ranks, set_ranks
+from train import checkpoints, evaluation, loop, optim, phases
+from train.config import to_json
+from train.data import pipeline
+from train.report import logs
+from train.state import build_model, model_state_of, new_state
+from train.step import make_train_step, normalize
 
 STEPS_PER_EPOCH = 4
 BATCH_SIZE = 65
@@ -131,8 +134,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def interrupt(config: Any, workdir: Path, step: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, step)
-        with pytest.raises(train_lib.Interrupted, match=f"stopped at step {step};"):
-            train_lib.train_and_evaluate(config, workdir)
+        with pytest.raises(loop.Interrupted, match=f"stopped at step {step};"):
+            loop.train_and_evaluate(config, workdir)
 
 
 def metric_lines(workdir: Path) -> list[dict[str, Any]]:
@@ -145,7 +148,7 @@ def metric_lines(workdir: Path) -> list[dict[str, Any]]:
 TRACES: list[tuple[str, tuple[int, ...]]] = []
 
 
-def count_traces(*, tag: str) -> regularizers.Penalty:
+def count_traces(*, tag: str) -> penalties.Penalty:
     """No penalty at all: notes each trace of the step, with the allocated ranks."""
 
     def penalty(factors, step):
@@ -201,7 +204,7 @@ def compiled_once(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def counting_penalty():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(regularizers.PENALTIES, "count_traces", count_traces)
+        patch.setitem(penalties.PENALTIES, "count_traces", count_traces)
         yield
 
 
@@ -212,7 +215,7 @@ def whole_run(tmp_path_factory) -> dict[str, Any]:
     TRACES.clear()
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        result = train_lib.train_and_evaluate(two_phases(), workdir)
+        result = loop.train_and_evaluate(two_phases(), workdir)
     return {
         "workdir": workdir,
         "checkpoints": workdir / "checkpoints",
@@ -232,7 +235,7 @@ def stopped_run(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("stopped") / "run"
     for step in STOPS:
         interrupt(two_phases(), workdir, step)
-    train_lib.train_and_evaluate(two_phases(), workdir)
+    loop.train_and_evaluate(two_phases(), workdir)
     return workdir
 
 
@@ -258,7 +261,7 @@ class TestResume:
     def test_a_killed_run_goes_on_from_its_last_checkpoint(
         self, whole_run, tmp_path, monkeypatch
     ):
-        batches = input_pipeline.Dataset.train_batches
+        batches = pipeline.Dataset.train_batches
 
         def broken(self, *args: Any, **kwargs: Any):
             for number, batch in enumerate(batches(self, *args, **kwargs)):
@@ -268,12 +271,12 @@ class TestResume:
 
         workdir = tmp_path / "run"
         with monkeypatch.context() as patch:
-            patch.setattr(input_pipeline.Dataset, "train_batches", broken)
+            patch.setattr(pipeline.Dataset, "train_batches", broken)
             with pytest.raises(KeyError, match="plug"):
-                train_lib.train_and_evaluate(two_phases(), workdir)
+                loop.train_and_evaluate(two_phases(), workdir)
         assert checkpoint.open_checkpoint(workdir).step == 4
         with compilation_cache_in(None):  # compiled anew, as by another process
-            train_lib.train_and_evaluate(two_phases(), workdir)
+            loop.train_and_evaluate(two_phases(), workdir)
         for step in ("8", "12"):
             other = whole_run["checkpoints"] / step
             assert_same_checkpoints(workdir / "checkpoints" / step, other)
@@ -289,7 +292,7 @@ class TestResume:
             return {p: p.stat().st_mtime_ns for p in everything if p.is_file()}
 
         before, lines = files(), metric_lines(workdir)
-        result = train_lib.train_and_evaluate(two_phases(), workdir)
+        result = loop.train_and_evaluate(two_phases(), workdir)
         assert result == whole_run["result"]
         assert (files(), metric_lines(workdir)) == (before, lines)
 
@@ -304,9 +307,9 @@ class TestResume:
         config = make_config(phase(3, sampler=sampler), model=model)
         config.data.validation_examples = 1437 - 2 * BATCH_SIZE  # an epoch of 2 steps
         config.eval_every_epochs = 0
-        train_lib.train_and_evaluate(config, tmp_path / "whole")
+        loop.train_and_evaluate(config, tmp_path / "whole")
         interrupt(config, tmp_path / "stopped", 1)
-        train_lib.train_and_evaluate(config, tmp_path / "stopped")
+        loop.train_and_evaluate(config, tmp_path / "stopped")
         folders = [tmp_path / n / "checkpoints/3" for n in ("whole", "stopped")]
         assert_same_checkpoints(*folders)
 
@@ -330,15 +333,15 @@ class TestOrder:
 
     def test_checkpoint_n_holds_n_updates(self, stopped_run):
         """The one at step 3 is the initial state after steps 0, 1 and 2, by hand."""
-        config = config_lib.to_json(two_phases())
-        data = input_pipeline.load_data(config["data"], allow_imports=None)
+        config = to_json(two_phases())
+        data = pipeline.load_data(config["data"], allow_imports=None)
         first = phases.build_phases(config, STEPS_PER_EPOCH)[0]
-        model = state_lib.build_model(
+        model = build_model(
             config, data.image_shape, data.num_classes, allow_imports=None
         )
-        structure, state = state_lib.new_state(model, first.optimizer, first.sampler, 0)
-        normalize = steps.normalize(config["data"]["mean"], config["data"]["std"])
-        step = steps.make_train_step(
+        structure, state = new_state(model, first.optimizer, first.sampler, 0)
+        prepare = normalize(config["data"]["mean"], config["data"]["std"])
+        step = make_train_step(
             structure,
             first.optimizer,
             first.sampler,
@@ -388,7 +391,7 @@ class TestTraces:
         )
         TRACES.clear()
         interrupt(config, workdir, 2)
-        train_lib.train_and_evaluate(config, workdir)
+        loop.train_and_evaluate(config, workdir)
         assert len(TRACES) == 2
 
 
@@ -449,7 +452,7 @@ class TestShrinking:
     def test_control_without_the_lasso_no_rank_falls(self, tmp_path):
         config = two_phases(weight=0.0)
         config.phases = ({**config.phases[0], "until": {"steps": 5}},)
-        train_lib.train_and_evaluate(config, tmp_path / "run")
+        loop.train_and_evaluate(config, tmp_path / "run")
         metadata = checkpoint.open_checkpoint(tmp_path / "run").metadata
         assert metadata["ranks"] == {"head": 10, "hidden/0": 16}
 
@@ -457,18 +460,18 @@ class TestShrinking:
 # One step by itself.
 
 
-def step_parts(model: str, sampler: ordered_dropout.RankSampler, **options: Any):
+def step_parts(model: str, sampler: samplers.RankSampler, **options: Any):
     """Model, structure, state, batch and the step under plain SGD of rate 1."""
     rng = np.random.default_rng(0)
     batch = {
         "image": jnp.asarray(rng.normal(size=(6, 8, 8, 1)), jnp.float32),
         "label": jnp.asarray(rng.integers(0, 10, size=6), jnp.int32),
     }
-    config = config_lib.to_json(make_config(phase(1), model=model))
-    network = state_lib.build_model(config, (8, 8, 1), 10, allow_imports=None)
+    config = to_json(make_config(phase(1), model=model))
+    network = build_model(config, (8, 8, 1), 10, allow_imports=None)
     optimizer = optax.sgd(1.0)
-    structure, state = state_lib.new_state(network, optimizer, sampler, 0)
-    step = steps.make_train_step(
+    structure, state = new_state(network, optimizer, sampler, 0)
+    step = make_train_step(
         structure,
         optimizer,
         sampler,
@@ -484,8 +487,8 @@ def logits_at(network: nnx.Module, fraction: float, images: Any) -> np.ndarray:
     """Logits in training mode at a fraction of the ranks, in float64."""
     network = nnx.clone(network)
     network.train()
-    ranks = {p: -(-r * fraction // 1) for p, r in surgery.max_ranks(network).items()}
-    surgery.set_ranks(network, {path: int(rank) for path, rank in ranks.items()})
+    ranks = {p: -(-r * fraction // 1) for p, r in max_ranks(network).items()}
+    set_ranks(network, {path: int(rank) for path, rank in ranks.items()})
     return np.asarray(network(images), np.float64)
 
 
@@ -494,8 +497,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def matryoshka(*fractions: float) -> ordered_dropout.RankSampler:
-    return ordered_dropout.matryoshka(fractions=fractions)
+def matryoshka(*fractions: float) -> samplers.RankSampler:
+    return samplers.matryoshka(fractions=fractions)
 
 
 class TestDistillation:
@@ -541,7 +544,7 @@ class TestDistillation:
             model = structure.merge(params, state.model_state, jax.random.key(0))
             full = jax.nn.log_softmax(model(batch["image"]))
             loss = -full[jnp.arange(6), batch["label"]].mean()
-            surgery.set_ranks(model, half)
+            set_ranks(model, half)
             student = jax.nn.log_softmax(model(batch["image"]))
             return loss - (targets * student).sum(axis=-1).mean()
 
@@ -554,7 +557,7 @@ class TestDistillation:
             assert relative_error(old - np.asarray(new), gradient) < 2e-5, key
 
     def test_a_full_pass_is_added_to_a_sampler_without_one(self):
-        sampler = ordered_dropout.uniform_fraction(fractions=(0.25,))
+        sampler = samplers.uniform_fraction(fractions=(0.25,))
         network, _, state, batch, step = step_parts(
             "mlp", sampler, distill=True, label_weight=0.0
         )
@@ -572,7 +575,7 @@ class TestDistillation:
         alone = nnx.clone(network)
         alone.train()
         alone(batch["image"])
-        expected = checkpoint.flatten(state_lib.model_state_of(alone))
+        expected = checkpoint.flatten(model_state_of(alone))
         before = {k: np.array(x) for k, x in checkpoint.flatten(state[2]).items()}
         after, _ = step(state, batch)
         found = checkpoint.flatten(after.model_state)
@@ -587,7 +590,7 @@ def dense_run(tmp_path_factory) -> Path:
     """An epoch and a half of the dense model."""
     workdir = tmp_path_factory.mktemp("dense") / "run"
     config = make_config(phase(6), rank_rules=((".*", "dense"),))
-    train_lib.train_and_evaluate(config, workdir)
+    loop.train_and_evaluate(config, workdir)
     return workdir
 
 
@@ -596,7 +599,7 @@ class TestInitFrom:
         """One step at rate 0: the low-rank model does what the dense one did."""
         still = common.optimizer("sgd", learning_rate=0.0)
         config = make_config(phase(1, optimizer=still), init_from=str(dense_run))
-        train_lib.train_and_evaluate(config, tmp_path / "run")
+        loop.train_and_evaluate(config, tmp_path / "run")
         dense = evaluation.evaluate_checkpoint(dense_run)
         here = evaluation.evaluate_checkpoint(tmp_path / "run")
         assert dense["accuracy"] > 0.3  # it has learned
@@ -606,9 +609,9 @@ class TestInitFrom:
 
     def test_a_truncated_checkpoint_trains_on(self, whole_run, tmp_path):
         cut = tmp_path / "cut"
-        truncation.truncate_checkpoint(whole_run["workdir"], cut, "rank_fraction", 0.5)
+        checkpoints.truncate_checkpoint(whole_run["workdir"], cut, "rank_fraction", 0.5)
         config = make_config(phase(8), init_from=str(cut))
-        train_lib.train_and_evaluate(config, tmp_path / "run")
+        loop.train_and_evaluate(config, tmp_path / "run")
         before = evaluation.evaluate_checkpoint(cut, split="train")
         after = evaluation.evaluate_checkpoint(tmp_path / "run", split="train")
         assert after["ranks"] == before["ranks"]
@@ -628,7 +631,7 @@ class TestInitFrom:
         source = str(whole_run["workdir"])
         config = make_config(phase(1), init_from=source, **changes)
         with pytest.raises(ValueError, match=message):
-            train_lib.train_and_evaluate(config, tmp_path / "run")
+            loop.train_and_evaluate(config, tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
 
@@ -636,30 +639,30 @@ class TestNonFiniteLoss:
     def test_it_ends_the_run_naming_the_steps(self, tmp_path, monkeypatch):
         """The checkpoint is from before, and running it again goes on from there."""
 
-        def explode(*, at: int) -> regularizers.Penalty:
+        def explode(*, at: int) -> penalties.Penalty:
             return lambda factors, step: jnp.where(step >= at, jnp.nan, 0.0)
 
-        monkeypatch.setitem(regularizers.PENALTIES, "explode", explode)
+        monkeypatch.setitem(penalties.PENALTIES, "explode", explode)
         penalty = {"name": "explode", "args": {"at": 6}}
         config = make_config(phase(12, penalties=(penalty,)))
         for _ in range(2):
             with pytest.raises(FloatingPointError, match="step 7 to 8.*learning_rate"):
-                train_lib.train_and_evaluate(config, tmp_path / "run")
+                loop.train_and_evaluate(config, tmp_path / "run")
             saved = checkpoint.open_checkpoint(tmp_path / "run")
             assert saved.step == 4
             arrays = stored_arrays(saved.path).values()
             assert all(np.isfinite(a).all() for a in arrays if a.dtype.kind == "f")
 
     def test_a_stop_does_not_save_it(self, tmp_path, monkeypatch):
-        def explode() -> regularizers.Penalty:
+        def explode() -> penalties.Penalty:
             return lambda factors, step: jnp.float32(jnp.nan)
 
-        monkeypatch.setitem(regularizers.PENALTIES, "explode", explode)
+        monkeypatch.setitem(penalties.PENALTIES, "explode", explode)
         penalty = {"name": "explode", "args": {}}
         config = make_config(phase(12, penalties=(penalty,)))
         stop_after(monkeypatch, 1)
         with pytest.raises(FloatingPointError, match="at step 1"):
-            train_lib.train_and_evaluate(config, tmp_path / "run")
+            loop.train_and_evaluate(config, tmp_path / "run")
         assert not list((tmp_path / "run/checkpoints").glob("[0-9]*"))
 
 
@@ -667,14 +670,14 @@ class TestOptimizer:
     @pytest.mark.parametrize("name", ["adamw", "sgd", "adam", "lamb", "lion"])
     def test_kernels_and_factors_decay_biases_and_norms_do_not(self, name):
         """Updates of a step without gradient."""
-        config = config_lib.to_json(
+        config = to_json(
             make_config(
                 phase(1),
                 model="convnet",
                 rank_rules=(("head", "dense"), (".*", "full")),
             )
         )
-        model = state_lib.build_model(config, (8, 8, 1), 10, allow_imports=None)
+        model = build_model(config, (8, 8, 1), 10, allow_imports=None)
         params = nnx.as_pure(nnx.state(model, nnx.Param))
         spec = common.optimizer(name, learning_rate=0.5, weight_decay=0.1)
         optimizer = optim.make_optimizer(spec, 10, where="optimizer")
@@ -773,16 +776,16 @@ class TestOwnCode:
         config.model = {"name": "own_h7_code:net", "args": {}}
         workdir = tmp_path / "run"
         interrupt(config, workdir, 2)
-        result = train_lib.train_and_evaluate(config, workdir)
+        result = loop.train_and_evaluate(config, workdir)
         assert result["step"] == 4 and result["frontier"]
         with pytest.raises(ValueError, match="--allow_imports=own_h7_code"):
             evaluation.evaluate_checkpoint(workdir)
         with pytest.raises(ValueError, match="--allow_imports=own_h7_code"):
-            truncation.truncate_checkpoint(workdir, tmp_path / "cut", "rank", 1)
+            checkpoints.truncate_checkpoint(workdir, tmp_path / "cut", "rank", 1)
         allowed = {"allow_imports": ["own_h7_code"]}
         row = evaluation.evaluate_checkpoint(workdir, **allowed)
         assert row["ranks"] == {"layer": 2}
-        truncation.truncate_checkpoint(workdir, tmp_path / "cut", "rank", 1, **allowed)
+        checkpoints.truncate_checkpoint(workdir, tmp_path / "cut", "rank", 1, **allowed)
         assert checkpoint.open_checkpoint(tmp_path / "cut").max_ranks == {"layer": 1}
 
 
@@ -790,7 +793,7 @@ def test_one_rank_per_example_trains(tmp_path):
     sampler = {"name": "per_example", "args": {"batch_size": BATCH_SIZE}}
     adam = common.optimizer("adam", learning_rate=1e-2)
     config = make_config(phase(8, sampler=sampler, optimizer=adam))
-    result = train_lib.train_and_evaluate(config, tmp_path / "run")
+    result = loop.train_and_evaluate(config, tmp_path / "run")
     losses = [
         x["train/loss"] for x in metric_lines(tmp_path / "run") if "train/loss" in x
     ]

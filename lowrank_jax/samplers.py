@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from lowrank_jax.cost import fraction_of
-from lowrank_jax.selection.solvers import at_fraction
-from lowrank_jax.surgery import Ranks
+from lowrank_jax.errors import UserError
+from lowrank_jax.ranks import Ranks, at_fraction, fraction_of
 
 SampledRanks: TypeAlias = dict[str, Int[Array, "..."]]
 
@@ -143,7 +142,7 @@ def geometric(*, decay: float) -> RankSampler:
       decay: Ratio of the chances of two neighbouring ranks, in (0, 1).
     """
     if not 0 < decay < 1:
-        raise ValueError(f"geometric: decay must be in (0, 1), got {decay}.")
+        raise UserError(f"geometric: decay must be in (0, 1), got {decay}.")
 
     def sample(state: LimitsState, key: PRNGKeyArray):
         keys = _keys(key, state.max_ranks)
@@ -186,7 +185,7 @@ def sandwich(*, passes: int = 4, smallest: float = 0.125) -> RankSampler:
     """
     fraction_of(smallest, 1)
     if passes < 2:
-        raise ValueError(f"sandwich: passes must be at least 2, got {passes}.")
+        raise UserError(f"sandwich: passes must be at least 2, got {passes}.")
 
     def init(max_ranks: Ranks) -> TableState:
         return _table([1.0, smallest], max_ranks)
@@ -214,7 +213,7 @@ def matryoshka(*, fractions: Sequence[float]) -> RankSampler:
     """
     levels = sorted(set(fractions), reverse=True)
     if len(levels) < 2 or levels[0] != 1:
-        raise ValueError(
+        raise UserError(
             "matryoshka: fractions must hold 1 and a smaller one, got"
             f" {tuple(fractions)}. Use the sampler full for one level."
         )
@@ -238,7 +237,7 @@ def family(*, profiles: Sequence[Ranks]) -> RankSampler:
         from one to the next smaller every rank falls or stays.
     """
     if not profiles:
-        raise ValueError("family: profiles must hold at least one, got none.")
+        raise UserError("family: profiles must hold at least one, got none.")
 
     def init(max_ranks: Ranks) -> TableState:
         limits = _init_limits(max_ranks).max_ranks
@@ -338,14 +337,14 @@ def _keys(key: PRNGKeyArray, paths: Mapping[str, Any]) -> dict[str, PRNGKeyArray
 def _check_family(profiles: Sequence[Ranks], max_ranks: Ranks) -> None:
     for profile in profiles:
         if set(profile) != set(max_ranks):
-            raise ValueError(
+            raise UserError(
                 f"family: every profile must name the layers {sorted(max_ranks)}, got"
                 f" {sorted(profile)}. Complete it."
             )
         for path, limit in max_ranks.items():
             rank = np.asarray(profile[path])
             if (rank < 0).any() or (rank > np.asarray(limit)).any():
-                raise ValueError(
+                raise UserError(
                     f"{path}: rank must be in [0, {limit}], got {profile[path]}. Lower"
                     " it in the family's profiles."
                 )
@@ -357,7 +356,7 @@ def _check_family(profiles: Sequence[Ranks], max_ranks: Ranks) -> None:
             if (np.asarray(small[path]) > np.asarray(large[path])).any()
         ]
         if wrong:
-            raise ValueError(
+            raise UserError(
                 "family: profiles must be nested, got a smaller one with a higher"
                 f" rank at {wrong}. Lower it there."
             )

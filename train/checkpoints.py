@@ -7,9 +7,16 @@ from typing import Any
 
 from flax import nnx
 
-from lowrank_jax import calibration, checkpoint, counting, surgery
+from lowrank_jax import calibration, checkpoint, counting
+from lowrank_jax.active import get_ranks
+from lowrank_jax.errors import UserError
+from lowrank_jax.paths import find_factors
+from lowrank_jax.ranks import Ranks
 from lowrank_jax.selection import curves
-from train import evaluation, input_pipeline, logs, selectors, state, steps
+from train import evaluation, selectors, step
+from train.data import pipeline
+from train.report import logs
+from train.state import abstract_checkpoint_model, model_cost
 
 FLAGS = ("rank", "rank_fraction", "ranks", "energy", "params_fraction", "macs_fraction")
 """The selectors that have a flag of `train.truncate`; each takes one value."""
@@ -34,14 +41,14 @@ def select_ranks(
 
     def importances() -> Any:
         model = checkpoint.load(saved, abstract)
-        return curves.column_importances(surgery.find_factors(model))
+        return curves.column_importances(find_factors(model))
 
     context = selectors.Context(saved.metadata["ranks"], cost, importances, None)
     try:
         value = read_rank_file(value) if selector == "ranks" else value
         return selectors.SELECTORS[selector](context, value=value)
     except ValueError as error:
-        raise ValueError(f"--{selector}: {error}") from error
+        raise UserError(f"--{selector}: {error}") from error
 
 
 def read_rank_file(path: str | Path) -> dict[str, Any]:
@@ -53,11 +60,11 @@ def read_rank_file(path: str | Path) -> dict[str, Any]:
     try:
         ranks = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"must be a JSON file of {{path: rank}}, got {path} ({error})."
         ) from error
     if not isinstance(ranks, dict):
-        raise ValueError(f"must be a JSON object of {{path: rank}}, got {ranks!r}.")
+        raise UserError(f"must be a JSON object of {{path: rank}}, got {ranks!r}.")
     return ranks
 
 
@@ -87,8 +94,8 @@ def truncate_checkpoint(
     """
     checkpoint.check_new_folder(output, flag="--output")
     saved = checkpoint.open_checkpoint(path, flag="--checkpoint")
-    abstract = state.abstract_checkpoint_model(saved, allow_imports=list(allow_imports))
-    cost = state.model_cost(abstract, saved.metadata["inputs"]["image_shape"])
+    abstract = abstract_checkpoint_model(saved, allow_imports=list(allow_imports))
+    cost = model_cost(abstract, saved.metadata["inputs"]["image_shape"])
     before = saved.metadata["ranks"]
     ranks = select_ranks(selector, value, saved, abstract, cost)
     batches = None
@@ -98,7 +105,7 @@ def truncate_checkpoint(
     model = checkpoint.load(saved, abstract, ranks={**before, **ranks})
     if batches is not None:
         model = calibration.recalibrate_batch_norm(model, batches)
-    after = surgery.get_ranks(model)
+    after = get_ranks(model)
     metadata = {key: saved.metadata[key] for key in ("config", "inputs")}
     value = str(value) if isinstance(value, Path) else value
     metadata["truncated"] = {"selector": selector, "value": value, "from": before}
@@ -113,15 +120,13 @@ def truncate_checkpoint(
 
 
 def _training_batches(config: dict[str, Any], count: int, allow_imports: list[str]):
-    data = input_pipeline.load_data(config["data"], allow_imports=allow_imports)
-    prepare = steps.normalize(config["data"]["mean"], config["data"]["std"])
+    data = pipeline.load_data(config["data"], allow_imports=allow_imports)
+    prepare = step.normalize(config["data"]["mean"], config["data"]["std"])
     batches = evaluation.training_batches(data, config, count)
     return (prepare(batch["image"]) for batch in batches)
 
 
-def _print_table(
-    cost: counting.ModelCost, before: surgery.Ranks, after: surgery.Ranks
-) -> None:
+def _print_table(cost: counting.ModelCost, before: Ranks, after: Ranks) -> None:
     rows = []
     for path, layer in cost.layers.items():
         old, new = before[path], after[path]

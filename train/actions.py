@@ -10,12 +10,15 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lowrank_jax import optimizer_state, surgery
+from lowrank_jax import factorization, optimizer_state, surgery
+from lowrank_jax.active import check_ranks, get_ranks, max_ranks
 from lowrank_jax.counting import ModelCost
+from lowrank_jax.errors import UserError
+from lowrank_jax.paths import find_factors
+from lowrank_jax.ranks import Ranks
 from lowrank_jax.selection import curves, solvers
-from lowrank_jax.surgery import Ranks
-from train import config as config_lib
 from train import selectors
+from train.config import pairs as rule_pairs
 
 
 class Context(NamedTuple):
@@ -88,7 +91,7 @@ def factorize(*, rules: Sequence[Sequence[Any]]) -> Action:
     Args:
       rules: As `config.rank_rules`.
     """
-    return functools.partial(_factorize, rules=config_lib.pairs(rules, "rules"))
+    return functools.partial(_factorize, rules=rule_pairs(rules, "rules"))
 
 
 def factorize_at_stable_rank(*, rules: Sequence[Sequence[Any]]) -> Action:
@@ -101,27 +104,27 @@ def factorize_at_stable_rank(*, rules: Sequence[Sequence[Any]]) -> Action:
       rules: As `config.rank_rules`; layers with "dense" stay, the ranks of the others
         are the upper limit of what is found.
     """
-    pairs = config_lib.pairs(rules, "rules")
+    pairs = rule_pairs(rules, "rules")
     if any(isinstance(rule, Mapping) and "scheme" in rule for _, rule in pairs):
-        raise ValueError(
+        raise UserError(
             "factorize_at_stable_rank: rules must not have a scheme, since the stable"
             f" rank is that of scheme 0, got {rules}. Drop it."
         )
 
     def action(model: nnx.Module, context: Context) -> Change:
-        if low := list(surgery.find_factors(model)):
-            raise ValueError(f"needs a dense model, got low-rank layers {low}.")
+        if low := list(find_factors(model)):
+            raise UserError(f"needs a dense model, got low-rank layers {low}.")
         if context.preview:
             return _factorize(model, context, rules=pairs)
-        matrices = surgery.kernel_matrices(model)
+        matrices = factorization.kernel_matrices(model)
         found = solvers.scaled_stable_ranks(
             curves.stable_ranks(matrices),
             context.initial_stable_ranks,
             {path: min(matrix.shape[-2:]) for path, matrix in matrices.items()},
         )
-        low_rank = surgery.factorize(model, pairs)
+        low_rank = factorization.factorize(model, pairs)
         layers, chosen, ranks = context.cost(low_rank).layers, [], {}
-        for pattern, rule in surgery.rules_of(low_rank):
+        for pattern, rule in factorization.rules_of(low_rank):
             path = next((p for p in layers if re.escape(p) == pattern), None)
             if path is not None:
                 rank = np.minimum(rule["max_rank"], found[path]).tolist()
@@ -130,7 +133,7 @@ def factorize_at_stable_rank(*, rules: Sequence[Sequence[Any]]) -> Action:
                 else:
                     rule = "dense"
             chosen.append((pattern, rule))
-        low_rank = surgery.factorize(model, chosen)
+        low_rank = factorization.factorize(model, chosen)
         return Change(surgery.truncate(low_rank, ranks), "factorized")
 
     return action
@@ -147,7 +150,7 @@ def truncate(*, selector: Mapping[str, Any]) -> Action:
     def action(model: nnx.Module, context: Context) -> Change:
         ranks = _select(selector, model, context)
         if context.preview:  # lower ranks are not known yet, these are the highest
-            surgery.check_ranks(model, ranks)
+            check_ranks(model, ranks)
             return Change(model, "cut")
         return Change(surgery.truncate(model, ranks), "cut")
 
@@ -172,7 +175,7 @@ def select(*, selector: Mapping[str, Any]) -> Action:
 def recalibrate(*, batches: int) -> Action:
     """BatchNorm's statistics are re-estimated on so many training batches."""
     if batches < 1:
-        raise ValueError(f"batches: must be at least 1, got {batches}.")
+        raise UserError(f"batches: must be at least 1, got {batches}.")
 
     def action(model: nnx.Module, context: Context) -> Change:
         if context.preview:
@@ -228,7 +231,7 @@ def carry_opt_state(
     if kind == "rotated":
         return fresh, ["state"]
     graphdef, _, rest = nnx.split(new_model, nnx.Param, ...)
-    changed = {*surgery.find_factors(new_model)} - {*surgery.find_factors(old_model)}
+    changed = {*find_factors(new_model)} - {*find_factors(old_model)}
 
     def to_old(params: Any) -> Any:
         model = nnx.merge(graphdef, params, rest, copy=True)
@@ -240,7 +243,7 @@ def carry_opt_state(
 def _factorize(
     model: nnx.Module, context: Context, *, rules: Sequence[tuple[str, Any]]
 ) -> Change:
-    make = functools.partial(surgery.factorize, rules=rules, where="rules")
+    make = functools.partial(factorization.factorize, rules=rules, where="rules")
     new = nnx.eval_shape(make, model) if context.preview else make(model)
     return Change(new, "factorized")
 
@@ -249,13 +252,13 @@ def _select(
     spec: Mapping[str, Any], model: nnx.Module, context: Context
 ) -> dict[str, Any]:
     if not isinstance(spec, Mapping) or set(spec) != {"name", "args"}:
-        raise ValueError(
+        raise UserError(
             "selector: must be a mapping of 'name' and 'args', got"
             f" {spec!r}. Correct it."
         )
     if spec["name"] == "selected":
         if context.target_ranks is None:
-            raise ValueError(
+            raise UserError(
                 "selector 'selected': needs an action 'select' at the end of an earlier"
                 " phase, got none. Add one."
             )
@@ -264,7 +267,7 @@ def _select(
         "selector",
         spec,
         selectors.Context(
-            surgery.max_ranks(model) if context.preview else surgery.get_ranks(model),
+            max_ranks(model) if context.preview else get_ranks(model),
             context.cost(model),
             functools.partial(_importances, model, context.preview),
             context.scorer and context.scorer(model),
@@ -273,7 +276,7 @@ def _select(
 
 
 def _importances(model: nnx.Module, preview: bool) -> dict[str, Any]:
-    factors = surgery.find_factors(model)
+    factors = find_factors(model)
     if not preview:
         return curves.column_importances(factors)
     return {path: np.ones(one.v.shape[:-1]) for path, one in factors.items()}

@@ -8,8 +8,8 @@ import threading
 import numpy as np
 import pytest
 
-from train import datasets
-from train.input_pipeline import load_dataset, prefetch
+from train.data import sources
+from train.data.pipeline import load_dataset, prefetch
 
 
 def coloured_squares(size: int = 50, classes: int = 5):
@@ -164,17 +164,17 @@ def test_mnist_is_decoded_once_and_streams_alike(tfds_dir, monkeypatch):
     in_memory = next(mnist.train_batches(100, seed=0, start_step=700))
     again = load_dataset("mnist", data_dir=tfds_dir)
     assert again.splits["train"].source == mnist.splits["train"].source
-    images, labels = datasets._decode_all(mnist.splits["train"].source)
+    images, labels = sources._decode_all(mnist.splits["train"].source)
     assert abs(images.mean() / 255 - 0.1307) < 1e-4  # the figure everyone normalises by
     assert np.bincount(labels).tolist()[:2] == [5923, 6742]
-    monkeypatch.setattr(datasets, "MEMORY_LIMIT_BYTES", 0)
+    monkeypatch.setattr(sources, "MEMORY_LIMIT_BYTES", 0)
     streamed = next(mnist.train_batches(100, seed=0, start_step=700))
     np.testing.assert_array_equal(streamed["image"], in_memory["image"])
     np.testing.assert_array_equal(streamed["label"], in_memory["label"])
 
 
 def test_cifar10_streams_in_colour(tfds_dir, monkeypatch):
-    monkeypatch.setattr(datasets, "MEMORY_LIMIT_BYTES", 0)
+    monkeypatch.setattr(sources, "MEMORY_LIMIT_BYTES", 0)
     cifar = load_dataset("cifar10", data_dir=tfds_dir)
     assert (cifar.image_shape, cifar.num_classes) == ((32, 32, 3), 10)
     first, second = itertools.islice(cifar.eval_batches("test", 500), 2)
