@@ -15,7 +15,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The config; "smoke" for a run of half a minute."""
     smoke = common.options(arg)["smoke"]
     config = common.base(seed=0)
-    config.data = common.digits(batch_size=64)
+    common.digits(config, batch_size=64)
     config.model = {
         "name": "vit",
         "args": {
