@@ -1,6 +1,7 @@
 """Optimizers and schedules by name."""
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import optax
 
+from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from train import registry
 
@@ -39,6 +41,7 @@ def cosine(
     peak: float, total_steps: int, *, warmup_steps: int, final_fraction: float
 ) -> optax.Schedule:
     """Linear warm-up, then half a cosine down to a fraction of the peak."""
+    check_magnitude("final_fraction", final_fraction)
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup_steps else peak,
         peak,
@@ -51,15 +54,27 @@ def cosine(
 def steps(
     peak: float, total_steps: int, *, factor: float, at_fractions: list[float]
 ) -> optax.Schedule:
-    """The learning rate times a factor at each of these fractions of the phase."""
-    boundaries = {int(total_steps * fraction): factor for fraction in at_fractions}
+    """The learning rate times a factor at each of these fractions of the phase.
+
+    Fractions that fall on one step each count.
+    """
+    check_magnitude("factor", factor)
+    boundaries: dict[int, float] = {}
+    for fraction in at_fractions:
+        if not 0 <= fraction <= 1:
+            raise UserError(
+                f"at_fractions: must be in [0, 1], got {fraction}. Give fractions of"
+                " the phase."
+            )
+        step = int(total_steps * fraction)
+        boundaries[step] = boundaries.get(step, 1.0) * factor
     return optax.piecewise_constant_schedule(peak, boundaries)
 
 
 def make_optimizer(
     spec: Mapping[str, Any], total_steps: int, *, where: str
 ) -> optax.GradientTransformation:
-    """The optimizer of a phase.
+    """Makes the optimizer of a phase.
 
     Decay acts on the parameters whose path matches `spec["decayed"]` (kernels and
     factors by default, not biases and norms): inside the optimizer where it is
@@ -70,7 +85,14 @@ def make_optimizer(
       spec: The phase's `optimizer`.
       total_steps: Length of the phase, for the schedule.
       where: What to call the place in errors.
+
+    Raises:
+      UserError: A learning rate, decay or norm that is negative or not finite, a wrong
+        pattern, or arguments that the schedule or the optimizer does not take.
     """
+    with errors.at(f"config.{where}"):
+        for name in ("learning_rate", "weight_decay", "clip_norm"):
+            check_magnitude(name, spec[name])
     schedule = registry.build(
         f"{where}.schedule",
         spec["schedule"],
@@ -94,23 +116,32 @@ def make_optimizer(
     return optax.chain(*chain)
 
 
+def check_magnitude(name: str, value: float) -> None:
+    """Raises UserError unless a value is a number from 0 up, and finite."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf:
+        raise UserError(
+            f"{name}: must be a finite number of at least 0, got {value!r}. Give one."
+        )
+
+
 def pattern(text: str, where: str) -> re.Pattern[str]:
-    """A pattern for whole parameter paths, from a config.
+    """Compiles a pattern for whole parameter paths, from a config.
 
     Raises:
-      ValueError: It is not a regular expression.
+      UserError: It is not a regular expression.
     """
     try:
         return re.compile(text)
     except re.error as error:
         raise UserError(
             f"config.{where}: must be a regular expression, got {text!r}"
-            f" ({error}). Correct it."
+            f" ({error}). Escape special characters with a backslash."
         ) from error
 
 
 def _decay_mask(text: str, where: str) -> Callable[[Any], Any]:
-    """Which parameters decay: those whose whole path matches."""
+    """Makes the mask of what decays: parameters whose whole path matches."""
     compiled = pattern(text, f"{where}.decayed")
 
     def decays(key_path: Any, leaf: Any) -> bool:

@@ -130,9 +130,9 @@ def test_one_layer_stops_at_the_largest_rank_within_the_budget(steps):
 
 
 @pytest.mark.parametrize("steps", [1, 3, 20])
-def test_no_answer_leaves_room_in_the_layer_lowered_last(steps):
-    """Every answer is the child of a state over the budget: raising that layer by one
-    rank goes over the budget, or costs nothing more."""
+def test_no_answer_leaves_room_in_every_layer(steps):
+    """It is the child of a state over the budget: one rank more in the layer that was
+    lowered last goes over it."""
     for seed in range(4):
         score = Score(rising(seed))
         found = beam_search(score, COSTS, LIMITS, 0.6, width=2, steps=steps)
