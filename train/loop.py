@@ -10,8 +10,6 @@ function of the seed and the step. Changes are the only place where shapes chang
 
 import contextlib
 import json
-import signal
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,10 +27,7 @@ from train.phases import Phase, build_phases
 from train.report import logs
 from train.session import Session
 from train.state import build_model, factorize, load_model, model_cost
-
-
-class Interrupted(RuntimeError):
-    """The process was asked to stop (SIGTERM) and has saved its state."""
+from train.stopping import Interrupted, StopRequest
 
 
 def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
@@ -83,7 +78,7 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
     with contextlib.ExitStack() as resources:
         for resource in (saver, writer, progress, batches):  # however the run ends
             resources.enter_context(contextlib.closing(resource))
-        stop = resources.enter_context(_StopRequest())
+        stop = resources.enter_context(StopRequest())
         while True:
             finished = session.finished(step)
             fresh = saved is None or step > saved.step
@@ -198,21 +193,3 @@ def _summary(frontier: list[evaluation.Figures]) -> str:
 def _metadata(config: Mapping[str, Any], data: pipeline.Dataset) -> dict[str, Any]:
     shape = {"image_shape": list(data.image_shape), "num_classes": data.num_classes}
     return {"config": dict(config), "inputs": shape}
-
-
-class _StopRequest:
-    """Notes SIGTERM, so that the loop can save before it stops."""
-
-    requested = False
-
-    def __enter__(self) -> "_StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self.requested = True
-
-    def __exit__(self, *_: Any) -> None:
-        if hasattr(self, "_before"):
-            signal.signal(signal.SIGTERM, self._before)
