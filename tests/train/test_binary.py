@@ -1,5 +1,7 @@
 """How a binary ends: mistakes in one line, bugs with their traceback."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,12 @@ from train import binary
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=configs/digits_mlp.py"
-PROGRAM = '''"""A binary."""
+PROGRAM = '''"""A binary, run with each of several flags.
+
+Importing takes seconds: once is enough, and each run is a fork.
+"""
+import json, os, sys
+
 from absl import flags
 from ml_collections import config_flags
 from lowrank_jax.errors import MissingFile, UserError
@@ -46,7 +53,16 @@ ENDS = {
     "disk": disk,
     "driver": driver,
 }
-binary.run(lambda: ENDS[flags.FLAGS.end]())
+for name, arguments in json.load(sys.stdin).items():
+    child = os.fork()
+    if not child:
+        for stream, ending in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{name}.{ending}", os.O_CREAT | os.O_WRONLY), stream)
+        os.chdir(os.environ["PYTHONPATH"])
+        sys.argv = ["program", *arguments]
+        binary.run(lambda: ENDS[flags.FLAGS.end]())
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps({name: status}), flush=True)
 '''
 FULL = "disk: must be readable, writable and not full, got 'No space left on device'."
 ENDS = {
@@ -99,26 +115,25 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run_all(folder: Path, cases: dict[str, list[str]]) -> dict[str, tuple]:
-    """Status, stdout and stderr of the program with each of several flags.
-
-    Importing takes seconds, so three run at a time.
-    """
-    results, waiting = {}, dict(cases)
-    while waiting:
-        names = list(waiting)[:3]
-        running = {name: _start(folder, waiting.pop(name)) for name in names}
-        for name, process in running.items():
-            out, err = process.communicate(timeout=300)
-            results[name] = process.returncode, out, err
+    """Status, stdout and stderr of the program with each of several flags."""
+    numbered = {str(n): arguments for n, arguments in enumerate(cases.values())}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", folder / "program.py"],
+        input=json.dumps(numbered).replace("{folder}", str(folder)),
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    results = {}
+    for name, line in zip(cases, done.stdout.splitlines(), strict=True):
+        ((number, status),) = json.loads(line).items()
+        texts = (folder / f"{number}.{ending}" for ending in ("out", "err"))
+        results[name] = status, *(text.read_text() for text in texts)
+    for file in (*folder.glob("*.out"), *folder.glob("*.err")):
+        file.unlink()
     return results
-
-
-def _start(folder: Path, arguments: list[str]) -> subprocess.Popen:
-    arguments = [argument.replace("{folder}", str(folder)) for argument in arguments]
-    code = f"import runpy; runpy.run_path({str(folder / 'program.py')!r}, None, 'x')"
-    command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
 
 def test_mistakes_end_in_one_line(folder):
