@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from train import registry
 
@@ -71,13 +72,12 @@ def make_optimizer(
       total_steps: Length of the phase, for the schedule.
       where: What to call the place in errors.
     """
-    schedule = registry.build(
-        f"{where}.schedule",
-        spec["schedule"],
-        SCHEDULES,
-        positional=(spec["learning_rate"], total_steps),
-    )
-    factory = registry.resolve(where, spec["name"], OPTIMIZERS, allow_imports=None)
+    with errors.at(f"config.{where}.schedule"):
+        schedule = registry.build(
+            spec["schedule"], SCHEDULES, spec["learning_rate"], total_steps
+        )
+    with errors.at(f"config.{where}"):
+        factory = registry.resolve(spec["name"], OPTIMIZERS, allow_imports=None)
     options = inspect.signature(factory).parameters
     args = {"learning_rate": schedule, **spec["args"]}
     mask = _decay_mask(spec["decayed"], where)
@@ -90,7 +90,8 @@ def make_optimizer(
             args["mask"] = mask
     elif spec["weight_decay"]:
         chain.append(optax.add_decayed_weights(spec["weight_decay"], mask))
-    chain.append(registry.call(f"config.{where}", factory, (), args))
+    with errors.at(f"config.{where}"):
+        chain.append(registry.call(factory, **args))
     return optax.chain(*chain)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lowrank_jax import factorization
+from lowrank_jax import errors, factorization
 from lowrank_jax.errors import UserError
 from lowrank_jax.penalties import PENALTIES, Penalty
 from lowrank_jax.projections import PROJECTIONS, Projection
@@ -164,20 +164,18 @@ def build_phase(
     _check_optimizer_state(config, index)
     end = _end(config, index, start, steps_per_epoch)
     condition = spec["until"].get("condition")
-    distill, label_weight = registry.build(
-        f"{where}.teacher", spec["teacher"], TEACHERS
-    )
+    distill, label_weight = _built(f"{where}.teacher", spec["teacher"], TEACHERS)
     return Phase(
         spec["name"],
         start,
         end,
-        condition and registry.build(f"{where}.until.condition", condition, CONDITIONS),
-        registry.build(f"{where}.sampler", spec["sampler"], SAMPLERS),
+        condition and _built(f"{where}.until.condition", condition, CONDITIONS),
+        _built(f"{where}.sampler", spec["sampler"], SAMPLERS),
         distill,
         label_weight,
         spec["passes_loss"],
         [
-            registry.build(
+            _built(
                 f"{where}.penalties",
                 _with_targets(penalty, target_ranks, f"config.{where}.penalties"),
                 PENALTIES,
@@ -185,7 +183,7 @@ def build_phase(
             for penalty in spec["penalties"]
         ],
         [
-            registry.build(f"{where}.projections", projection, PROJECTIONS)
+            _built(f"{where}.projections", projection, PROJECTIONS)
             for projection in spec["projections"]
         ],
         [optim.pattern(text, f"{where}.trainable") for text in spec["trainable"]],
@@ -194,7 +192,7 @@ def build_phase(
         ),
         spec["shrink"] or None,
         [
-            (action["name"], registry.build(f"{where}.on_end", action, ACTIONS))
+            (action["name"], _built(f"{where}.on_end", action, ACTIONS))
             for action in spec["on_end"]
         ],
     )
@@ -223,6 +221,11 @@ def _end(
             f" {until['to_epoch']} (step {end}). Raise it."
         )
     return end
+
+
+def _built(where: str, spec: Mapping[str, Any], table: registry.Table) -> Any:
+    with errors.at(f"config.{where}"):
+        return registry.build(spec, table)
 
 
 def _with_targets(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from lowrank_jax import errors
 from lowrank_jax.counting import ModelCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks, at_fraction, at_most
@@ -106,6 +107,5 @@ SELECTORS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def select(where: str, spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """The ranks that a selector, given by name and arguments, chooses."""
-    return registry.build(
-        where, spec, SELECTORS, positional=(context,), allow_imports=None
-    )
+    with errors.at(f"config.{where}"):
+        return registry.build(spec, SELECTORS, context)

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from lowrank_jax import checkpoint, counting, factorization
+from lowrank_jax import checkpoint, counting, errors, factorization
 from lowrank_jax.active import get_ranks
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Rank
@@ -81,15 +81,15 @@ def _dense_model(
     *,
     allow_imports: Sequence[str] | None,
 ) -> nnx.Module:
-    return registry.build(
-        "model",
-        config["model"],
-        MODELS,
-        allow_imports=allow_imports,
-        image_shape=tuple(image_shape),
-        num_classes=num_classes,
-        rngs=nnx.Rngs(config["seed"]),
-    )
+    with errors.at("config.model"):
+        return registry.build(
+            config["model"],
+            MODELS,
+            allow_imports=allow_imports,
+            image_shape=tuple(image_shape),
+            num_classes=num_classes,
+            rngs=nnx.Rngs(config["seed"]),
+        )
 
 
 def load_model(

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import grain
 import numpy as np
 
+from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from train import registry
 from train.data import sources
@@ -190,7 +191,8 @@ def load_data(
     """
     name = spec["name"]
     if ":" in name and not name.rpartition(":")[2][:1].isdigit():  # not "cifar10:3.0.2"
-        name = registry.resolve("data", name, {}, allow_imports=allow_imports)
+        with errors.at("config.data"):
+            name = registry.resolve(name, {}, allow_imports=allow_imports)
     return load_dataset(
         name,
         data_dir=spec["data_dir"],
