@@ -77,7 +77,7 @@ class Action(NamedTuple):
 
 
 def canonicalize() -> Action:
-    """Turns factors into the SVD of their product, deeper ones into two (or u, s, v)."""
+    """Turns factors into the SVD of their product, deeper ones into two."""
     return Action(
         lambda model, context: None,
         lambda model, choice: surgery.canonicalize(model),

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 
@@ -25,52 +25,81 @@ from train.run import Run, open_checkpoint_run
 from train.state import split_model
 
 
-def evaluate_checkpoint(
+class Opened(NamedTuple):
+    """A checkpoint's model with what its run was about.
+
+    Args:
+      run: Its config, task and data.
+      model: The model, with its arrays.
+    """
+
+    run: Run
+    model: nnx.Module
+
+    def figures(self, split: str = "test") -> evaluation.Figures:
+        """Returns the figures at the checkpoint's ranks.
+
+        Args:
+          split: "train", "validation" or "test".
+        """
+        _, params, model_state = split_model(self.model)
+        ranks = active.get_ranks(self.model)
+        return self._evaluator(split, 0).at(params, model_state, ranks)
+
+    def sweep(
+        self,
+        fractions: Sequence[float],
+        split: str = "test",
+        *,
+        recalibration_batches: int = 0,
+    ) -> list[evaluation.Figures]:
+        """Returns the figures at each of some fractions of the ranks.
+
+        Args:
+          fractions: Fractions of the ranks in (0, 1].
+          split: "train", "validation" or "test".
+          recalibration_batches: Training batches to re-estimate BatchNorm on at each
+            fraction; 0 for the statistics of the checkpoint.
+        """
+        _, params, model_state = split_model(self.model)
+        evaluator = self._evaluator(split, recalibration_batches)
+        ranks = active.get_ranks(self.model)
+        return evaluation.sweep(evaluator, params, model_state, ranks, fractions)
+
+    def _evaluator(self, split: str, batches: int) -> evaluation.Evaluator:
+        run, (structure, _, _) = self.run, split_model(self.model)
+        calibrate = None
+        if batches and calibration.has_batch_norm(self.model):
+            calibrate = evaluation.make_calibrator(
+                structure, run.task, lambda: run.training_batches(batches)
+            )
+        return evaluation.Evaluator(
+            evaluation.make_evaluator(structure, run.task),
+            calibrate,
+            run.cost(self.model),
+            lambda: run.eval_batches(split),
+        )
+
+
+def open_model(
     path: str | Path,
     *,
-    split: str = "test",
     data_dir: str | None = None,
     allow_imports: Sequence[str] = (),
-) -> evaluation.Figures:
-    """Returns the figures of a checkpoint at its ranks.
+) -> Opened:
+    """Opens a checkpoint to evaluate it.
 
     Args:
       path: A checkpoint, a folder of steps, or a run's workdir.
-      split: "train", "validation" or "test".
       data_dir: Where the data set is, if not where the config says.
       allow_imports: Packages that names in the checkpoint may be imported from.
     """
-    run, model = _open(path, data_dir, allow_imports)
-    evaluator = _evaluator(run, model, split, recalibration_batches=0)
-    _, params, model_state = split_model(model)
-    return evaluator.at(params, model_state, active.get_ranks(model))
-
-
-def sweep_checkpoint(
-    path: str | Path,
-    fractions: Sequence[float],
-    *,
-    split: str = "test",
-    recalibration_batches: int = 0,
-    data_dir: str | None = None,
-    allow_imports: Sequence[str] = (),
-) -> list[evaluation.Figures]:
-    """Returns the figures of a checkpoint at each of some fractions of its ranks.
-
-    Args:
-      path: As of `evaluate_checkpoint`.
-      fractions: Fractions of the ranks in (0, 1].
-      split: As of `evaluate_checkpoint`.
-      recalibration_batches: Training batches to re-estimate BatchNorm on at each
-        fraction; 0 for the statistics of the checkpoint.
-      data_dir: As of `evaluate_checkpoint`.
-      allow_imports: As of `evaluate_checkpoint`.
-    """
-    run, model = _open(path, data_dir, allow_imports)
-    evaluator = _evaluator(run, model, split, recalibration_batches)
-    _, params, model_state = split_model(model)
-    ranks = active.get_ranks(model)
-    return evaluation.sweep(evaluator, params, model_state, ranks, fractions)
+    allowed = list(allow_imports)
+    with errors.at("--checkpoint"):
+        saved = checkpoint.open_checkpoint(path)
+        model = models.load_model(saved, allow_imports=allowed)
+    run = open_checkpoint_run(saved, data_dir=data_dir, allow_imports=allowed)
+    return Opened(run, model)
 
 
 def truncate_checkpoint(
@@ -146,36 +175,6 @@ def truncate_checkpoint(
         "macs": after_cost.macs(after),
         "ranks": after,
     }
-
-
-def _open(
-    path: str | Path, data_dir: str | None, allow_imports: Sequence[str]
-) -> tuple[Run, nnx.Module]:
-    """A checkpoint's run and its model."""
-    with errors.at("--checkpoint"):
-        saved = checkpoint.open_checkpoint(path)
-        model = models.load_model(saved, allow_imports=list(allow_imports))
-    run = open_checkpoint_run(
-        saved, data_dir=data_dir, allow_imports=list(allow_imports)
-    )
-    return run, model
-
-
-def _evaluator(
-    run: Run, model: nnx.Module, split: str, recalibration_batches: int
-) -> evaluation.Evaluator:
-    structure, _, _ = split_model(model)
-    calibrate = None
-    if recalibration_batches and calibration.has_batch_norm(model):
-        calibrate = evaluation.make_calibrator(
-            structure, run.task, lambda: run.training_batches(recalibration_batches)
-        )
-    return evaluation.Evaluator(
-        evaluation.make_evaluator(structure, run.task),
-        calibrate,
-        run.cost(model),
-        lambda: run.eval_batches(split),
-    )
 
 
 def _recalibrated(run: Run, model: nnx.Module, batches: int) -> nnx.Module:

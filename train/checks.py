@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lowrank_jax import active, checkpoint, errors, paths, penalties
+from lowrank_jax import active, checkpoint, errors, paths, penalties, projections
 from lowrank_jax.errors import UserError
 from lowrank_jax.samplers import RankSampler
 from train import context, evaluation, phases, schema
@@ -22,7 +22,7 @@ from train.tasks.base import Task
 
 
 def check_workdir(workdir: Path, config: Mapping[str, Any]) -> checkpoint.Saved | None:
-    """Returns the latest checkpoint of this config's run in the workdir, if there is one.
+    """Returns the latest checkpoint of this config's run, if there is one.
 
     Raises:
       UserError: It holds something else.
@@ -98,6 +98,11 @@ def check_same_layers(run: Run, model: nnx.Module) -> None:
         )
 
 
+def known_ranks(model: nnx.Module) -> dict[str, Any]:
+    """Returns the active ranks, of an abstract model the allocated ones."""
+    return {path: at.active for path, at in active.rank_limits(model).items()}
+
+
 @contextlib.contextmanager
 def _in(place: str) -> Iterator[None]:
     """Names the place in a user's mistake, and in a note on any other exception."""
@@ -130,8 +135,12 @@ def _check_fit(run: Run, running: phases.Running, model: nnx.Module) -> None:
                 f"{where}: must match a parameter, got {text!r} among {sorted(keys)}."
                 " Patterns must match the whole path."
             )
+    if phase.sampler.check is not None:
+        phase.sampler.check(known_ranks(model))
     for penalty in running.penalties:
         penalties.check_stateless(penalty, model)
+    for _, projection in phase.projections:
+        projections.check_stateless(projection, model)
 
 
 def _check_dense(run: Run, phase: phases.Phase) -> None:
@@ -152,7 +161,7 @@ def _check_dense(run: Run, phase: phases.Phase) -> None:
 
 def _trace(run: Run, running: phases.Running, model: nnx.Module) -> None:
     """Runs the phase's step and its evaluation on abstract arrays."""
-    ranks = {path: at.active for path, at in active.rank_limits(model).items()}
+    ranks = known_ranks(model)
     structure, params, model_state = split_model(model)
     state = jax.eval_shape(
         lambda *arrays: fill_state(structure, *arrays, running, 0, ranks),

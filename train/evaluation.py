@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array
 
 from lowrank_jax import active, calibration, counting
@@ -26,7 +27,7 @@ Calibrate = Callable[[Any, Any, Ranks], Any]
 def make_sums(
     structure: Structure, task: Task, *, batch_statistics: bool = False
 ) -> Callable[..., dict[str, Array]]:
-    """Makes the jitted function from parameters, model state, ranks and a batch to sums.
+    """Makes the jitted function from arrays, ranks and a batch to the task's sums.
 
     Ranks are traced: evaluating at others does not recompile.
 
@@ -85,12 +86,14 @@ def make_calibrator(
     """
 
     @jax.jit
-    def update(mean: Any, count: Any, params: Any, ranks: Any, batch: Any):
-        model = structure.merge(params, mean, None)
-        calibration.use_batch_statistics(model)
+    def update(model_state: Any, count: Any, params: Any, ranks: Any, batch: Any):
+        model = structure.merge(params, model_state, None)
         active.set_ranks(model, ranks)
-        model(*task.inputs(batch, None))
-        return calibration.running_average(mean, model_state_of(model), count)
+        average = calibration.batch_norm_average(
+            model, count, lambda model: model(*task.inputs(batch, None))
+        )
+        nnx.update(model, average)
+        return model_state_of(model)
 
     def calibrate(params: Any, model_state: Any, ranks: Ranks) -> Any:
         arrays = settable(structure, ranks)

@@ -13,7 +13,7 @@ from train import context, ending, evaluation
 from train.phases import Phase
 from train.report import logs
 from train.run import Run
-from train.state import kept_state, new_state
+from train.state import carried_state, new_state
 from train.step import make_train_step
 from train.until import stable_ranks
 
@@ -181,7 +181,7 @@ class Session:
                 logs.say(f"shrink {path}: rank {old[path]} -> {new[path]}")
         for part in shrunk.restarted:
             logs.say(f"shrink: the optimizer's {part} starts anew")
-        self.structure, state = kept_state(shrunk.model, self.running, self.state)
+        self.structure, state = carried_state(shrunk.model, self.running, self.state)
         self.state = state._replace(opt_state=shrunk.opt_state)
         self._compile(shrunk.model)
 

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from lowrank_jax import active, penalties, projections
+from lowrank_jax import active, penalties, projections, samplers
 from lowrank_jax.factors import Rank
 from lowrank_jax.ranks import Limits, Ranks
 from train.phases import Running
@@ -144,25 +144,27 @@ def fill_state(
     )
 
 
-def kept_state(model: nnx.Module, running: Running, old: TrainState) -> Any:
+def carried_state(
+    model: nnx.Module, running: Running, old: TrainState
+) -> tuple[Structure, TrainState]:
     """Makes a state for a model that was cut in the middle of a phase.
 
     Sampler, penalties and projections keep what they can; the optimizer's is fresh.
     """
     structure, fresh = new_state(model, running, int(old.step))
-
-    def keep(owner: Any, fresh_state: Any, old_state: Any) -> Any:
-        if owner.keep is None:
-            return fresh_state
-        return owner.keep(old_state, model)
-
     phase = running.phase
-    owners = [penalties.stateful(p) for p in running.penalties]
-    projectors = [projections.stateful(p) for _, p in phase.projections]
     return structure, fresh._replace(
-        sampler_state=keep(phase.sampler, fresh.sampler_state, old.sampler_state),
-        penalties=tuple(map(keep, owners, fresh.penalties, old.penalties)),
-        projections=tuple(map(keep, projectors, fresh.projections, old.projections)),
+        sampler_state=samplers.carry(phase.sampler, old.sampler_state, model),
+        penalties=tuple(
+            penalties.carry(penalties.stateful(penalty), state, model)
+            for penalty, state in zip(running.penalties, old.penalties, strict=True)
+        ),
+        projections=tuple(
+            projections.carry(projections.stateful(projection), state, model)
+            for (_, projection), state in zip(
+                phase.projections, old.projections, strict=True
+            )
+        ),
     )
 
 

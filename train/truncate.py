@@ -40,8 +40,9 @@ _ALLOW = flags.DEFINE_list(
 
 
 def _main() -> None:
-    binary.check_used(
-        "recalibration_batches", _RECALIBRATE.value, "--recalibrate beside it"
+    binary.check_companions(
+        flags.FLAGS,
+        {"recalibration_batches": ["recalibrate"], "select_args": ["select"]},
     )
     selector = selecting.from_flags(_SELECTORS)
     logs.emit(

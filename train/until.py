@@ -1,4 +1,4 @@
-"""How long a phase is: a number of steps or epochs, and conditions that end it sooner."""
+"""How long a phase is: steps or epochs, and conditions that end it sooner."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
