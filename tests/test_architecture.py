@@ -13,26 +13,22 @@ ROOT = Path(__file__).resolve().parent.parent
 TREES = ("lowrank_jax", "train", "configs", "benchmarks")
 
 LAYERS = (
-    {"linalg", "folds", "cost", "rules", "optimizer_state"},
-    {"factors"},
-    {"projections"},
-    {"layers", "selection"},
-    {"surgery"},
-    {
-        "ordered_dropout",
-        "regularizers",
-        "shrinking",
-        "calibration",
-        "counting",
-        "checkpoint",
-        "export",
-    },
+    {"errors", "linalg", "optimizer_state"},
+    {"ranks", "rules", "folds", "purity"},
+    {"cost", "factors"},
+    {"layers"},
+    {"paths"},
+    {"active", "factorization", "penalties", "projections"},
+    {"samplers", "surgery"},
+    {"shrinking", "calibration", "counting", "checkpoint"},
+    {"selection"},
     {"lowrank_jax"},
 )
 """Parts of the library, lowest first: each may import the ones above it in this list.
 
-Within a set nobody imports another. `layers` and `selection` are packages, whose files
-may import one another; `lowrank_jax` is the package's own `__init__`.
+Within a set nobody imports another. `layers`, `penalties`, `samplers` and `selection`
+are packages, whose files may import one another; `lowrank_jax` is the package's own
+`__init__`.
 """
 FORBIDDEN = {
     "absl",
