@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
             name="nested",
             until={"epochs": 2 if smoke else 80},
             sampler={"name": "sandwich", "args": {"passes": 4, "smallest": 0.125}},
-            teacher={"name": "full", "args": {"label_weight": 0.0}},
+            teacher={"name": "full", "args": {"target_weight": 0.0}},
             optimizer=common.optimizer(
                 "adamw",
                 learning_rate=8e-3,

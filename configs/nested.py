@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
             sampler=common.named(
                 "matryoshka", fractions=COMPARED if compare else FRACTIONS
             ),
-            teacher=common.named("full", label_weight=0.0),
+            teacher=common.named("full", target_weight=0.0),
             optimizer=optimizer,
         ),
     )

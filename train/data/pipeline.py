@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import grain
 import numpy as np
 
-from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from train import registry
 from train.data import sources
@@ -191,18 +190,17 @@ def load_data(
         allow_imports: Packages that its name may be imported from; None for any.
 
     Raises:
-        UserError: As `load_dataset`, with config.data in front.
+        UserError: As `load_dataset`, or the name stands for nothing.
     """
     name = spec["name"]
     if ":" in name and not name.rpartition(":")[2][:1].isdigit():  # not "cifar10:3.0.2"
         name = registry.resolve("data", name, {}, allow_imports=allow_imports)
-    with errors.at("config.data"):
-        return load_dataset(
-            name,
-            data_dir=spec["data_dir"],
-            validation_examples=spec["validation_examples"],
-            args=spec["args"],
-        )
+    return load_dataset(
+        name,
+        data_dir=spec["data_dir"],
+        validation_examples=spec["validation_examples"],
+        args=spec["args"],
+    )
 
 
 @functools.lru_cache(maxsize=4)
