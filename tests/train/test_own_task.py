@@ -76,7 +76,7 @@ def test_without_sampling_prefixes_are_no_svd(tmp_path):
 
 
 def test_the_frontier_has_the_figures_of_the_task(run):
-    """Ranks 6 to 1: each errs as the truncated SVD of its rank, on the same examples."""
+    """Ranks 6 to 1: each errs as the truncated SVD of its rank on these examples."""
     spec = own_config.get_config().data.to_dict()
     data = pipeline.load_data(spec, allow_imports=None)
     (held_out,) = data.eval_batches("validation", data.sizes["validation"])
