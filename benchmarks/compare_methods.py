@@ -129,7 +129,9 @@ def _cuts(model: Any, cost: Any, full: Ranks, share: float) -> list[Any]:
     try:
         return [
             solvers.by_macs_fraction(cost.layers, full, share),
-            solvers.by_energy_budget(cost.layers, importances, share, measure="macs"),
+            solvers.by_energy_budget(
+                cost.layers, full, importances, share, measure="macs"
+            ),
         ]
     except ValueError:
         return []

@@ -61,6 +61,7 @@ def base(*, seed: int) -> ConfigDict:
     config.eval_every_epochs = 1
     config.eval_fractions = (1.0, 0.5, 0.25, 0.125)
     config.recalibration_batches = 0
+    config.scoring_batches = 2
     config.checkpoint_every_epochs = 1
     config.keep_checkpoints = 2
     return config
@@ -163,6 +164,7 @@ def optimizer(
     schedule: Mapping[str, Any] | None = None,
     weight_decay: float = 0.0,
     decayed: str = r".*/(kernel|embedding|u|v|middle)",
+    decay_columns: str = "all",
     clip_norm: float = 0.0,
 ) -> dict[str, Any]:
     """An optimizer with every key; kernels and factors decay, biases and norms do
@@ -174,6 +176,7 @@ def optimizer(
         "schedule": dict(schedule or named("constant", warmup_steps=0)),
         "weight_decay": weight_decay,
         "decayed": decayed,
+        "decay_columns": decay_columns,
         "clip_norm": clip_norm,
     }
 

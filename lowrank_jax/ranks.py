@@ -52,7 +52,7 @@ def flatten_rank(rank: RankValue) -> list[int]:
 
 
 def largest(rank: RankValue) -> int:
-    """Returns the rank that must be allocated to hold this one, 0 for an empty stack."""
+    """Returns what must be allocated to hold this rank, 0 for an empty stack."""
     return max(flatten_rank(rank), default=0)
 
 

@@ -13,26 +13,21 @@ ROOT = Path(__file__).resolve().parent.parent
 TREES = ("lowrank_jax", "train", "configs", "benchmarks")
 
 LAYERS = (
-    {"linalg", "folds", "cost", "rules", "optimizer_state"},
-    {"factors"},
-    {"projections"},
+    {"errors", "linalg", "optimizer_state"},
+    {"ranks", "rules", "folds", "purity"},
+    {"cost", "factors"},
     {"layers", "selection"},
-    {"surgery"},
-    {
-        "ordered_dropout",
-        "regularizers",
-        "shrinking",
-        "calibration",
-        "counting",
-        "checkpoint",
-        "export",
-    },
+    {"paths"},
+    {"active", "factorization", "penalties", "projections"},
+    {"samplers", "surgery"},
+    {"shrinking", "calibration", "counting", "checkpoint"},
     {"lowrank_jax"},
 )
 """Parts of the library, lowest first: each may import the ones above it in this list.
 
-Within a set nobody imports another. `layers` and `selection` are packages, whose files
-may import one another; `lowrank_jax` is the package's own `__init__`.
+Within a set nobody imports another. `layers`, `penalties`, `samplers` and `selection` are
+packages, whose files may import one another; `lowrank_jax` is the package's own
+`__init__`.
 """
 FORBIDDEN = {
     "absl",

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lowrank_jax.errors import UserError
-from train import binary, checkpoints, evaluation
+from train import binary, checkpoints
 from train.loop import train_and_evaluate
 from train.report import logs, plots
 
@@ -45,12 +45,14 @@ def _main() -> None:
     _clear(workdir)
     run = workdir / "run"
     train_and_evaluate(_CONFIG.value, run)
-    rows = [{"size": "full", **evaluation.evaluate_checkpoint(run)}]
+    rows = [{"size": "full", **checkpoints.open_model(run).figures()}]
     for budget in BUDGETS:
         output = workdir / f"params_{budget}"
-        checkpoints.truncate_checkpoint(run, output, "params_fraction", budget)
-        rows.append({"size": f"{budget:g}", **evaluation.evaluate_checkpoint(output)})
-    curve = evaluation.evaluate_checkpoint(run, fractions=FRACTIONS)
+        checkpoints.truncate_checkpoint(
+            run, output, {"name": "params_fraction", "args": {"value": budget}}
+        )
+        rows.append({"size": f"{budget:g}", **checkpoints.open_model(output).figures()})
+    curve = checkpoints.open_model(run).sweep(FRACTIONS)
     picture = workdir / "frontier.png"
     plots.plot_frontier({"any rank fraction": curve, "cut checkpoints": rows}, picture)
     headers = ["size", "accuracy", "params", "macs", "ranks"]

@@ -3,117 +3,202 @@
 Short names come from a literal table of import paths, so that listing them imports
 nothing. Users reach their own code with an import path, `package.module:function`.
 Importing runs code: a path read from a checkpoint needs the user's consent.
+
+Nothing here knows where in a config it is: callers put the place in front of a mistake
+with `errors.at("config.model")`. Errors of the functions themselves pass through.
 """
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from lowrank_jax.errors import UserError
 
+Table = Mapping[str, str | Callable[..., Any]]
+"""A function or its import path, `package.module:function`, for each short name."""
+
 
 def resolve(
-    kind: str,
-    name: str,
-    table: Mapping[str, str | Callable[..., Any]],
-    *,
-    allow_imports: Sequence[str] | None,
+    name: str, table: Table, *, allow_imports: Sequence[str] | None
 ) -> Callable[..., Any]:
-    """Returns the function that `name` stands for.
+    """Returns the function that a name stands for.
 
     Args:
-        kind: Section of the config that holds the name; "model" makes errors say
-            `config.model.name`.
-        name: A key of `table`, or an import path `package.module:function`.
-        table: Function or import path of each short name.
-        allow_imports: Top-level packages that `name` may import from, or None for any.
-            Pass None for the user's own config only, never for a checkpoint's.
+      name: A key of the table, or an import path `package.module:function`.
+      table: The functions that have a short name.
+      allow_imports: Top-level packages that `name` may import from, or None for any.
+        Pass None for the user's own config only, never for a checkpoint's.
 
     Raises:
-        ValueError: The name is unknown, its package is not allowed, or there is no
-            function at its import path.
+      UserError: The name is unknown, its package is not allowed, or there is no
+        function at its import path.
     """
-    where = f"config.{kind}.name"
     if name in table:
         entry = table[name]
-        return entry if callable(entry) else _import(where, entry)
+        return entry if callable(entry) else _import(entry)
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
         raise UserError(
-            f"{where}: must be one of {', '.join(sorted(table))} or an import path "
-            f"'package.module:function', got {name!r}. Correct the spelling, or give "
-            "the import path of your own function."
+            f"name: must be one of {', '.join(sorted(table))} or an import path"
+            f" 'package.module:function', got {name!r}. Correct the spelling, or give"
+            " the import path of your own function."
         )
     package = module_name.split(".")[0]
     if allow_imports is not None and package not in list(allow_imports):
         raise UserError(
-            f"{where}: must be one of {', '.join(sorted(table))} or come from an "
-            f"allowed package, got {name!r}. Importing it runs its code: if you trust "
-            f"it, pass --allow_imports={package}."
+            f"name: must be one of {', '.join(sorted(table))} or come from an allowed"
+            f" package, got {name!r}. Importing it runs its code: if you trust it, pass"
+            f" --allow_imports={package}."
         )
-    return _import(where, name)
+    return _import(name)
 
 
 def build(
-    kind: str,
     spec: Mapping[str, Any],
-    table: Mapping[str, str | Callable[..., Any]],
-    *,
-    positional: Sequence[Any] = (),
+    table: Table,
+    /,
+    *positional: Any,
     allow_imports: Sequence[str] | None = None,
     **extra: Any,
 ) -> Any:
-    """Resolves `spec["name"]` and calls it with `spec["args"]`.
+    """Calls the function that a spec names with the spec's arguments.
 
     Args:
-        kind: Section of the config that `spec` is.
-        spec: A name and the arguments of a choice.
-        table: As in `resolve`.
-        positional: Arguments to put in front.
-        allow_imports: As in `resolve`.
-        **extra: Keyword arguments that the config does not give.
+      spec: A choice in a config, `{"name": ..., "args": {...}}`.
+      table: The functions that have a short name.
+      *positional: Arguments to put in front.
+      allow_imports: As in `resolve`.
+      **extra: Keyword arguments that the config does not give.
+
+    Raises:
+      UserError: As in `resolve`, or arguments that the function does not take.
+
+    >>> build({"name": "power", "args": {"exp": 3}}, {"power": pow}, 2)
+    8
     """
-    function = resolve(kind, spec["name"], table, allow_imports=allow_imports)
-    return call(f"config.{kind}", function, positional, {**extra, **spec["args"]})
+    function = resolve(spec["name"], table, allow_imports=allow_imports)
+    return call(function, *positional, **{**extra, **spec["args"]})
 
 
-def call(
-    where: str,
-    function: Callable[..., Any],
-    positional: Sequence[Any],
-    args: Mapping[str, Any],
-) -> Any:
-    """Calls a function; arguments it does not take are one clear error."""
-    signature = inspect.signature(function)
+def call(function: Callable[..., Any], /, *positional: Any, **args: Any) -> Any:
+    """Calls a function; arguments that it does not take are a mistake of the user.
+
+    Raises:
+      UserError: Unknown or missing arguments, with the known ones.
+    """
     try:
-        signature.bind(*positional, **args)
+        inspect.signature(function).bind(*positional, **args)
     except TypeError as error:
-        known = [name for name in signature.parameters][len(positional) :]
+        known = _options(function, len(positional))
         raise UserError(
-            f"{where}.args: must be arguments of {function.__name__} ({known}), got"
+            f"args: must be arguments of {_name_of(function)} ({list(known)}), got"
             f" {sorted(args)}: {error}. Correct them."
         ) from error
-    try:
-        return function(*positional, **args)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+    return function(*positional, **args)
 
 
-def _import(where: str, path: str) -> Callable[..., Any]:
+def complete(
+    spec: Mapping[str, Any],
+    table: Table,
+    *,
+    positional: int = 0,
+    supplied: Collection[str] = (),
+    allow_imports: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Writes every argument of a choice out, so that no default stays hidden.
+
+    Args:
+      spec: A choice in a config, `{"name": ..., "args": {...}}`.
+      table: The functions that have a short name.
+      positional: How many arguments the caller puts in front.
+      supplied: Parameters that the caller gives itself, such as "rngs".
+      allow_imports: As in `resolve`.
+
+    Returns:
+      The spec with, among its arguments, the defaults of the function's signature that
+      JSON can hold; tuples become lists. Others, such as functions, are left out.
+
+    Raises:
+      UserError: As in `resolve`, or arguments that the function does not take.
+
+    >>> complete({"name": "sum", "args": {}}, {"sum": sum}, positional=1)
+    {'name': 'sum', 'args': {'start': 0}}
+    """
+    function = resolve(spec["name"], table, allow_imports=allow_imports)
+    options = _options(function, positional)
+    taken = any(p.kind is p.VAR_KEYWORD for p in options.values())
+    open_names = [
+        name
+        for name, option in options.items()
+        if name not in supplied
+        and option.kind not in (option.VAR_KEYWORD, option.VAR_POSITIONAL)
+    ]
+    unknown = [
+        name
+        for name in spec["args"]
+        if name in supplied or (name not in open_names and not taken)
+    ]
+    if unknown:
+        raise UserError(
+            f"args: must be of {open_names}, the arguments of {_name_of(function)}, got"
+            f" {unknown}. Correct them."
+        )
+    defaults = {name: options[name].default for name in open_names}
+    recorded = {
+        name: _to_json(default)
+        for name, default in defaults.items()
+        if default is not inspect.Parameter.empty and _is_json(default)
+    }
+    return {**spec, "args": {**recorded, **spec["args"]}}
+
+
+def _options(
+    function: Callable[..., Any], positional: int
+) -> dict[str, inspect.Parameter]:
+    """The parameters that are left after so many positional arguments."""
+    return dict(list(inspect.signature(function).parameters.items())[positional:])
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """A name for messages; a partial or an object that is called has none."""
+    return getattr(function, "__name__", None) or repr(function)
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, bool | int | str)
+
+
+def _to_json(value: Any) -> Any:
+    """The value with tuples as lists, as it comes back from a file."""
+    if isinstance(value, list | tuple):
+        return [_to_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _to_json(item) for key, item in value.items()}
+    return value
+
+
+def _import(path: str) -> Callable[..., Any]:
     """Imports the function at `path`, given as `package.module:function`."""
     module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(
-            f"{where}: must be the import path of a function, got {path!r} ({error}). "
-            "Correct the path, install the package or add its folder to PYTHONPATH."
+            f"name: must be the import path of a function, got {path!r} ({error})."
+            " Correct the path, install the package or add its folder to PYTHONPATH."
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise UserError(
-            f"{where}: must be the import path of a function, got {path!r} "
-            f"({module_name} has no function {attribute!r}). Correct the path."
+            f"name: must be the import path of a function, got {path!r}"
+            f" ({module_name} has no function {attribute!r}). Correct the path."
         )
     return function

@@ -187,27 +187,27 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "unknown model": (
         "model/name",
         "mpl",
-        ("config.model.name", "'mpl'", "mlp", "lenet", "convnet", "vit"),
+        ("config.model: name", "'mpl'", "mlp", "lenet", "convnet", "vit"),
     ),
     "model of no package": (
         "model/name",
         "no_such_package_h7:net",
-        ("config.model.name", "no_such_package_h7"),
+        ("config.model: name", "no_such_package_h7"),
     ),
     "unknown argument of a model": (
         "model/args/hiden",
         [3],
-        ("config.model.args", "'hiden'", "hidden"),
+        ("config.model: args", "'hiden'", "hidden"),
     ),
     "unknown sampler": (
         "phases/0/sampler/name",
         "sandwhich",
-        ("config.phases[0].sampler.name", "'sandwhich'", "sandwich", "single_layer"),
+        ("config.phases[0].sampler: name", "'sandwhich'", "sandwich", "single_layer"),
     ),
     "unknown argument of a sampler": (
         "phases/0/sampler",
         named("sandwich", pases=3),
-        ("config.phases[0].sampler.args", "'pases'", "'passes'"),
+        ("config.phases[0].sampler: args", "'pases'", "'passes'"),
     ),
     "bad argument of a sampler": (
         "phases/0/sampler",
@@ -217,7 +217,7 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "missing argument of a sampler": (
         "phases/0/sampler",
         named("geometric"),
-        ("config.phases[0].sampler.args", "decay"),
+        ("config.phases[0].sampler: args", "decay"),
     ),
     "bad fraction of a sampler": (
         "phases/0/sampler",
@@ -242,7 +242,7 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "unknown teacher": (
         "phases/0/teacher/name",
         "me",
-        ("config.phases[0].teacher.name", "'me'", "full", "none"),
+        ("config.phases[0].teacher: name", "'me'", "full", "none"),
     ),
     "bad label weight": (
         "phases/0/teacher",
@@ -267,22 +267,22 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "unknown optimizer": (
         "phases/0/optimizer/name",
         "sdg",
-        ("config.phases[0].optimizer.name", "'sdg'", "adamw", "sgd"),
+        ("config.phases[0].optimizer: name", "'sdg'", "adamw", "sgd"),
     ),
     "unknown argument of an optimizer": (
         "phases/0/optimizer/args",
         {"momentun": 0.9},
-        ("config.phases[0].optimizer.args", "'momentun'", "'momentum'"),
+        ("config.phases[0].optimizer: args", "'momentun'", "'momentum'"),
     ),
     "unknown schedule": (
         "phases/0/optimizer/schedule/name",
         "linear",
-        ("config.phases[0].optimizer.schedule.name", "'linear'", "cosine"),
+        ("config.phases[0].optimizer.schedule: name", "'linear'", "cosine"),
     ),
     "missing argument of a schedule": (
         "phases/0/optimizer/schedule",
         named("cosine", warmup_steps=1),
-        ("config.phases[0].optimizer.schedule.args", "final_fraction"),
+        ("config.phases[0].optimizer.schedule: args", "final_fraction"),
     ),
     "decayed that is no pattern": (
         "phases/0/optimizer/decayed",
@@ -307,7 +307,7 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "data of no package": (
         "data/name",
         "no_such_package_h7:data",
-        ("config.data.name", "no_such_package_h7"),
+        ("config.data: name", "no_such_package_h7"),
     ),
     "arguments for digits": ("data/args", {"size": 3}, ("digits", "'size'")),
     "name that is no data set": ("data/name", "../digits", ("data set", "'../digits'")),
@@ -352,7 +352,7 @@ MISTAKES |= {
     "unknown projection": (
         "phases/0/projections",
         penalties("spectral_norm"),
-        ("config.phases[0].projections.name", "stable_rank_normalization"),
+        ("config.phases[0].projections: name", "stable_rank_normalization"),
     ),
     "unknown condition": (
         "phases/0/until",
@@ -403,7 +403,7 @@ MISTAKES |= {
     "unknown action": (
         "phases/0/on_end",
         ends_with("distil"),
-        ("config.phases[0].on_end.name", "canonicalize", "'distil'"),
+        ("config.phases[0].on_end: name", "canonicalize", "'distil'"),
     ),
     "rules of an action without a layer": (
         "phases/0/on_end",

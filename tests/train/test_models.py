@@ -41,7 +41,7 @@ def paths(model: nnx.Module, kind: type[nnx.Module]) -> set[str]:
 @pytest.mark.parametrize("name", MODELS)
 def test_maps_images_to_finite_float32_logits_with_gradients(name):
     image_shape = (32, 36, 3)
-    build = resolve("model", name, MODELS, allow_imports=[])
+    build = resolve(name, MODELS, allow_imports=[])
     model = build(
         image_shape=image_shape, num_classes=7, rngs=nnx.Rngs(0), **OPTIONS[name]
     )
@@ -75,7 +75,7 @@ def test_defaults_stand_in_build_alone(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_of_bfloat16_parameters_are_float32(name):
-    build = resolve("model", name, MODELS, allow_imports=[])
+    build = resolve(name, MODELS, allow_imports=[])
     model = build(
         image_shape=(32, 32, 1), num_classes=3, rngs=nnx.Rngs(0), **OPTIONS[name]
     )
@@ -282,7 +282,7 @@ def test_convnet_takes_tiny_images():
 
 @pytest.mark.parametrize("name", ["resnet", "vgg"])
 def test_group_normalization_holds_no_batch_statistics(name):
-    model = resolve("model", name, MODELS, allow_imports=[])(
+    model = resolve(name, MODELS, allow_imports=[])(
         image_shape=(32, 32, 3),
         num_classes=7,
         rngs=nnx.Rngs(0),

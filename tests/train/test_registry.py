@@ -1,13 +1,15 @@
 """Names resolve to functions, and only to those that the user lets in."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lowrank_jax.errors import UserError, at
 from train.models import MODELS
-from train.registry import resolve
+from train.registry import build, call, complete, resolve
 
 TABLE = {"lenet": "train.models.lenet:build", "mlp": "train.models.mlp:build"}
 
@@ -30,7 +32,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("allow_imports", [None, []])
 def test_short_names_need_no_permission(name, allow_imports):
-    build = resolve("model", name, MODELS, allow_imports=allow_imports)
+    build = resolve(name, MODELS, allow_imports=allow_imports)
     assert f"{build.__module__}:{build.__name__}" == MODELS[name]
 
 
@@ -39,16 +41,16 @@ def test_short_names_need_no_permission(name, allow_imports):
 )
 def test_unknown_name_lists_the_known_ones(name):
     with pytest.raises(ValueError) as error:
-        resolve("model", name, TABLE, allow_imports=None)
+        resolve(name, TABLE, allow_imports=None)
     assert str(error.value).startswith(
-        "config.model.name: must be one of lenet, mlp or an import path "
+        "name: must be one of lenet, mlp or an import path "
         f"'package.module:function', got {name!r}. "
     )
 
 
 @pytest.mark.parametrize("allow", [None, ["registry_test_package"]])
 def test_allowed_path_is_imported(package, allow):
-    function = resolve("model", f"{package}.good:build", TABLE, allow_imports=allow)
+    function = resolve(f"{package}.good:build", TABLE, allow_imports=allow)
     assert function() == 1
 
 
@@ -57,7 +59,7 @@ def test_allowed_path_is_imported(package, allow):
 )
 def test_refused_path_is_not_imported(package, allow):
     with pytest.raises(ValueError, match=rf"--allow_imports={package}\."):
-        resolve("model", f"{package}.good:build", TABLE, allow_imports=allow)
+        resolve(f"{package}.good:build", TABLE, allow_imports=allow)
     assert not [m for m in sys.modules if m.split(".")[0] == package]
 
 
@@ -73,12 +75,105 @@ def test_refused_path_is_not_imported(package, allow):
 )
 def test_failed_import_is_one_clear_error(package, path, reason):
     with pytest.raises(ValueError) as error:
-        resolve("model", path, TABLE, allow_imports=None)
+        resolve(path, TABLE, allow_imports=None)
     message = str(error.value)
-    assert message.startswith("config.model.name: must be the import path of a func")
+    assert message.startswith("name: must be the import path of a func")
     assert path in message and reason in message
 
 
 def test_bug_inside_the_module_is_not_hidden(package):
     with pytest.raises(AttributeError, match="NoneType"):
-        resolve("model", f"{package}.buggy:build", TABLE, allow_imports=None)
+        resolve(f"{package}.buggy:build", TABLE, allow_imports=None)
+
+
+def model(shape, *, width: int = 3, sizes=(1, 2), act=print, mode=None, rngs=None):
+    """Stands for someone's own model."""
+    if width < 0:
+        raise UserError("width: must be >= 0.")
+    if width == 7:
+        raise ValueError("a bug of the model")
+    return shape, width, sizes, rngs
+
+
+def open_ended(*layers, scale=float("inf"), **rest):
+    return layers, scale, rest
+
+
+CHOICES = {"model": model, "open": open_ended}
+
+
+class TestBuild:
+    def test_positional_supplied_and_given(self):
+        spec = {"name": "model", "args": {"width": 5}}
+        assert build(spec, CHOICES, (8, 8), rngs=1) == ((8, 8), 5, (1, 2), 1)
+        assert call(model, (8, 8), width=1)[1] == 1
+
+    @pytest.mark.parametrize(
+        "args, reason",
+        [({"widht": 3}, "'widht'"), ({"shape": 3}, "multiple values"), ({}, None)],
+    )
+    def test_arguments_that_do_not_fit(self, args, reason):
+        """The caller's place comes first; the known arguments are listed."""
+        positional = ((8, 8),) if reason else ()
+        with pytest.raises(UserError) as error, at("config.model"):
+            build({"name": "model", "args": args}, CHOICES, *positional)
+        message = str(error.value)
+        assert message.startswith("config.model: args: must be arguments of model (")
+        assert "'width'" in message and (reason or "'shape'") in message
+
+    def test_mistakes_and_bugs_pass_through(self):
+        """What the function raises is its own; a bug is not made a user's mistake."""
+        with pytest.raises(UserError, match=r"^config.model: width: must be >= 0"):
+            with at("config.model"):
+                build({"name": "model", "args": {"width": -1}}, CHOICES, 0)
+        with pytest.raises(ValueError, match="^a bug of the model$") as error:
+            with at("config.model"):
+                build({"name": "model", "args": {"width": 7}}, CHOICES, 0)
+        assert type(error.value) is ValueError
+
+
+class TestComplete:
+    def test_defaults_are_written_out(self):
+        """Those that JSON holds, and not what the caller gives."""
+        spec = complete(
+            {"name": "model", "args": {"width": 5}},
+            CHOICES,
+            positional=1,
+            supplied=("rngs",),
+        )
+        args = {"width": 5, "sizes": [1, 2], "mode": None}
+        assert spec == {"name": "model", "args": args}
+        assert json.loads(json.dumps(spec)) == spec
+        again = complete(spec, CHOICES, positional=1, supplied=("rngs",))
+        assert again == spec
+
+    def test_the_given_spec_stays_as_it_is(self):
+        spec = {"name": "model", "args": {}}
+        complete(spec, CHOICES, positional=1)
+        assert spec == {"name": "model", "args": {}}
+
+    def test_open_ended_arguments(self):
+        spec = {"name": "open", "args": {"depth": 3}}
+        assert complete(spec, CHOICES) == spec
+
+    def test_of_a_table_of_import_paths(self):
+        spec = complete(
+            {"name": "adam", "args": {"b1": 0.8}},
+            {"adam": "optax:adam"},
+            supplied=("learning_rate",),
+        )
+        assert spec["args"]["b1"] == 0.8 and spec["args"]["b2"] == 0.999
+        assert "learning_rate" not in spec["args"]
+
+    def test_unknown_ones_are_all_named(self):
+        """One that the caller gives itself is none of the config's."""
+        args = {"widht": 3, "rngs": 0, "shape": 1, "width": 2}
+        with pytest.raises(UserError) as error:
+            complete(
+                {"name": "model", "args": args},
+                CHOICES,
+                positional=1,
+                supplied=("rngs",),
+            )
+        assert "of ['width', 'sizes', 'act', 'mode'], the" in str(error.value)
+        assert "got ['widht', 'rngs', 'shape']" in str(error.value)

@@ -194,7 +194,7 @@ def load_data(
     """
     name = spec["name"]
     if ":" in name and not name.rpartition(":")[2][:1].isdigit():  # not "cifar10:3.0.2"
-        name = registry.resolve("data", name, {}, allow_imports=allow_imports)
+        name = registry.resolve(name, {}, allow_imports=allow_imports)
     return load_dataset(
         name,
         data_dir=spec["data_dir"],
