@@ -190,7 +190,7 @@ def load_data(
         allow_imports: Packages that its name may be imported from; None for any.
 
     Raises:
-        UserError: As `load_dataset`, with config.data in front.
+        UserError: As `load_dataset`, or the name stands for nothing.
     """
     name = spec["name"]
     if ":" in name and not name.rpartition(":")[2][:1].isdigit():  # not "cifar10:3.0.2"
