@@ -79,7 +79,12 @@ def _main() -> None:
     print(logs.table(headers, cells))
     if fractions:
         picture = Path(_PLOT.value or Path(_CHECKPOINT.value) / "frontier.png")
-        plots.plot_frontier({_SPLIT.value: figures}, picture)
+        plots.plot_frontier(
+            {_SPLIT.value: figures},
+            picture,
+            headline="accuracy",
+            higher_is_better=True,
+        )
         print(f"frontier: {picture}")
     logs.emit(figures)
 

@@ -7,13 +7,15 @@ JSON holding the rows.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from lowrank_jax.errors import UserError
-from train import binary, checkpoints, evaluation
+from lowrank_jax import errors
+from train import binary, checkpoints, evaluation, folders
 from train.loop import train_and_evaluate
 from train.report import logs, plots
 
@@ -25,39 +27,71 @@ _WORKDIR = flags.DEFINE_string(
 BUDGETS = (0.5, 0.35, 0.25)
 """Shares of the factored layers' dense parameters."""
 FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.18, 0.125)
-_MARK = "quickstart"
+HEADLINE, HIGHER_IS_BETTER = "accuracy", True
+"""The figure that is shown, and its direction."""
+
+_MARK, _MARK_TEXT = "quickstart.txt", "Written by train.quickstart, which clears it.\n"
+_PICTURE = "frontier.png"
 
 
-def _clear(workdir: Path) -> None:
-    """Removes an earlier quickstart, and nothing else."""
-    if workdir.exists() and not (workdir / _MARK).exists():
-        raise UserError(
-            f"--workdir: must be new or of an earlier quickstart, got {workdir}."
-            " Nothing is overwritten; name another."
+def _cut_name(budget: float) -> str:
+    return f"params_{budget}"
+
+
+def clear(workdir: Path) -> None:
+    """Removes what an earlier quickstart wrote, and nothing else; leaves a mark.
+
+    Raises:
+      UserError: The folder holds something and not the mark, or cannot be written.
+    """
+    folders.check_writable(workdir)
+    mark = workdir / _MARK
+    marked = mark.is_file() and mark.read_bytes() == _MARK_TEXT.encode()
+    if workdir.exists() and any(workdir.iterdir()) and not marked:
+        raise errors.UserError(
+            f"must be new or of an earlier quickstart, got {workdir}, which holds other"
+            " files. Nothing is overwritten; name another."
         )
-    shutil.rmtree(workdir, ignore_errors=True)
-    workdir.mkdir(parents=True)
-    (workdir / _MARK).touch()
+    for name in ("run", *map(_cut_name, BUDGETS), _PICTURE):
+        path = workdir / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    mark.write_text(_MARK_TEXT)
+
+
+def _report(
+    rows: Sequence[dict[str, Any]], curve: Sequence[dict[str, Any]], picture: Path
+) -> None:
+    """Prints the table and draws the picture."""
+    plots.plot_frontier(
+        {"any rank fraction": curve, "cut checkpoints": rows},
+        picture,
+        headline=HEADLINE,
+        higher_is_better=HIGHER_IS_BETTER,
+    )
+    headers = ["size", HEADLINE, "params", "macs", "ranks"]
+    cells = [[str(row[k]) if k == "ranks" else row[k] for k in headers] for row in rows]
+    print(f"\nTest {HEADLINE} of one trained model, cut at budgets of parameters:\n")
+    print(logs.table(headers, cells))
+    print(f"\nfrontier: {picture}")
 
 
 def _main() -> None:
     workdir = Path(_WORKDIR.value)
-    _clear(workdir)
+    with errors.at("--workdir"):
+        clear(workdir)
     run = workdir / "run"
     train_and_evaluate(_CONFIG.value, run)
     rows = [{"size": "full", **evaluation.evaluate_checkpoint(run)}]
     for budget in BUDGETS:
-        output = workdir / f"params_{budget}"
+        output = workdir / _cut_name(budget)
         checkpoints.truncate_checkpoint(run, output, "params_fraction", budget)
         rows.append({"size": f"{budget:g}", **evaluation.evaluate_checkpoint(output)})
     curve = evaluation.evaluate_checkpoint(run, fractions=FRACTIONS)
-    picture = workdir / "frontier.png"
-    plots.plot_frontier({"any rank fraction": curve, "cut checkpoints": rows}, picture)
-    headers = ["size", "accuracy", "params", "macs", "ranks"]
-    cells = [[str(row[k]) if k == "ranks" else row[k] for k in headers] for row in rows]
-    print("\nTest accuracy of one trained model, cut at budgets of parameters:\n")
-    print(logs.table(headers, cells))
-    print(f"\nfrontier: {picture}")
+    _report(rows, curve, workdir / _PICTURE)
     logs.emit({"rows": rows})
 
 
