@@ -10,10 +10,12 @@ from lowrank_jax.factors import Factors, Rank
 from lowrank_jax.paths import find_factors
 from lowrank_jax.shrinking import shrink, tail_ranks
 from lowrank_jax.surgery import canonicalize, merge, truncate
+from lowrank_jax.version import __version__
 
 __all__ = [
     "Factors",
     "Rank",
+    "__version__",
     "canonicalize",
     "count",
     "factorize",
