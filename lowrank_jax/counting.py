@@ -88,7 +88,9 @@ def count(
         else:
             fixed_macs += cost.dense_macs
     shared = {
-        id(p) for f in find_factors(model).values() for p in (f.u, f.s, f.middle, f.v)
+        id(param)
+        for factors in find_factors(model).values()
+        for param in factors.params().values()
     }
     params = {
         id(node): math.prod(node.shape)
@@ -161,7 +163,8 @@ def _layer_cost(layer: nnx.Module, recorder: _Recorder) -> LayerCost:
     )
     costs = [kind.cost_of(layer, fold, *shapes) for shapes in calls]
     total = functools.reduce(_add_positions, costs, never)
-    return dataclasses.replace(total, matrices=total.matrices * stacked)
+    total = dataclasses.replace(total, matrices=total.matrices * stacked)
+    return layer.factors.cost(total) if isinstance(layer, LowRankLayer) else total
 
 
 def _add_positions(one: LayerCost, other: LayerCost) -> LayerCost:
@@ -170,4 +173,5 @@ def _add_positions(one: LayerCost, other: LayerCost) -> LayerCost:
         dense_positions=one.dense_positions + other.dense_positions,
         first_positions=one.first_positions + other.first_positions,
         second_positions=one.second_positions + other.second_positions,
+        spared_positions=one.spared_positions + other.spared_positions,
     )

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.folds import ConvFold
+from lowrank_jax.forms import FORMS
 from lowrank_jax.layers import LAYERS, LowRankLayer
 from lowrank_jax.paths import find_layers, replace
 from lowrank_jax.ranks import fraction_of
@@ -22,13 +23,15 @@ LayerRule: TypeAlias = str | Mapping[str, Any]
 
 - `max_rank` (clipped to the layer's) or `rank_fraction`: what to allocate;
 - `scheme`: how the kernel of a convolution folds (`folds.conv_fold`);
+- `form`: a key of `forms.FORMS`, "factored" by default, which takes
 - `with_s`: keep scales in `s` instead of sharing them between the factors;
 - `depth`: number of factors, 2 or more (LoRITa);
 - `init`: "svd" of the kernel (spectral initialisation where it is a fresh one, Khodak
   et al., 2021), or "random" factors of the kernel's variance.
 """
 
-_RULE_KEYS = {"max_rank", "rank_fraction", "scheme", "with_s", "depth", "init"}
+_COMMON_KEYS = {"max_rank", "rank_fraction", "scheme", "form"}
+_RULE_KEYS = _COMMON_KEYS.union(*(form.rule_options for form in FORMS.values()))
 
 
 def factorize(
@@ -104,11 +107,7 @@ def rules_of(model: nnx.Module) -> list[tuple[str, LayerRule]]:
         if not isinstance(layer, LowRankLayer):
             dense = True
             continue
-        rule = {
-            "max_rank": layer.factors.max_rank,
-            "with_s": layer.factors.s is not None,
-            "depth": layer.factors.depth,
-        }
+        rule = layer.factors.rule()
         if isinstance(layer.fold, ConvFold):
             rule["scheme"] = layer.fold.scheme
         rules.append((re.escape(path), rule))
@@ -155,50 +154,34 @@ def _twin(
     fold = kind.fold_of(layer, **fold_options)
     max_rank = _allocated_rank(options, fold.full_rank)
     kernel = getattr(layer, kind.kernel_name)
-    form = _form(options)
-    key = (id(kernel), fold, max_rank, *form)
+    form, form_options = _form(options)
+    key = (id(kernel), fold, max_rank, form.form, repr(form_options))
     if key not in shared:
-        shared[key] = _factors(fold.to_matrix(kernel[...]), max_rank, *form, rngs)
+        matrix = fold.to_matrix(kernel[...])
+        if not isinstance(matrix, jax.core.Tracer) and not np.isfinite(matrix).all():
+            raise UserError(
+                "the kernel must be finite to be factored, got NaN or infinity. Train"
+                " or load it anew, with a lower learning rate."
+            )
+        shared[key] = form.from_rule(matrix, max_rank, rngs=rngs, **form_options)
     return kind.from_dense(
         layer, max_rank=max_rank, factors=shared[key], **fold_options
     )
 
 
-def _form(options: Mapping[str, Any]) -> tuple[bool, int, str]:
-    """`with_s`, `depth` and `init` of a rule, checked."""
-    with_s, depth = options.get("with_s", False), options.get("depth", 2)
-    init = options.get("init", "svd")
-    if not isinstance(with_s, bool):
-        raise UserError(f"with_s must be true or false, got {with_s!r}.")
-    if isinstance(depth, bool) or not isinstance(depth, int):
-        raise UserError(f"depth must be a whole number >= 2, got {depth!r}.")
-    if init not in ("svd", "random"):
-        raise UserError(f"init must be 'svd' or 'random', got {init!r}.")
-    return with_s, depth, init
-
-
-def _factors(
-    matrix: Array,
-    max_rank: int,
-    with_s: bool,
-    depth: int,
-    init: str,
-    rngs: nnx.Rngs | None,
-) -> Factors:
-    """The factors that a rule makes of a kernel's matrix."""
-    if not isinstance(matrix, jax.core.Tracer) and not np.isfinite(matrix).all():
+def _form(options: Mapping[str, Any]) -> tuple[type[Factors], dict[str, Any]]:
+    """The form that a rule asks for, and what the rule chooses of it."""
+    name = options.get("form", Factors.form)
+    if name not in FORMS:
+        raise UserError(f"form must be one of {sorted(FORMS)}, got {name!r}.")
+    form = FORMS[name]
+    given = {key: value for key, value in options.items() if key in form.rule_options}
+    if foreign := set(options) - set(given) - _COMMON_KEYS:
         raise UserError(
-            "the kernel must be finite to be factored, got NaN or infinity. Train or"
-            " load it anew, with a lower learning rate."
+            f"form {name!r} must have options of {sorted(form.rule_options)}, got"
+            f" {sorted(foreign)}. Leave them out."
         )
-    if init == "svd":
-        return Factors.from_matrix(matrix, max_rank, with_s=with_s, depth=depth)
-    if rngs is None or depth != 2:
-        raise UserError(
-            "init 'random' needs rngs and a depth of 2, got"
-            f" rngs={rngs}, depth={depth}. Pass factorize(..., rngs=)."
-        )
-    return Factors.random(rngs.params(), matrix, max_rank, with_s=with_s)
+    return form, {**form.rule_options, **given}
 
 
 def _allocated_rank(options: Mapping[str, Any], full_rank: int) -> int:
