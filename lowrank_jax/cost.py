@@ -56,7 +56,16 @@ class LayerCost:
         return sum(min(dense, self.form_params(one)) for one in self._ranks(rank))
 
     def macs(self, rank: RankValue) -> int:
-        """MACs of the cheaper form, factored or merged, matrix by matrix."""
+        """MACs of the cheaper form, factored or merged, matrix by matrix.
+
+        A lookup in a dense table costs none, so that its form is the one with fewer
+        parameters.
+        """
+        if not self.dense_positions:
+            break_even = self.break_even_rank
+            return self.factored_macs(
+                [number * (number < break_even) for number in self._ranks(rank)]
+            )
         dense = self.in_size * self.out_size * self.dense_positions
         return sum(min(dense, self.form_macs(one)) for one in self._ranks(rank))
 
