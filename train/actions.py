@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lowrank_jax import factorization, optimizer_state, surgery
+from lowrank_jax import factorization, optimizer_state, shrinking, surgery
 from lowrank_jax.active import check_ranks, get_ranks, max_ranks
 from lowrank_jax.counting import ModelCost
 from lowrank_jax.errors import UserError
@@ -227,7 +227,7 @@ def carry_opt_state(
     params = nnx.as_pure(nnx.state(new_model, nnx.Param))
     fresh = optimizer.init(params)
     if kind == "cut":
-        return optimizer_state.cut_opt_state(opt_state, fresh)
+        return shrinking.carry_opt_state(old_model, new_model, opt_state, optimizer)
     if kind == "rotated":
         return fresh, ["state"]
     graphdef, _, rest = nnx.split(new_model, nnx.Param, ...)
