@@ -13,26 +13,21 @@ ROOT = Path(__file__).resolve().parent.parent
 TREES = ("lowrank_jax", "train", "configs", "benchmarks")
 
 LAYERS = (
-    {"linalg", "folds", "cost", "rules", "optimizer_state"},
-    {"factors"},
-    {"projections"},
+    {"errors", "linalg", "optimizer_state"},
+    {"ranks", "rules", "folds", "purity"},
+    {"cost", "factors"},
     {"layers", "selection"},
-    {"surgery"},
-    {
-        "ordered_dropout",
-        "regularizers",
-        "shrinking",
-        "calibration",
-        "counting",
-        "checkpoint",
-        "export",
-    },
+    {"paths"},
+    {"active", "factorization", "penalties", "projections"},
+    {"samplers", "surgery"},
+    {"shrinking", "calibration", "counting", "checkpoint"},
     {"lowrank_jax"},
 )
 """Parts of the library, lowest first: each may import the ones above it in this list.
 
-Within a set nobody imports another. `layers` and `selection` are packages, whose files
-may import one another; `lowrank_jax` is the package's own `__init__`.
+Within a set nobody imports another. `layers`, `penalties`, `samplers` and `selection` are
+packages, whose files may import one another; `lowrank_jax` is the package's own
+`__init__`.
 """
 FORBIDDEN = {
     "absl",
@@ -137,12 +132,12 @@ def test_the_application_knows_no_config_and_no_orbax():
 
 
 def test_models_know_nothing_of_low_rank():
-    """They are plain Flax NNX; surgery puts low rank in."""
+    """They are plain Flax NNX; surgery puts low rank in. Errors they may share."""
     wrong = [
         f"{path.relative_to(ROOT)}:{line}: {module}"
         for path in files("train/models")
         for module, line in imports(path)
-        if module.split(".")[0] == "lowrank_jax"
+        if module.split(".")[0] == "lowrank_jax" and module != "lowrank_jax.errors"
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -187,6 +182,43 @@ def test_importing_the_library_starts_no_backend():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+IMAGE_FILES = ("train/data/", "train/models/", "train/tasks/classification.py")
+"""What may speak of images, labels, classes and accuracy."""
+
+IMAGE_WORDS = re.compile(
+    r"(?<![a-z])(images?|labels?|num_classes|accurac(?:y|ies))(?![a-z])", re.IGNORECASE
+)
+
+
+def words_of(path: Path) -> Iterator[tuple[str, int]]:
+    """Every name, argument and attribute of a file and every line of its strings."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        line = getattr(node, "lineno", 0)
+        for field in ("id", "attr", "arg", "name", "asname", "module"):
+            if isinstance(getattr(node, field, None), str):
+                yield getattr(node, field), line
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            for number, text in enumerate(node.value.split("\n")):
+                yield text, line + number
+
+
+def test_only_its_task_knows_what_a_batch_means():
+    """Images, labels, classes and accuracy: data sources, models and their task."""
+    inside, wrong = 0, []
+    for path in files("train"):
+        name = str(path.relative_to(ROOT))
+        for text, line in words_of(path):
+            words = set(IMAGE_WORDS.findall(text))
+            if name == "train/report/plots.py":
+                words -= {"label", "labels"}  # matplotlib's, of axes and legends
+            if words and name.startswith(IMAGE_FILES):
+                inside += 1
+            elif words:
+                wrong.append(f"{name}:{line}: {text.strip()}")
+    assert inside >= 100  # the walk sees them
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("tree", TREES)
