@@ -16,17 +16,18 @@ LAYERS = (
     {"errors", "linalg", "optimizer_state"},
     {"ranks", "rules", "folds", "purity"},
     {"cost", "factors"},
-    {"layers", "selection"},
+    {"layers"},
     {"paths"},
     {"active", "factorization", "penalties", "projections"},
     {"samplers", "surgery"},
     {"shrinking", "calibration", "counting", "checkpoint"},
+    {"selection"},
     {"lowrank_jax"},
 )
 """Parts of the library, lowest first: each may import the ones above it in this list.
 
-Within a set nobody imports another. `layers`, `penalties`, `samplers` and `selection` are
-packages, whose files may import one another; `lowrank_jax` is the package's own
+Within a set nobody imports another. `layers`, `penalties`, `samplers` and `selection`
+are packages, whose files may import one another; `lowrank_jax` is the package's own
 `__init__`.
 """
 FORBIDDEN = {

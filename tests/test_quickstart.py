@@ -7,7 +7,47 @@ from pathlib import Path
 
 import pytest
 
+from lowrank_jax.errors import UserError
+from train import quickstart
+
 ROOT = Path(__file__).parents[1]
+
+
+def wrote(workdir: Path) -> None:
+    """What a quickstart leaves, as far as clearing goes."""
+    quickstart.clear(workdir)
+    for name in ("run", "params_0.5", "params_0.25"):
+        (workdir / name).mkdir()
+        (workdir / name / "array").write_text("1")
+    (workdir / "frontier.png").write_text("picture")
+
+
+def test_an_earlier_quickstart_goes(tmp_path: Path):
+    """But for what someone else put beside it; what a link leads to stays."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/mine").write_text("mine")
+    workdir = tmp_path / "quickstart"
+    wrote(workdir)
+    (workdir / "notes").write_text("mine")
+    (workdir / "params_0.35").symlink_to(tmp_path / "elsewhere")
+    quickstart.clear(workdir)
+    assert sorted(p.name for p in workdir.iterdir()) == ["notes", "quickstart.txt"]
+    assert (tmp_path / "elsewhere/mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mark", ["a folder", "an empty file", "another text"])
+def test_what_no_quickstart_wrote_stays(tmp_path: Path, mark):
+    """`--workdir=runs`, where runs/quickstart is a run, deletes nothing."""
+    wrote(tmp_path / "quickstart")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint").write_text("a week of work")
+    if mark != "a folder":
+        text = "" if mark == "an empty file" else "quickstart"
+        (tmp_path / "quickstart.txt").write_text(text)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="must be new or of an earlier quickstart"):
+        quickstart.clear(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ class Opened(NamedTuple):
         """
         _, params, model_state = split_model(self.model)
         ranks = active.get_ranks(self.model)
-        return self._evaluator(split, 0).at(params, model_state, ranks)
+        return self.evaluator(split, 0).at(params, model_state, ranks)
 
     def sweep(
         self,
@@ -62,11 +62,17 @@ class Opened(NamedTuple):
             fraction; 0 for the statistics of the checkpoint.
         """
         _, params, model_state = split_model(self.model)
-        evaluator = self._evaluator(split, recalibration_batches)
+        evaluator = self.evaluator(split, recalibration_batches)
         ranks = active.get_ranks(self.model)
         return evaluation.sweep(evaluator, params, model_state, ranks, fractions)
 
-    def _evaluator(self, split: str, batches: int) -> evaluation.Evaluator:
+    def evaluator(self, split: str, batches: int = 0) -> evaluation.Evaluator:
+        """Makes what judges the model at any ranks.
+
+        Args:
+          split: "train", "validation" or "test".
+          batches: Training batches to re-estimate BatchNorm on, 0 for none.
+        """
         run, (structure, _, _) = self.run, split_model(self.model)
         calibrate = None
         if batches and calibration.has_batch_norm(self.model):

@@ -18,8 +18,9 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.penalties import PENALTIES
 from lowrank_jax.projections import PROJECTIONS
 from lowrank_jax.samplers import SAMPLERS, RankSampler
-from train import actions, optim, registry, schema, until
+from train import actions, optim, registry, schema
 from train.teachers import TEACHERS, Teacher
+from train.until import Until, build_until, complete_until
 
 
 class Field(NamedTuple):
@@ -133,7 +134,7 @@ class Phase:
     """
 
     name: str = _key(Field(str))
-    until: until.Until = _key(Field(dict, until.build, until.complete))
+    until: Until = _key(Field(dict, build_until, complete_until))
     sampler: RankSampler = _key(_choice(SAMPLERS))
     teacher: Teacher | None = _key(_choice(TEACHERS))
     passes_loss: str = _key(_one_of("mean", "sum"))

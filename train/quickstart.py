@@ -7,15 +7,18 @@ JSON holding the rows.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from lowrank_jax.errors import UserError
-from train import binary, checkpoints
+from lowrank_jax import errors
+from train import binary, checkpoints, folders
 from train.loop import train_and_evaluate
 from train.report import logs, plots
+from train.tasks.base import Task
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to run.")
 _WORKDIR = flags.DEFINE_string(
@@ -25,41 +28,75 @@ _WORKDIR = flags.DEFINE_string(
 BUDGETS = (0.5, 0.35, 0.25)
 """Shares of the factored layers' dense parameters."""
 FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.18, 0.125)
-_MARK = "quickstart"
+
+_MARK, _MARK_TEXT = "quickstart.txt", "Written by train.quickstart, which clears it.\n"
+_PICTURE = "frontier.png"
 
 
-def _clear(workdir: Path) -> None:
-    """Removes an earlier quickstart, and nothing else."""
-    if workdir.exists() and not (workdir / _MARK).exists():
-        raise UserError(
-            f"--workdir: must be new or of an earlier quickstart, got {workdir}."
-            " Nothing is overwritten; name another."
+def _cut_name(budget: float) -> str:
+    return f"params_{budget}"
+
+
+def clear(workdir: Path) -> None:
+    """Removes what an earlier quickstart wrote, and nothing else; leaves a mark.
+
+    Raises:
+      UserError: The folder holds something and not the mark, or cannot be written.
+    """
+    folders.check_writable(workdir)
+    mark = workdir / _MARK
+    marked = mark.is_file() and mark.read_bytes() == _MARK_TEXT.encode()
+    if workdir.exists() and any(workdir.iterdir()) and not marked:
+        raise errors.UserError(
+            f"must be new or of an earlier quickstart, got {workdir}, which holds other"
+            " files. Nothing is overwritten; name another."
         )
-    shutil.rmtree(workdir, ignore_errors=True)
-    workdir.mkdir(parents=True)
-    (workdir / _MARK).touch()
+    for name in ("run", *map(_cut_name, BUDGETS), _PICTURE):
+        path = workdir / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    mark.write_text(_MARK_TEXT)
+
+
+def _report(
+    task: Task,
+    rows: Sequence[dict[str, Any]],
+    curve: Sequence[dict[str, Any]],
+    picture: Path,
+) -> None:
+    """Prints the table and draws the picture."""
+    headline = task.headline
+    plots.plot_frontier(
+        {"any rank fraction": curve, "cut checkpoints": rows},
+        picture,
+        headline=headline,
+        higher_is_better=task.higher_is_better,
+    )
+    headers = ["size", headline, "params", "macs", "ranks"]
+    cells = [[str(row[k]) if k == "ranks" else row[k] for k in headers] for row in rows]
+    print(f"\nTest {headline} of one trained model, cut at budgets of parameters:\n")
+    print(logs.table(headers, cells))
+    print(f"\nfrontier: {picture}")
 
 
 def _main() -> None:
     workdir = Path(_WORKDIR.value)
-    _clear(workdir)
+    with errors.at("--workdir"):
+        clear(workdir)
     run = workdir / "run"
     train_and_evaluate(_CONFIG.value, run)
-    rows = [{"size": "full", **checkpoints.open_model(run).figures()}]
+    whole = checkpoints.open_model(run)
+    rows = [{"size": "full", **whole.figures()}]
     for budget in BUDGETS:
-        output = workdir / f"params_{budget}"
-        checkpoints.truncate_checkpoint(
-            run, output, {"name": "params_fraction", "args": {"value": budget}}
-        )
-        rows.append({"size": f"{budget:g}", **checkpoints.open_model(output).figures()})
-    curve = checkpoints.open_model(run).sweep(FRACTIONS)
-    picture = workdir / "frontier.png"
-    plots.plot_frontier({"any rank fraction": curve, "cut checkpoints": rows}, picture)
-    headers = ["size", "accuracy", "params", "macs", "ranks"]
-    cells = [[str(row[k]) if k == "ranks" else row[k] for k in headers] for row in rows]
-    print("\nTest accuracy of one trained model, cut at budgets of parameters:\n")
-    print(logs.table(headers, cells))
-    print(f"\nfrontier: {picture}")
+        output = workdir / _cut_name(budget)
+        selector = {"name": "params_fraction", "args": {"value": budget}}
+        checkpoints.truncate_checkpoint(run, output, selector)
+        figures = checkpoints.open_model(output).figures()
+        rows.append({"size": f"{budget:g}", **figures})
+    _report(whole.run.task, rows, whole.sweep(FRACTIONS), workdir / _PICTURE)
     logs.emit({"rows": rows})
 
 

@@ -64,7 +64,7 @@ class Session:
         self.memory = saved.metadata["run"]
         self._begin(model, saved.step)
         self.state = self.state.with_items(
-            checkpoint.restore(saved, self.state.items(), model)
+            checkpoint.restore(saved, self.state.items())
         )
 
     def model(self) -> nnx.Module:

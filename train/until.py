@@ -64,7 +64,7 @@ class Until(NamedTuple):
         return end
 
 
-def build(spec: Mapping[str, Any]) -> Until:
+def build_until(spec: Mapping[str, Any]) -> Until:
     """Builds the end of a phase from its config.
 
     Raises:
@@ -86,7 +86,7 @@ def build(spec: Mapping[str, Any]) -> Until:
     return Until(unit, count, condition)
 
 
-def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
+def complete_until(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Writes out the default arguments of the condition, if there is one."""
     if "condition" not in spec:
         return dict(spec)

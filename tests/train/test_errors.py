@@ -357,7 +357,7 @@ MISTAKES |= {
     "unknown condition": (
         "phases/0/until",
         {"steps": 4, "condition": named("bored")},
-        ("until.condition.name", "stable_ranks_stand_still", "'bored'"),
+        ("until.condition: name", "stable_ranks_stand_still", "'bored'"),
     ),
     "arguments of a condition": (
         "phases/0/until",

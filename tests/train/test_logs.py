@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from train.report import logs
+from train.stopping import NotFinite
 
 
 def read(workdir):
@@ -73,6 +74,27 @@ def test_progress_writes_few_plain_lines_without_a_terminal(capsys, monkeypatch)
     assert len(lines) == 3
 
 
+def test_the_rate_leaves_the_compilation_out(capsys, monkeypatch):
+    """A minute of compiling, then ten steps a second: as said, with the time left."""
+    now = [0.0]
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    progress = logs.Progress(200)
+    progress.compiling(0)
+    now[0] = 60.0
+    progress.update(1)
+    now[0] = 66.0
+    progress.update(61, "loss 2")
+    now[0] = 79.9
+    progress.update(200, "loss 1")
+    progress.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "step 0/200, compiling ...",
+        "step 1/200",
+        "step 61/200, 10 steps/s, 00:13 left, loss 2",
+        "step 200/200, 10 steps/s, loss 1",
+    ]
+
+
 def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
@@ -85,6 +107,44 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
         progress.update(step, "loss 1")
     progress.close()
     assert "10/10" in terminal.getvalue()
+
+
+def test_step_metrics_are_means_at_the_rate_without_compilation(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
+    writer = logs.MetricWriter(tmp_path, start_step=0)
+    metrics = logs.StepMetrics(writer, batch_size=10)
+    for step, seconds in enumerate((60, 61, 62, 63), start=1):  # the first compiles
+        now[0] = seconds
+        metrics.add(step, {"loss": jnp.float32(step)})
+    assert metrics.flush() == "loss 2.5000"
+    metrics.compiling()
+    now[0] = 100.0
+    metrics.add(5, {"loss": 1.0})
+    metrics.flush()
+    writer.close()
+    assert read(tmp_path) == [
+        {"step": 4, "train/loss": 2.5, "train/examples_per_s": 10.0},
+        {"step": 5, "train/loss": 1.0},
+    ]
+    assert metrics.flush() == ""
+
+
+@pytest.mark.parametrize(
+    "saved, said",
+    [(None, "no checkpoint was saved before"), (4, "the last checkpoint is of step 4")],
+)
+def test_a_loss_that_is_not_finite(tmp_path, saved, said):
+    """The steps are named, and a checkpoint only if there is one."""
+    writer = logs.MetricWriter(tmp_path, start_step=0)
+    metrics = logs.StepMetrics(writer, batch_size=10, saved_step=saved)
+    for step, loss in ((6, 1.0), (7, float("nan")), (8, float("inf"))):
+        metrics.add(step, {"loss": loss})
+    with pytest.raises(NotFinite, match="at step 7 to 8.*learning_rate") as caught:
+        metrics.flush()
+    writer.close()
+    assert str(caught.value).endswith(f"{said}.")
+    assert read(tmp_path) == []
 
 
 def test_emit_prints_one_line_of_json(capsys):

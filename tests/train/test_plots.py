@@ -2,9 +2,11 @@
 
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from lowrank_jax.errors import UserError
 from train.report.plots import plot_frontier
 
 
@@ -20,28 +22,54 @@ def rows(shift: float = 0.0, scale: float = 1.0):
     ]
 
 
-@pytest.mark.parametrize("count", [1, 2, 9])
-def test_writes_a_png(tmp_path, count):
-    path = tmp_path / "frontier.png"
-    plot_frontier({f"method {i}": rows(0.01 * i) for i in range(count)}, path)
+def draw(series, path, headline="accuracy", higher_is_better=True):
+    """Writes the picture and returns its pixels."""
+    plot_frontier(series, path, headline=headline, higher_is_better=higher_is_better)
     with Image.open(path) as image:
         assert image.format == "PNG"
-        assert image.width > image.height > 500
-        assert len(image.convert("RGB").getcolors(2**24)) > 20
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_writes_a_png(tmp_path, count):
+    """Each series adds its colour; nothing is kept in pyplot."""
+    names = [f"method {i}" for i in range(count)]
+    series = {name: rows(0.01 * i) for i, name in enumerate(names)}
+    pixels = draw(series, tmp_path / "frontier.png")
+    assert pixels.shape[1] > pixels.shape[0] > 500
+    for index, colour in enumerate(((0, 114, 178), (213, 94, 0), (0, 158, 115))):
+        found = (pixels == colour).all(axis=-1).sum()
+        assert (found > 100) == (index < count)
     assert "matplotlib.pyplot" not in sys.modules
 
 
 def test_a_single_point_is_drawn(tmp_path):
     row = {"accuracy": 0.9, "params": 10, "macs": 100}
-    plot_frontier({"dense": [row]}, tmp_path / "one.png")
-    assert (tmp_path / "one.png").stat().st_size > 1000
+    pixels = draw({"dense": [row]}, tmp_path / "one.png")
+    assert (pixels == (0, 114, 178)).all(axis=-1).sum() > 10
+
+
+def test_another_headline(tmp_path):
+    """Any figure of the rows; its name and direction are in the picture."""
+    losses = [{**row, "perplexity": 100 * row["accuracy"]} for row in rows()]
+    pictures = [
+        draw({"ours": losses}, tmp_path / "a.png", name, higher)
+        for name, higher in (
+            ("accuracy", True),
+            ("perplexity", True),
+            ("perplexity", False),
+        )
+    ]
+    assert not np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[1], pictures[2])
 
 
 @pytest.mark.parametrize("missing", ["accuracy", "params", "macs"])
 def test_rows_without_a_figure_are_named(tmp_path, missing):
     bad = rows()
     del bad[2][missing]
-    with pytest.raises(ValueError, match=r"ours\[2\]"):
-        plot_frontier({"ours": bad}, tmp_path / "bad.png")
-    with pytest.raises(ValueError, match="at least one row"):
-        plot_frontier({}, tmp_path / "bad.png")
+    with pytest.raises(UserError, match=r"ours\[2\]"):
+        draw({"ours": bad}, tmp_path / "bad.png")
+    with pytest.raises(UserError, match="at least one row"):
+        draw({}, tmp_path / "bad.png")
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ import tensorboardX
 import tqdm
 
 from lowrank_jax.errors import UserError
+from train.stopping import NotFinite
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -53,8 +54,8 @@ class MetricWriter:
     every step is there once.
 
     Args:
-        workdir: directory of the run; made if missing.
-        start_step: the step the run starts after; 0 for a new run.
+      workdir: Folder of the run; made if missing.
+      start_step: The step the run starts after; 0 for a new run.
     """
 
     def __init__(self, workdir: str | os.PathLike, *, start_step: int):
@@ -102,35 +103,62 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> None:
 class Progress:
     """A bar when stderr is a terminal, else a line every few seconds.
 
+    The first step after `compiling` is named so, and is left out of the rate: it takes
+    as long as thousands of others.
+
     Args:
-        total: the last step; may be set anew.
-        start: steps already done.
+      total: The last step; may be set anew.
+      start: Steps already done.
     """
 
     def __init__(self, total: int, *, start: int = 0):
-        self.total, self._start = total, start
-        self._began = self._spoke = time.monotonic()
+        self.total = total
+        self._counted_from, self._began = start, time.monotonic()
+        self._spoke = self._began
+        self._compiling = False
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm.tqdm(
                 total=total, initial=start, file=sys.stderr, dynamic_ncols=True
             )
 
+    def compiling(self, step: int) -> None:
+        """Says, before the step after `step` runs, that it is compiled first."""
+        self._compiling = True
+        if self._bar is not None:
+            self._bar.set_postfix_str("compiling")
+        else:
+            say(f"step {step}/{self.total}, compiling ...")
+
     def update(self, step: int, message: str = "") -> None:
         """Shows that `step` steps are done, with `message` beside it."""
+        now = time.monotonic()
+        if self._compiling:  # the clock starts when the compiled step is done
+            self._compiling = False
+            self._counted_from, self._began = step, now
+            if self._bar is not None:
+                self._bar.unpause()
+                self._bar.set_postfix_str("", refresh=False)
         if self._bar is not None:
             if message:
                 self._bar.set_postfix_str(message, refresh=False)
             self._bar.total = self.total
             self._bar.update(step - self._bar.n)
             return
-        now = time.monotonic()
         if step < self.total and now - self._spoke < _SECONDS_BETWEEN_LINES:
             return
         self._spoke = now
-        rate = (step - self._start) / max(now - self._began, 1e-9)
-        line = f"step {step}/{self.total}, {rate:.3g} steps/s"
+        line = f"step {step}/{self.total}{self._pace(step, now)}"
         print(f"{line}, {message}" if message else line, file=sys.stderr, flush=True)
+
+    def _pace(self, step: int, now: float) -> str:
+        """Steps a second and, if some are left, how long they will take."""
+        done, seconds = step - self._counted_from, now - self._began
+        if done <= 0 or seconds <= 0:
+            return ""
+        rate, left = done / seconds, self.total - step
+        remaining = f", {tqdm.tqdm.format_interval(left / rate)} left" if left else ""
+        return f", {rate:.3g} steps/s{remaining}"
 
     def close(self) -> None:
         """Ends the bar, so that later output starts on a line of its own."""
@@ -147,24 +175,40 @@ class StepMetrics:
     """Metrics of steps, left on the device until they are logged together.
 
     Args:
-        writer: Where their means go.
-        batch_size: Examples in a step, for the rate.
+      writer: Where their means go.
+      batch_size: Examples in a step, for the rate.
+      saved_step: Step of the last checkpoint, None without one; to be set after a save.
     """
 
-    def __init__(self, writer: MetricWriter, batch_size: int):
+    def __init__(
+        self,
+        writer: MetricWriter,
+        batch_size: int,
+        *,
+        saved_step: int | None = None,
+    ):
         self._writer, self._batch_size = writer, batch_size
+        self.saved_step = saved_step
         self._pending: list[tuple[int, Mapping[str, Any]]] = []
-        self._began = time.perf_counter()
+        self._timed, self._began = 0, None
+
+    def compiling(self) -> None:
+        """Leaves the next step, which is compiled first, out of the rate."""
+        self._timed, self._began = 0, None
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Notes the metrics of a step without waiting for them."""
         self._pending.append((step, metrics))
+        if self._began is None:
+            self._timed, self._began = 0, time.perf_counter()
+        else:
+            self._timed += 1
 
     def flush(self) -> str:
         """Writes the means since the last call; returns a short summary.
 
         Raises:
-            FloatingPointError: A loss is not finite; names the steps.
+          NotFinite: A loss is not finite; names the steps.
         """
         if not self._pending:
             return ""
@@ -173,22 +217,29 @@ class StepMetrics:
         self._pending = []
         bad = [s for s, v in zip(steps, values, strict=True) if not _finite(v)]
         if bad:
-            raise FloatingPointError(
+            raise NotFinite(
                 f"loss: must be finite, got NaN or infinity at step {_ranges(bad)}."
-                " Lower"
-                " config.phases[...].optimizer.learning_rate or set its clip_norm; the"
-                " last checkpoint is from before."
+                " Lower config.phases[...].optimizer.learning_rate or set its clip_norm"
+                f"; {_what_is_saved(self.saved_step)}."
             )
         means = {key: float(np.mean([v[key] for v in values])) for key in values[0]}
         now = time.perf_counter()
-        rate = len(steps) * self._batch_size / (now - self._began)
-        self._began = now
-        self._writer.write(steps[-1], {"train": {**means, "examples_per_s": rate}})
+        if self._timed:
+            rate = self._timed * self._batch_size / (now - self._began)
+            means["examples_per_s"] = rate
+        self._timed, self._began = 0, now
+        self._writer.write(steps[-1], {"train": means})
         return f"loss {means['loss']:.4f}"
 
 
 def _finite(metrics: Mapping[str, Any]) -> bool:
     return all(np.isfinite(value).all() for value in metrics.values())
+
+
+def _what_is_saved(step: int | None) -> str:
+    if step is None:
+        return "no checkpoint was saved before"
+    return f"the last checkpoint is of step {step}"
 
 
 def _ranges(steps: Sequence[int]) -> str:

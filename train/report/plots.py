@@ -1,4 +1,4 @@
-"""Figures for reports: accuracy against what a model costs."""
+"""Figures for reports: a task's headline figure against what a model costs."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib import axes, figure, ticker
 
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import raise_all
 
 # Okabe and Ito's palette, told apart with every common colour blindness; markers and
 # dashes repeat the difference for print in grey.
@@ -18,27 +18,35 @@ _INK, _FAINT = "#333333", "#E3E3E3"
 
 
 def plot_frontier(
-    series: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike
+    series: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: str | os.PathLike,
+    *,
+    headline: str,
+    higher_is_better: bool,
 ) -> None:
-    """Draws accuracy against parameters and against MACs, one line per series.
+    """Draws a figure against parameters and against MACs, one line per series.
 
     Args:
-        series: rows by series name; a row has "accuracy" in [0, 1], "params", "macs"
-            and may have "rank_fraction", which is written beside its point.
-        path: the PNG to write.
+      series: Rows by series name; a row has the headline figure, "params", "macs" and
+        may have "rank_fraction", which is written beside its point.
+      path: The PNG to write.
+      headline: Name of the figure, as in the rows.
+      higher_is_better: Its direction, which the axis tells.
 
     Raises:
-        ValueError: nothing to draw, or a row without one of its figures.
+      UserError: Nothing to draw, or a row without one of its figures.
     """
-    _check(series)
+    _check(series, headline)
     # A Figure of its own (Agg for PNG): pyplot would keep it in global state.
     drawing = figure.Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     panels = drawing.subplots(1, len(_PANELS), sharey=True)
     for panel, (cost, label) in zip(panels, _PANELS, strict=True):
         for index, (name, rows) in enumerate(series.items()):
-            _draw(panel, index, name, sorted(rows, key=lambda row: row[cost]), cost)
+            points = sorted(rows, key=lambda row: row[cost])
+            _draw(panel, index, name, points, cost, headline, higher_is_better)
         _decorate(panel, label, [row[cost] for rows in series.values() for row in rows])
-    panels[0].set_ylabel("accuracy (%)", color=_INK)
+    direction = "higher" if higher_is_better else "lower"
+    panels[0].set_ylabel(f"{headline} ({direction} is better)", color=_INK)
     if len(series) > 1:
         handles, labels = panels[0].get_legend_handles_labels()
         drawing.legend(
@@ -52,18 +60,22 @@ def plot_frontier(
     drawing.savefig(path, format="png", facecolor="white")
 
 
-def _check(series: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def _check(series: Mapping[str, Sequence[Mapping[str, Any]]], headline: str) -> None:
     problems = [
-        f"plot_frontier: {name}[{index}] needs accuracy, params and macs above 0, got "
-        f"{dict(row)}."
+        f"plot_frontier: {name}[{index}] must have {headline}, and params and macs"
+        f" above 0, got {dict(row)}."
         for name, rows in series.items()
         for index, row in enumerate(rows)
-        if "accuracy" not in row or min(row.get("params", 0), row.get("macs", 0)) <= 0
+        if row.get(headline) is None or not _costs_something(row)
     ]
     if not any(len(rows) for rows in series.values()):
         problems.append("plot_frontier: series must hold at least one row, got none.")
-    if problems:
-        raise UserError("\n".join(problems))
+    raise_all(problems)
+
+
+def _costs_something(row: Mapping[str, Any]) -> bool:
+    """Whether a logarithmic axis can show what it costs."""
+    return all(row.get(cost, 0) > 0 for cost, _ in _PANELS)
 
 
 def _draw(
@@ -72,11 +84,13 @@ def _draw(
     name: str,
     rows: Sequence[Mapping[str, Any]],
     cost: str,
+    headline: str,
+    higher_is_better: bool,
 ) -> None:
     colour = _COLOURS[index % len(_COLOURS)]
     panel.plot(
         [row[cost] for row in rows],
-        [100 * row["accuracy"] for row in rows],
+        [row[headline] for row in rows],
         color=colour,
         marker=_MARKERS[index % len(_MARKERS)],
         linestyle=_DASHES[index % len(_DASHES)],
@@ -86,16 +100,18 @@ def _draw(
         markeredgewidth=0.9,
         label=name,
     )
-    # Frontiers rise: above to the left and below to the right no line is crossed.
+    # A frontier rises (or falls): above to the left and below to the right (or the
+    # other way round) no line is crossed.
     above = index % 2 == 0
+    left = above == higher_is_better
     for row in rows:
         if row.get("rank_fraction") is not None:
             panel.annotate(
                 f"{row['rank_fraction']:.3g}",
-                (row[cost], 100 * row["accuracy"]),
-                xytext=(-4, 5) if above else (4, -5),
+                (row[cost], row[headline]),
+                xytext=(-4 if left else 4, 5 if above else -5),
                 textcoords="offset points",
-                ha="right" if above else "left",
+                ha="right" if left else "left",
                 va="bottom" if above else "top",
                 fontsize=8,
                 color=colour,
