@@ -98,9 +98,8 @@ def test_it_is_cut_and_evaluated(run, tmp_path, rank):
     )
     assert cut["ranks"] == {"map": rank}
     assert cut["params"] == min(rank * (8 + 6), 8 * 6)
-    figures = checkpoints.evaluate_checkpoint(
-        output, split="validation", allow_imports=ALLOWED
-    )
+    opened = checkpoints.open_model(output, allow_imports=ALLOWED)
+    figures = opened.figures("validation")
     assert set(figures) == FIGURES
     (row,) = [row for row in run["frontier"] if row["ranks"] == {"map": rank}]
     for name in ("relative_error", "loss"):
@@ -110,7 +109,7 @@ def test_it_is_cut_and_evaluated(run, tmp_path, rank):
 def test_its_code_is_imported_with_consent_only(run, tmp_path):
     selector = {"name": "rank", "args": {"value": 1}}
     with pytest.raises(UserError, match="--allow_imports=own_package"):
-        checkpoints.evaluate_checkpoint(run["workdir"])
+        checkpoints.open_model(run["workdir"])
     with pytest.raises(UserError, match="--allow_imports=own_package"):
         checkpoints.truncate_checkpoint(run["workdir"], tmp_path / "cut", selector)
     assert not (tmp_path / "cut").exists()
