@@ -157,8 +157,9 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
     if not complete:
         raise MissingFile(
             f"{flag}: must hold a complete checkpoint of this library, got {path},"
-            f" which has {sorted(p.name for p in root.iterdir())}. A save that was cut"
-            " off leaves a temporary or half-written folder; use another step or workdir."
+            f" which has {sorted(p.name for p in root.iterdir())}. A save that was"
+            " cut off leaves a temporary or half-written folder; use another step or"
+            " workdir."
         )
     try:
         text = (complete[0] / "metadata" / "metadata").read_text()
