@@ -163,6 +163,8 @@ def replace(
         if new is not None:
             return new
         children = [(key, child, visit(child)) for key, child in _children(node)]
+        if all(new is child for _, child, new in children):
+            return node
         if isinstance(node, tuple):
             done[id(node)] = tuple(new for _, _, new in children)
             return done[id(node)]
