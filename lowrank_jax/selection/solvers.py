@@ -150,7 +150,7 @@ def scaled_stable_ranks(
     initial: Mapping[str, Float[np.ndarray, "*stack"]],
     full_ranks: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Cuttlefish's rule: the stable rank, scaled so that it is full at the start.
+    """Scales stable ranks so that they are full at the start: Cuttlefish's rule.
 
     `r = min(R, ceil(xi * sr))` with `xi = R / sr(init)` (Wang et al., 2023).
 
@@ -180,7 +180,7 @@ def stands_still(
     points: int = 11,
     tolerance: float = 0.1,
 ) -> bool:
-    """Cuttlefish's detector: whether the moving average of every series is flat.
+    """Tells whether the moving average of every series is flat, as Cuttlefish does.
 
     Exponential moving averages with weight 2 / (window + 1); flat is a mean absolute
     gradient of at most the tolerance over the last points (Wang et al., 2023, their
