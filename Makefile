@@ -1,19 +1,29 @@
 # Every target sets itself up: a virtual environment in .venv with this project in it.
 # Needs Python >= 3.11 (make PYTHON=python3.12 for another one) and make.
+#
+# test       all but the slow ones; 2 workers of 4 GiB each
+# test-fast  for every save: no training, no binaries, no comparison with references
+# test-slow  whole recipes; minutes each
+#
+# What the tests compile is kept in .cache/jax, so the second run is much faster.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: quickstart test test-slow lint benchmark clean
+.PHONY: quickstart test test-fast test-slow lint benchmark clean
 
 quickstart: $(READY)
 	$(BIN)/python -m train.quickstart --config=configs/digits_mlp.py \
 	  --workdir=runs/quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
+
+test-fast: $(READY)
+	$(PYTEST) -m 'not slow and not long'
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -35,4 +45,4 @@ $(READY): requirements.txt pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .cache

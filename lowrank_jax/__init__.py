@@ -24,6 +24,7 @@ from lowrank_jax.paths import find_factors
 from lowrank_jax.selection import ranks_for
 from lowrank_jax.shrinking import shrink, tail_ranks
 from lowrank_jax.surgery import canonicalize, merge, truncate
+from lowrank_jax.version import __version__
 
 __all__ = [
     "Factors",
@@ -31,6 +32,7 @@ __all__ = [
     "UserError",
     "at_ranks",
     "calibration",
+    "__version__",
     "canonicalize",
     "checkpoint",
     "count",

@@ -1,11 +1,53 @@
 """Tests are the strictest place: 8 simulated devices, no silent rank promotion.
 
-Most of the time of a small test is XLA's compilation, so most optimisations are off;
-what is tested is mathematics and contracts, not speed.
+Most of the time of a small test is XLA's compilation, so most optimisations are off
+(what is tested is mathematics and contracts, not speed) and compiled programs are kept
+from one run to the next, in .cache/jax or where JAX_COMPILATION_CACHE_DIR says. The
+settings stand in the environment too, so that binaries that tests start have them.
 """
 
-import jax
+import os
+from pathlib import Path
 
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "jax_disable_most_optimizations": True,
+    "jax_compilation_cache_dir": os.environ.get(
+        "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache/jax")
+    ),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+"""What tests and the binaries that they start compile with."""
+
+for name, value in SETTINGS.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(int(value) if isinstance(value, bool) else value)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)
+
+LONG = {
+    "tests/lowrank_jax/test_layers_contract.py",
+    "tests/lowrank_jax/test_maestro_parity.py",
+    "tests/lowrank_jax/test_maestro_theory.py",
+    "tests/lowrank_jax/test_optimizer_state.py",
+    "tests/lowrank_jax/test_reference_faults.py",
+    "tests/test_configs.py",
+    "tests/train/test_binaries.py",
+    "tests/train/test_binary.py",
+    "tests/train/test_loop.py",
+    "tests/train/test_models.py",
+    "tests/train/test_phases.py",
+}
+"""Files that `make test-fast` leaves out: each takes more than 20 s on one core."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of the files above as long."""
+    for item in items:
+        if item.path.is_relative_to(ROOT):
+            if item.path.relative_to(ROOT).as_posix() in LONG:
+                item.add_marker(pytest.mark.long)

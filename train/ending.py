@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import optax
 from flax import nnx
 
-from lowrank_jax import active, errors, optimizer_state, paths, surgery
+from lowrank_jax import active, errors, optimizer_state, paths, shrinking, surgery
 from train.actions import Context, Kind
 from train.phases import Running
 from train.report import logs
@@ -90,12 +90,10 @@ def carry_opt_state(
     """
     if kind is Kind.SAME:
         return opt_state, []
-    old_params = nnx.as_pure(nnx.state(old_model, nnx.Param))
+    if kind is Kind.CUT:
+        return shrinking.carry_opt_state(old_model, new_model, opt_state, optimizer)
     params = nnx.as_pure(nnx.state(new_model, nnx.Param))
     fresh = optimizer.init(params)
-    if kind is Kind.CUT:
-        before = optimizer.init(old_params)
-        return optimizer_state.cut_opt_state(opt_state, before, fresh)
     if kind is not Kind.FACTORIZED:
         return fresh, ["state"]
     # momentum goes over by the chain rule, through the merge of what is new
