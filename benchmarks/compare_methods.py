@@ -8,6 +8,7 @@ training images. A model that is smaller than a budget as trained stays as it is
 with a table and one line of JSON; runs that are there already are not trained again.
 """
 
+import functools
 import importlib
 import json
 import statistics
@@ -19,15 +20,13 @@ import numpy as np
 from absl import flags
 
 from configs import common
-from lowrank_jax import checkpoint
-from lowrank_jax.active import get_ranks
-from lowrank_jax.paths import find_factors
+from lowrank_jax import active, paths
+from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.selection import curves, solvers
-from train import binary, evaluation, loop, step
-from train.data import pipeline
+from train import binary, checkpoints, evaluation, loop
 from train.report import logs
-from train.state import load_model, model_cost, split_model
+from train.state import split_model
 
 METHODS = {
     "dense + SVD": ("dense", ""),
@@ -56,7 +55,7 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
 
 
 def make_config(method: str, seed: int) -> Any:
-    """A method's config, without evaluation in between."""
+    """Returns a method's config, without evaluation in between."""
     name, arg = METHODS[method]
     config = importlib.import_module(f"configs.{name}").get_config(arg)
     config.seed = seed
@@ -66,7 +65,7 @@ def make_config(method: str, seed: int) -> Any:
 
 
 def seconds_per_step(method: str) -> float:
-    """Time of a training step, the phases weighed by their epochs; from a short run of
+    """Returns the time of a training step, the phases weighed by their epochs; from a short run of
     each phase, the median of its logged rates."""
     config = make_config(method, seed=0)
     config.log_every_steps = WINDOW
@@ -89,20 +88,18 @@ def seconds_per_step(method: str) -> float:
 
 
 def frontier(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Test figures of a trained model, whole and at each budget."""
-    saved = checkpoint.open_checkpoint(workdir)
-    model = load_model(saved, allow_imports=None)
-    config = saved.metadata["config"]
-    data = pipeline.load_data(config["data"], allow_imports=None)
-    structure, params, model_state = split_model(model)
-    normalize = step.normalize(config["data"]["mean"], config["data"]["std"])
-    evaluate = evaluation.make_evaluator(structure, normalize)
-    cost = model_cost(model, data.image_shape)
-    full = get_ranks(model)
+    """Returns test figures of a trained model, whole and at each budget."""
+    opened = checkpoints.open_model(workdir)
+    run, model = opened
+    cost, full = run.cost(model), active.get_ranks(model)
 
-    def accuracy(ranks: Ranks, split: str) -> float:
-        batches = data.eval_batches(split, config["data"]["eval_batch_size"])
-        return evaluate(params, model_state, ranks, batches)["accuracy"]
+    @functools.cache
+    def evaluator(split: str) -> evaluation.Evaluator:
+        return opened.evaluator(split)
+
+    def figures(ranks: Ranks, split: str) -> dict[str, Any]:
+        _, params, model_state = split_model(model)
+        return evaluator(split).at(params, model_state, ranks)
 
     candidates = {"full": [full]}
     factored = sum(layer.dense_macs for layer in cost.layers.values())
@@ -112,9 +109,10 @@ def frontier(workdir: Path) -> dict[str, dict[str, Any]]:
     rows = {}
     for size, choices in candidates.items():
         if choices:
-            best = max(choices, key=lambda ranks: accuracy(ranks, "validation"))
-            results = {"accuracy": accuracy(best, "test")}
-            rows[size] = evaluation.figures(results, cost, best)
+            best = max(
+                choices, key=lambda ranks: figures(ranks, "validation")["accuracy"]
+            )
+            rows[size] = figures(best, "test")
     return rows
 
 
@@ -125,13 +123,15 @@ def _cuts(model: Any, cost: Any, full: Ranks, share: float) -> list[Any]:
         layer.dense_macs for layer in cost.layers.values()
     ):
         return [full]
-    importances = curves.column_importances(find_factors(model))
+    importances = curves.column_importances(paths.find_factors(model))
     try:
         return [
             solvers.by_macs_fraction(cost.layers, full, share),
-            solvers.by_energy_budget(cost.layers, importances, share, measure="macs"),
+            solvers.by_energy_budget(
+                cost.layers, full, importances, share, measure="macs"
+            ),
         ]
-    except ValueError:
+    except UserError:
         return []
 
 
@@ -151,7 +151,7 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def _main() -> None:
     unknown = [method for method in _METHODS.value if method not in METHODS]
     if unknown:
-        raise ValueError(f"--methods: must be of {list(METHODS)}, got {unknown}.")
+        raise UserError(f"--methods: must be of {list(METHODS)}, got {unknown}.")
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in _METHODS.value}
     for seed in map(int, _SEEDS.value):
         for method in runs:

@@ -17,8 +17,7 @@ from flax import nnx
 
 from benchmarks import step_time
 from lowrank_jax import factorize, find_factors
-from lowrank_jax.penalties import PENALTIES
-from lowrank_jax.samplers import full
+from lowrank_jax.penalties import PENALTIES, stateful
 from train.models import resnet
 from train.report import logs
 
@@ -29,10 +28,14 @@ EVERY = {"stable_rank": 20, "modified_stable_rank": 20}
 
 def arguments(model: nnx.Module) -> dict[str, dict[str, Any]]:
     """Arguments of each penalty."""
-    half = {path: -(-one.max_rank // 2) for path, one in find_factors(model).items()}
+    half = {
+        path: -(-factors.max_rank // 2) for path, factors in find_factors(model).items()
+    }
     every: dict[str, dict[str, Any]] = {name: {} for name in PENALTIES}
+    annealed = {"start": 1.0, "end": 0.1, "anneal_steps": 100}
+    every["log_determinant"] = {"every_steps": 20, **annealed}
     every["modified_stable_rank"] = {"target_ranks": half}
-    every["funnel"] = {"start": 1.0, "end": 0.1, "anneal_steps": 100}
+    every["funnel"] = annealed
     return every
 
 
@@ -40,14 +43,15 @@ def make_timer(
     model: nnx.Module, name: str, args: dict[str, Any]
 ) -> Callable[[], float]:
     """A function that computes value and gradient once and says how long it took."""
-    penalty = PENALTIES[name](weight=1.0, **args)
+    penalty = stateful(PENALTIES[name](weight=1.0, **args))
+    state = penalty.init(model)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     @jax.jit
     def compute(params: Any) -> Any:
         def value(params: Any) -> jax.Array:
             merged = nnx.merge(graphdef, params, rest, copy=True)
-            return penalty(find_factors(merged), 0)
+            return penalty.apply(merged, state, 0)[0]
 
         return jax.value_and_grad(value)(params)
 
@@ -69,7 +73,7 @@ def _main(argv: list[str]) -> None:
         "image": rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8),
         "label": rng.integers(0, 10, size).astype(np.int32),
     }
-    step = step_time.make_timer(models[False], full(), jax.device_put(batch))
+    step = step_time.make_timer(models[False], "full", jax.device_put(batch))
     on_s = ("orthogonality", "l1", "hoyer", "hoyer_square")
     timers = {
         name: make_timer(models[name in on_s], name, args)

@@ -1,11 +1,9 @@
 """Time of an ordered-dropout step against a dense step, as ratios from one run.
 
 `python -m benchmarks.step_time`: LeNet at batch 128 and a ViT, on random images. The
-steps are the training loop's own (`train.steps`), optimizer and all. Variants are timed
-in
-turn, round by round, so that a machine that slows down slows all of them; the ratio is
-the
-median over rounds. Ends with one line of JSON.
+steps are the training loop's own (`train.step`), optimizer and all. Variants are timed
+in turn, round by round, so that a machine that slows down slows all of them; the ratio
+is the median over rounds. Ends with one line of JSON.
 """
 
 import time
@@ -18,20 +16,17 @@ import optax
 from absl import app, flags
 from flax import nnx
 
+from configs import common
 from lowrank_jax import factorize
 from lowrank_jax.active import max_ranks
 from lowrank_jax.ranks import at_fraction
-from lowrank_jax.samplers import (
-    RankSampler,
-    full,
-    single_layer,
-    uniform_fraction,
-)
 from lowrank_jax.shrinking import shrink
 from train.models import lenet, vit
+from train.phases import build_phases
 from train.report import logs
 from train.state import new_state
-from train.step import make_train_step, normalize
+from train.step import make_train_step
+from train.tasks.classification import classification
 
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds; each variant runs once in each.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps of each variant in a round.")
@@ -40,23 +35,29 @@ _BATCH = flags.DEFINE_integer("batch_size", 128, "Examples in a batch.")
 Timed = Callable[[int], float]
 
 
-def make_timer(
-    model: nnx.Module, sampler: RankSampler, batch: Mapping[str, Any]
-) -> Timed:
-    """A function that runs some training steps and says how long one took, in
-    seconds."""
-    optimizer = optax.sgd(0.01, momentum=0.9)
-    structure, first = new_state(model, optimizer, sampler, 0)
-    channels = batch["image"].shape[-1]
-    prepare_image = normalize([33.3] * channels, [78.6] * channels)
-    step = make_train_step(
-        structure,
-        optimizer,
-        sampler,
-        [],
-        lambda key, images: prepare_image(images),
-        jax.random.key(0),
+def make_timer(model: nnx.Module, sampler: str, batch: Mapping[str, Any]) -> Timed:
+    """Makes a function that runs training steps and says how long one took, in s.
+
+    Args:
+      model: The model to train.
+      sampler: Name of a rank sampler that takes no arguments.
+      batch: Images and labels.
+    """
+    spec = common.phase(
+        name="timed",
+        until={"steps": 1_000_000},
+        sampler=common.named(sampler),
+        optimizer=common.optimizer("sgd", learning_rate=0.01, args={"momentum": 0.9}),
     )
+    (phase,) = build_phases([spec])
+    running = phase.begin(0, 1_000_000, None)
+    structure, first = new_state(model, running, 0)
+    image = {"shape": list(batch["image"].shape[1:]), "dtype": "uint8"}
+    arrays = {"image": image, "label": {"shape": [], "dtype": "int32"}}
+    task = classification(
+        {"arrays": arrays, "num_classes": 10}, mean=[33.3], std=[78.6], augment=[]
+    )
+    step = make_train_step(structure, running, task, jax.random.key(0))
     holder = [jax.tree.map(jax.numpy.copy, first)]
 
     def timed(count: int) -> float:
@@ -70,8 +71,8 @@ def make_timer(
     return timed
 
 
-def variants(dense: nnx.Module) -> dict[str, tuple[nnx.Module, RankSampler]]:
-    """What is timed: dense, ordered dropout at full rank, and shrunk models."""
+def variants(dense: nnx.Module) -> dict[str, tuple[nnx.Module, str]]:
+    """Returns what is timed: dense, ordered dropout at full rank, shrunk models."""
     low_rank = factorize(dense)
     cut = {}
     for fraction in (0.5, 0.25):
@@ -79,11 +80,11 @@ def variants(dense: nnx.Module) -> dict[str, tuple[nnx.Module, RankSampler]]:
         optimizer = optax.sgd(0.01)
         params = nnx.as_pure(nnx.state(low_rank, nnx.Param))
         small = shrink(low_rank, ranks, optimizer.init(params), optimizer).model
-        cut[f"shrunk to {fraction}"] = (small, single_layer())
+        cut[f"shrunk to {fraction}"] = (small, "single_layer")
     return {
-        "dense": (dense, full()),
-        "single_layer at full rank": (low_rank, single_layer()),
-        "uniform_fraction at full rank": (low_rank, uniform_fraction()),
+        "dense": (dense, "full"),
+        "single_layer at full rank": (low_rank, "single_layer"),
+        "uniform_fraction at full rank": (low_rank, "uniform_fraction"),
         **cut,
     }
 
@@ -91,7 +92,7 @@ def variants(dense: nnx.Module) -> dict[str, tuple[nnx.Module, RankSampler]]:
 def measure(
     timers: Mapping[str, Timed], rounds: int, count: int
 ) -> dict[str, dict[str, float]]:
-    """Median time of a step and median ratio to the first variant, over rounds."""
+    """Returns the median time of a step and its ratio to the first variant's."""
     times = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timed in timers.items():

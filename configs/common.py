@@ -48,10 +48,11 @@ def _number(name: str, text: str, default: float) -> float:
 
 
 def base(*, seed: int) -> ConfigDict:
-    """Everything but data, model and phases."""
+    """Everything but data, task, model and phases."""
     config = ConfigDict()
     config.seed = seed
     config.data = ConfigDict()
+    config.task = ConfigDict()
     config.model = ConfigDict()
     config.rank_rules = ((".*", "full"),)
     config.init_from = ""
@@ -60,19 +61,62 @@ def base(*, seed: int) -> ConfigDict:
     config.eval_every_epochs = 1
     config.eval_fractions = (1.0, 0.5, 0.25, 0.125)
     config.recalibration_batches = 0
+    config.scoring_batches = 2
     config.checkpoint_every_epochs = 1
     config.keep_checkpoints = 2
     return config
 
 
-def digits(*, batch_size: int) -> ConfigDict:
-    """scikit-learn's digits: 8x8, pixels 0 to 16; 1,437 to train on, 360 to test on."""
-    return _data("digits", batch_size, 137, mean=(4.88,), std=(6.02,), augment=())
+def digits(config: ConfigDict, *, batch_size: int) -> None:
+    """Sets data and task: scikit-learn's digits, 8x8, pixels 0 to 16; 1,437 to train
+    on, of them 137 for validation, 360 to test on."""
+    config.data = data("digits", batch_size=batch_size, validation_examples=137)
+    config.task = images(mean=(4.88,), std=(6.02,))
 
 
-def mnist(*, batch_size: int, augment: Sequence[Any] = ()) -> ConfigDict:
-    """MNIST, 5,000 of the 60,000 training images held out for validation."""
-    return _data("mnist", batch_size, 5000, mean=(33.3,), std=(78.6,), augment=augment)
+def mnist(config: ConfigDict, *, batch_size: int) -> None:
+    """Sets data and task: MNIST, 5,000 of the 60,000 training images held out for
+    validation."""
+    config.data = data("mnist", batch_size=batch_size, validation_examples=5000)
+    config.task = images(mean=(33.3,), std=(78.6,))
+
+
+def cifar10(config: ConfigDict, *, batch_size: int) -> None:
+    """Sets data and task: CIFAR-10 with crop and flip, 5,000 of the 50,000 training
+    images held out for validation."""
+    config.data = data("cifar10", batch_size=batch_size, validation_examples=5000)
+    config.task = images(
+        mean=(125.31, 122.95, 113.87),
+        std=(62.99, 62.09, 66.70),
+        augment=(("random_crop", {"padding": 4}), ("random_flip", {})),
+    )
+
+
+def data(
+    name: str,
+    *,
+    batch_size: int,
+    validation_examples: int,
+    args: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A data set with every key, by its name or the import path of a function."""
+    return {
+        "name": name,
+        "args": dict(args or {}),
+        "data_dir": "",
+        "batch_size": batch_size,
+        "eval_batch_size": 500,
+        "validation_examples": validation_examples,
+    }
+
+
+def images(
+    *, mean: Sequence[float], std: Sequence[float], augment: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Classification of images whose pixels have this mean and deviation."""
+    return named(
+        "classification", mean=tuple(mean), std=tuple(std), augment=tuple(augment)
+    )
 
 
 def phase(
@@ -120,6 +164,7 @@ def optimizer(
     schedule: Mapping[str, Any] | None = None,
     weight_decay: float = 0.0,
     decayed: str = r".*/(kernel|embedding|u|v|middle)",
+    decay_columns: str = "all",
     clip_norm: float = 0.0,
 ) -> dict[str, Any]:
     """An optimizer with every key; kernels and factors decay, biases and norms do
@@ -131,6 +176,7 @@ def optimizer(
         "schedule": dict(schedule or named("constant", warmup_steps=0)),
         "weight_decay": weight_decay,
         "decayed": decayed,
+        "decay_columns": decay_columns,
         "clip_norm": clip_norm,
     }
 
@@ -145,22 +191,10 @@ def steps_down(*, factor: float, at_fractions: Sequence[float]) -> dict[str, Any
     return named("steps", factor=factor, at_fractions=tuple(at_fractions))
 
 
-def cifar10(*, batch_size: int) -> ConfigDict:
-    """CIFAR-10 with crop and flip; 5,000 of the 50,000 training images held out."""
-    return _data(
-        "cifar10",
-        batch_size,
-        5000,
-        mean=(125.31, 122.95, 113.87),
-        std=(62.99, 62.09, 66.70),
-        augment=(("random_crop", {"padding": 4}), ("random_flip", {})),
-    )
-
-
 def mnist_lenet() -> ConfigDict:
     """LeNet on MNIST, where all methods are compared: 6 epochs, `lenet_optimizer`."""
     config = base(seed=0)
-    config.data = mnist(batch_size=128)
+    mnist(config, batch_size=128)
     config.model = named("lenet")
     return config
 
@@ -186,7 +220,7 @@ def lenet_optimizer(
 def resnet(depth: int, *, batch_size: int) -> ConfigDict:
     """A ResNet for CIFAR-10."""
     config = base(seed=0)
-    config.data = cifar10(batch_size=batch_size)
+    cifar10(config, batch_size=batch_size)
     config.model = named("resnet", depth=depth)
     config.recalibration_batches = 20
     config.checkpoint_every_epochs = 5
@@ -224,25 +258,3 @@ def length(epochs: int, *, smoke: bool) -> dict[str, int]:
 
 
 SMOKE_STEPS = 100
-
-
-def _data(
-    name: str,
-    batch_size: int,
-    validation_examples: int,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    augment: Sequence[Any],
-) -> ConfigDict:
-    data = ConfigDict()
-    data.name = name
-    data.args = ConfigDict()
-    data.data_dir = ""
-    data.batch_size = batch_size
-    data.eval_batch_size = 500
-    data.validation_examples = validation_examples
-    data.mean = tuple(mean)
-    data.std = tuple(std)
-    data.augment = tuple(augment)
-    return data

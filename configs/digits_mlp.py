@@ -15,7 +15,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The config; "smoke" for a run of seconds."""
     smoke = common.options(arg)["smoke"]
     config = common.base(seed=0)
-    config.data = common.digits(batch_size=32)
+    common.digits(config, batch_size=32)
     config.model = {"name": "mlp", "args": {"hidden": (256, 256)}}
     # Ten classes do not fit through two dimensions: the head stays dense.
     config.rank_rules = (("head", "dense"), (".*", "full"))
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
             name="nested",
             until={"epochs": 2 if smoke else 80},
             sampler={"name": "sandwich", "args": {"passes": 4, "smallest": 0.125}},
-            teacher={"name": "full", "args": {"label_weight": 0.0}},
+            teacher={"name": "full", "args": {"target_weight": 0.0}},
             optimizer=common.optimizer(
                 "adamw",
                 learning_rate=8e-3,

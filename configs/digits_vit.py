@@ -15,7 +15,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The config; "smoke" for a run of half a minute."""
     smoke = common.options(arg)["smoke"]
     config = common.base(seed=0)
-    config.data = common.digits(batch_size=64)
+    common.digits(config, batch_size=64)
     config.model = {
         "name": "vit",
         "args": {
@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
             name="nested",
             until={"epochs": 1 if smoke else 60},
             sampler={"name": "sandwich", "args": {"passes": 3, "smallest": 0.125}},
-            teacher={"name": "full", "args": {"label_weight": 0.5}},
+            teacher={"name": "full", "args": {"target_weight": 0.5}},
             optimizer=common.optimizer(
                 "adamw",
                 learning_rate=2e-3,

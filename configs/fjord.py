@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
             name="fjord",
             until=common.length(300 if cifar10 else common.LENET_EPOCHS, smoke=smoke),
             sampler=common.named("uniform_fraction", fractions=FRACTIONS),
-            teacher=common.named("full", label_weight=0.0),
+            teacher=common.named("full", target_weight=0.0),
             optimizer=common.cifar10_sgd() if cifar10 else common.lenet_optimizer(),
         ),
     )

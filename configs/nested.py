@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     epochs, optimizer = common.LENET_EPOCHS, common.lenet_optimizer()
     if not compare:
         config.data.batch_size = 32
-        config.data.augment = (("random_crop", {"padding": 1}),)
+        config.task.args.augment = (("random_crop", {"padding": 1}),)
         epochs, warmup = 12, common.SMOKE_STEPS // 5 if smoke else 600
         optimizer = common.optimizer(
             "adam", learning_rate=4e-3, schedule=common.cosine(warmup_steps=warmup)
@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
             sampler=common.named(
                 "matryoshka", fractions=COMPARED if compare else FRACTIONS
             ),
-            teacher=common.named("full", label_weight=0.0),
+            teacher=common.named("full", target_weight=0.0),
             optimizer=optimizer,
         ),
     )

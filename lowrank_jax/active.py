@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import at
 from lowrank_jax.paths import find_aliases, find_factors
 from lowrank_jax.ranks import (
     Limits,
@@ -17,7 +17,7 @@ from lowrank_jax.ranks import (
     RankValue,
     check_active,
     check_lower,
-    unknown_paths,
+    name_of,
 )
 
 SettableRanks: TypeAlias = Ranks | Mapping[str, Int[Array, "..."]]
@@ -59,25 +59,26 @@ def set_ranks(model: nnx.Module, ranks: SettableRanks) -> None:
 
     Args:
       model: A low-rank model.
-      ranks: By path, up to the allocated rank: plain numbers, or arrays with a trailing
-        axis for one rank per example. Traced arrays are not checked. Layers that are
-        not named keep theirs.
+      ranks: By path, up to the allocated rank: plain numbers, or arrays, which may have
+        a trailing axis for one rank per example. The values of traced arrays are not
+        checked. Layers that are not named keep theirs.
 
     Raises:
       UserError: As `check_ranks`, with the allocated rank as the limit.
     """
     named = _by_first_path(model, ranks)
     factors = find_factors(model)
-    if unknown := [path for path in named if path not in factors]:
-        raise UserError(unknown_paths(unknown, list(factors)))
-    limits = None
+    unknown = {path: rank for path, rank in named.items() if path not in factors}
+    concrete = {
+        path: rank
+        for path, rank in named.items()
+        if not isinstance(rank, jax.core.Tracer)
+    }
+    if unknown or concrete:
+        check_active({**unknown, **concrete}, rank_limits(model))
     for path, rank in named.items():
-        if not isinstance(rank, jax.core.Tracer):
-            limits = rank_limits(model) if limits is None else limits
-            for extreme in _extremes(rank, len(limits[path].stack)):
-                check_active({path: extreme}, limits)
-    for path, rank in named.items():
-        factors[path].set_rank(rank)
+        with at(name_of(path)):
+            factors[path].set_rank(rank)
 
 
 @contextlib.contextmanager
@@ -114,13 +115,3 @@ def _by_first_path(model: nnx.Module, ranks: Mapping[str, Any]) -> dict[str, Any
     """The ranks with the further paths of shared factors replaced by their first."""
     aliases = find_aliases(model)
     return {aliases.get(path, path): rank for path, rank in ranks.items()}
-
-
-def _extremes(rank: Any, stack_axes: int) -> list[Any]:
-    """The plain ranks that bound a rank: itself, or the extremes over its examples."""
-    if not isinstance(rank, jax.Array | np.ndarray):
-        return [rank]
-    array = np.asarray(rank)
-    if array.ndim != stack_axes + 1 or not array.size:
-        return [array.tolist()]
-    return [array.min(axis=-1).tolist(), array.max(axis=-1).tolist()]

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from lowrank_jax.errors import UserError
 
@@ -21,8 +23,41 @@ def use_batch_statistics(model: nnx.Module) -> None:
 
 
 def has_batch_norm(model: nnx.Module) -> bool:
-    """Whether the model has running statistics."""
+    """Returns whether the model has running statistics."""
     return any(isinstance(m, nnx.BatchNorm) for _, m in nnx.iter_modules(model))
+
+
+def batch_norm_average(
+    model: nnx.Module,
+    count: Float[Array, ""] | int,
+    forward: Callable[[nnx.Module], Any],
+) -> nnx.State:
+    """Adds the statistics of one batch to BatchNorm's plain average over batches.
+
+    The step of every re-estimation, at any ranks; made to be traced. All other layers
+    run as in evaluation; the momentum is not used. Start from any statistics: the first
+    batch replaces them.
+
+    Args:
+      model: Holds the average over the batches before this one, and stays as it is.
+      count: Number of this batch, from 1.
+      forward: Runs the model on the batch.
+
+    Returns:
+      The `nnx.BatchStat` state with the average over the batches up to this one, to
+      `nnx.update` the model with.
+    """
+    probe = nnx.clone(model)
+    probe.eval()
+    use_batch_statistics(probe)
+    forward(probe)
+
+    def average(mean: Array, batch: Array) -> Array:
+        moved = jnp.where(count == 1, batch, mean + (batch - mean) / count)
+        return moved.astype(mean.dtype)
+
+    means = nnx.state(model, nnx.BatchStat)
+    return jax.tree.map(average, means, nnx.state(probe, nnx.BatchStat))
 
 
 def recalibrate_batch_norm(
@@ -30,7 +65,7 @@ def recalibrate_batch_norm(
     batches: Iterable[Any],
     forward: Callable[[nnx.Module, Any], Any] = lambda model, batch: model(batch),
 ) -> nnx.Module:
-    """A copy whose BatchNorm statistics are the plain average over these batches.
+    """Returns a copy whose BatchNorm statistics are the plain average over batches.
 
     A truncation changes the statistics of activations. Every running mean and variance
     is replaced by the mean of the batches' own (a cumulative average; the momentum is
@@ -41,30 +76,28 @@ def recalibrate_batch_norm(
       model: The model; one without BatchNorm comes back as it is.
       batches: Training batches, of one shape so that nothing recompiles; at least one.
       forward: How to run the model on a batch.
+
+    Raises:
+      UserError: There is no batch.
     """
     if not has_batch_norm(model):
         return model
-    probe = nnx.clone(model)
-    probe.eval()
-    use_batch_statistics(probe)
-    graphdef, statistics, rest = nnx.split(probe, nnx.BatchStat, ...)
+    graphdef, means, rest = nnx.split(model, nnx.BatchStat, ...)
 
     @jax.jit
-    def average(mean: Any, count: jax.Array, statistics: Any, rest: Any, batch: Any):
-        current = nnx.merge(graphdef, statistics, rest, copy=True)
-        forward(current, batch)
-        new = nnx.state(current, nnx.BatchStat)
-        return jax.tree.map(lambda a, b: a + (b - a) / count, mean, new)
+    def update(means: Any, count: jax.Array, rest: Any, batch: Any) -> Any:
+        current = nnx.merge(graphdef, means, rest, copy=True)
+        return batch_norm_average(current, count, lambda m: forward(m, batch))
 
-    mean, count = jax.tree.map(jax.numpy.zeros_like, statistics), 0
+    count = 0
     for batch in batches:
         count += 1
-        mean = average(mean, jax.numpy.float32(count), statistics, rest, batch)
+        means = update(means, jnp.float32(count), rest, batch)
     if count == 0:
         raise UserError(
             "recalibrate_batch_norm: batches must hold at least one batch, got none."
             " Give training batches."
         )
     result = nnx.clone(model)
-    nnx.update(result, mean)
+    nnx.update(result, means)
     return result

@@ -1,42 +1,36 @@
 """Checkpoints that know their ranks: save, read what they hold, load at any lower rank.
 
-The only file that knows orbax. A checkpoint folder holds one folder per step, each with
+A checkpoint folder holds one folder per step, each with
 
 - `params`, `model_state`, and whatever else was saved (`opt_state`, `sampler`): arrays,
-each
-  under its `"/"`-joined path; factors are chunked along the rank axis, so that loading
-  at a lower rank reads little more than what it keeps;
+  each under its `"/"`-joined path; factors are chunked along the rank axis, so that
+  loading at a lower rank reads little more than what it keeps;
 - `metadata`: JSON with the format version, the active and allocated ranks, the rules
-  that make the structure from the dense model, every array's shape and dtype, the step,
-  the library's version, and what the caller adds (the config).
+  that make the structure from the dense model, every array's shape and dtype, the rank
+  axes of those that have some, the step, the library's version, and what the caller
+  adds (the config).
 
-Nothing in it is executed: arrays are arrays, metadata is JSON. Arrays without elements
-(rank 0) stand in the metadata alone, since orbax cannot store them.
+Nothing in it is executed: arrays are arrays, metadata is JSON (`storage`).
 """
 
-import importlib.metadata
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from lowrank_jax.active import get_ranks, max_ranks, set_ranks
 from lowrank_jax.errors import ExistingFile, MissingFile, UserError
 from lowrank_jax.factorization import rules_of
-from lowrank_jax.factors import Rank
-from lowrank_jax.paths import find_aliases, find_factors
-from lowrank_jax.ranks import Limits, Ranks, check_lower, flatten_rank, largest
+from lowrank_jax.factors import Factors, Rank
+from lowrank_jax.paths import find_aliases, find_factors, walk
+from lowrank_jax.ranks import Limits, Ranks, check_lower, largest
+from lowrank_jax.storage import StepWriter, read_arrays
+from lowrank_jax.version import __version__
 
-FORMAT_VERSION = 1
-_RANK_AXES = {"u": (-1,), "s": (-1,), "v": (-2,), "middle": (-2, -1)}
-_CHUNKED_BYTES = 16 * 1024  # smaller arrays are one chunk
+FORMAT_VERSION = 2
 
 
 class Saved(NamedTuple):
@@ -68,10 +62,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, directory: str | Path, *, keep: int | None = None):
-        self._manager = ocp.CheckpointManager(
-            Path(directory).absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
-        )
+        self._writer = StepWriter(directory, keep=keep)
 
     def save(
         self,
@@ -87,22 +78,27 @@ class CheckpointWriter:
           model: The model; its ranks go into the metadata.
           metadata: JSON values to add, such as the config.
           items: Further trees by name, such as the optimizer state.
+
+        Raises:
+          UserError: Two arrays have one path.
         """
         flat, about = _contents(step, model, metadata, items)
-        args = {
-            name: _save_args({k: x for k, x in leaves.items() if np.size(x)})
+        chunk_axes = {
+            name: {
+                key: axes[0]
+                for key in leaves
+                if (axes := _axes_of(key, about["rank_axes"]))
+            }
             for name, leaves in flat.items()
-            if any(np.size(x) for x in leaves.values())
         }
-        args["metadata"] = ocp.args.JsonSave(about)
-        self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        self._writer.write(step, flat, chunk_axes, about)
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
-        self._manager.wait_until_finished()
+        self._writer.wait()
 
     def close(self) -> None:
-        self._manager.close()
+        self._writer.close()
 
 
 def save(
@@ -116,7 +112,7 @@ def save(
     """Writes a checkpoint that stands alone into a folder of its own.
 
     Raises:
-      FileExistsError: The folder is there already.
+      ExistingFile: The folder is there already.
     """
     check_new_folder(directory)
     _contents(step, model, metadata or {}, items)  # a bad value leaves no folder behind
@@ -143,15 +139,14 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
       flag: What to call the argument in errors.
 
     Raises:
-      FileNotFoundError: There is no (complete) checkpoint.
-      ValueError: The folder or its metadata is of another kind or a newer format.
+      MissingFile: There is no (complete) checkpoint.
+      UserError: The folder or its metadata is of another kind or another format.
     """
     root = Path(path).absolute()
     if not root.is_dir():
         raise MissingFile(
             f"{flag}: must be a folder with a checkpoint, got {path}, which is not"
-            " there."
-            " Check the path."
+            " there. Check the path."
         )
     if (root / "checkpoints").is_dir():
         root = root / "checkpoints"
@@ -162,15 +157,14 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
     if not complete:
         raise MissingFile(
             f"{flag}: must hold a complete checkpoint of this library, got {path},"
-            " which"
-            f" has {sorted(p.name for p in root.iterdir())}. A save that was cut off"
-            " leaves a temporary or half-written folder; use another step or workdir."
+            f" which has {sorted(p.name for p in root.iterdir())}. A save that was cut"
+            " off leaves a temporary or half-written folder; use another step or workdir."
         )
     try:
         text = (complete[0] / "metadata" / "metadata").read_text()
         metadata = json.loads(text)
         version = metadata["format_version"]
-        missing = {"step", "ranks", "max_ranks", "arrays"} - set(metadata)
+        missing = {"step", "ranks", "max_ranks", "rank_axes", "arrays"} - set(metadata)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{flag}: metadata must be JSON of this library, got {complete[0]}"
@@ -179,15 +173,14 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
     if version != FORMAT_VERSION or missing:
         raise UserError(
             f"{flag}: must be of format {FORMAT_VERSION}, got {version} in"
-            f" {complete[0]}"
-            f" (missing: {sorted(missing)}). Use the library version"
+            f" {complete[0]} (missing: {sorted(missing)}). Use the library version"
             f" {metadata.get('library_version')} that wrote it."
         )
     return Saved(complete[0], metadata)
 
 
 def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.Module:
-    """The model with the checkpoint's arrays, at its ranks or at lower ones.
+    """Returns the model with the checkpoint's arrays, at its ranks or at lower ones.
 
     Reads little more than the columns that are kept.
 
@@ -196,32 +189,43 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
       model: The model's structure, abstract (`nnx.eval_shape`; random keys then stay
         abstract) or not, factorized by the same rules; its own ranks and values do not
         matter.
-      ranks: Ranks to cut to; layers that are not named keep the checkpoint's. None
-        keeps the active ranks too.
+      ranks: Ranks to cut to, up to the active ones of the checkpoint; layers that are
+        not named are cut to these. None keeps allocated and active ranks alike.
 
     Raises:
-      ValueError: The checkpoint is of another model (all differences are named), or a
+      UserError: The checkpoint is of another model (all differences are named), or a
         rank is out of bounds.
     """
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    allocated = saved.max_ranks
-    factors = find_factors(model)
-    if set(allocated) != set(factors):
+    layers = find_factors(model)
+    if set(saved.max_ranks) != set(layers):
         raise UserError(
-            f"checkpoint {saved.path}: low-rank layers must be {sorted(factors)}, as in"
-            f" the model, got {sorted(allocated)}. Load it with the config it was"
+            f"checkpoint {saved.path}: low-rank layers must be {sorted(layers)}, as in"
+            f" the model, got {sorted(saved.max_ranks)}. Load it with the config it was"
             " trained with."
         )
-    active = saved.metadata["ranks"]
+    active, allocated = saved.metadata["ranks"], saved.max_ranks
     if ranks is not None:
-        active = {**active, **_check_against(saved, ranks, find_aliases(model))}
-        allocated = active
-    template = _at_ranks(nnx.as_pure(params), allocated)
+        aliases = find_aliases(model)
+        named = {aliases.get(path, path): rank for path, rank in ranks.items()}
+        check_lower(
+            named,
+            {
+                path: Limits(active[path], largest(allocated[path]), layer.nested)
+                for path, layer in layers.items()
+            },
+        )
+        active = allocated = {**active, **named}
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    template = _at_ranks(model, nnx.as_pure(params), allocated)
     items = {"params": template, "model_state": model_items(model)["model_state"]}
     restored = restore(saved, items)
     model = nnx.merge(graphdef, restored["params"], rest, copy=True)
     nnx.update(model, restored["model_state"])
-    set_ranks(model, active)
+    if ranks is None:
+        set_ranks(model, active)
+    else:  # what is allocated fits already; a stack of different ranks gets its zeros
+        for path, factors in find_factors(model).items():
+            factors.cut(active[path])
     return model
 
 
@@ -236,13 +240,13 @@ def restore(saved: Saved, items: Mapping[str, Any]) -> dict[str, Any]:
       items: Templates by name: trees of arrays or `jax.ShapeDtypeStruct`.
 
     Raises:
-      ValueError: Names, dtypes or other axes differ; all differences are named.
+      UserError: Names, dtypes or other axes differ; all differences are named.
     """
     flat = {name: flatten(tree) for name, tree in items.items()}
     problems = [
         problem
         for name, leaves in flat.items()
-        for problem in _differences(name, leaves, saved.metadata["arrays"])
+        for problem in _differences(name, leaves, saved.metadata)
     ]
     if problems:
         raise UserError(
@@ -250,9 +254,12 @@ def restore(saved: Saved, items: Mapping[str, Any]) -> dict[str, Any]:
             + "\n  ".join(problems)
             + "\nLoad it with the config it was trained with."
         )
-    return {
-        name: _read(saved.path / name, tree, flat[name]) for name, tree in items.items()
-    }
+    restored = {}
+    for name, tree in items.items():
+        arrays = read_arrays(saved.path / name, flat[name])
+        leaves = [arrays[key] for key in flat[name]]
+        restored[name] = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return restored
 
 
 def model_items(model: nnx.Module) -> dict[str, Any]:
@@ -263,9 +270,50 @@ def model_items(model: nnx.Module) -> dict[str, Any]:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by `"/"`-joined path."""
+    """Returns the leaves of a tree by `"/"`-joined path.
+
+    Raises:
+      UserError: Two leaves have one path, such as "x/y" next to "x" that holds "y".
+    """
     leaves, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
+    flat: dict[str, Any] = {}
+    colliding = []
+    for path, leaf in leaves:
+        key = jax.tree_util.keystr(path, simple=True, separator="/")
+        colliding += [key] if key in flat else []
+        flat[key] = leaf
+    if colliding:
+        raise UserError(
+            f"paths: must be one array's each, got several for {colliding}. Rename the"
+            ' modules or dictionary keys that have a "/" in their name.'
+        )
+    return flat
+
+
+def rank_axes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Finds which axes (from the end) of a model's parameters are the rank, by path."""
+    return {key: axes for key, (_, axes) in _factor_arrays(model).items()}
+
+
+def _factor_arrays(
+    model: nnx.Module,
+) -> dict[str, tuple[Factors, tuple[int, ...]]]:
+    """The arrays that are cut with a rank, at all their paths: whose, and their rank
+    axes."""
+    return {
+        f"{path}/{name}".removeprefix("/"): (node, axes)
+        for path, node in walk(model)
+        if isinstance(node, Factors)
+        for name, axes in node.rank_axes.items()
+        if getattr(node, name) is not None
+    }
+
+
+def _axes_of(key: str, axes: Mapping[str, Any]) -> tuple[int, ...]:
+    """The rank axes of an array: a parameter's, or a moment's that ends in its path."""
+    parts = key.split("/")
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return tuple(next((axes[end] for end in ends if end in axes), ()))
 
 
 def _contents(
@@ -278,76 +326,54 @@ def _contents(
 
     Raises:
       TypeError: The metadata hold something other than JSON values.
+      UserError: Two arrays have one path.
     """
     trees = {**model_items(model), **(items or {})}
     flat = {name: flatten(tree) for name, tree in trees.items()}
     about = {
         **metadata,
         "format_version": FORMAT_VERSION,
-        "library_version": importlib.metadata.version("lowrank_jax"),
+        "library_version": __version__,
         "step": step,
         "ranks": get_ranks(model),
         "max_ranks": max_ranks(model),
         "rank_rules": rules_of(model),
+        "rank_axes": rank_axes(model),
         "arrays": {name: _describe(leaves) for name, leaves in flat.items()},
     }
     return flat, json.loads(json.dumps(about))  # a copy: it is written later
 
 
-def _at_ranks(params: Any, ranks: Ranks) -> Any:
+def _at_ranks(model: nnx.Module, params: Any, ranks: Ranks) -> Any:
     """Shapes of the parameters with the factors of each layer allocated at these
     ranks."""
+    arrays = _factor_arrays(model)
+    paths = {id(factors): path for path, factors in find_factors(model).items()}
 
     def shape(key_path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        key = jax.tree_util.keystr(key_path, simple=True, separator="/")
         sizes = list(leaf.shape)
-        for axis in rank_axes(key):
-            path = key.rpartition("factors")[0].removesuffix("/")
-            sizes[axis] = max(flatten_rank(ranks[path]), default=0)
+        key = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        if key in arrays:
+            factors, axes = arrays[key]
+            for axis in axes:
+                sizes[axis] = largest(ranks[paths[id(factors)]])
         return jax.ShapeDtypeStruct(tuple(sizes), leaf.dtype)
 
     return jax.tree.map_with_path(shape, params)
-
-
-def rank_axes(key: str) -> tuple[int, ...]:
-    """Which axes (from the end) of the array under this path are the rank."""
-    parts = key.split("/")
-    return _RANK_AXES.get(parts[-1], ()) if "factors" in parts[-2:-1] else ()
-
-
-def _check_against(
-    saved: Saved, ranks: Ranks, aliases: Mapping[str, str]
-) -> dict[str, Any]:
-    """The ranks under the first path of each layer, checked against what is stored."""
-    named = {aliases.get(path, path): rank for path, rank in ranks.items()}
-    active, allocated = saved.metadata["ranks"], saved.max_ranks
-    check_lower(named, {p: Limits(active[p], largest(allocated[p])) for p in active})
-    return named
 
 
 def _describe(leaves: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {key: [list(x.shape), str(x.dtype)] for key, x in leaves.items()}
 
 
-def _save_args(leaves: Mapping[str, Any]) -> ocp.args.PyTreeSave:
-    def chunks(key: str, leaf: Any) -> ocp.SaveArgs:
-        axes = rank_axes(key)
-        if not axes or leaf.nbytes < _CHUNKED_BYTES:
-            return ocp.SaveArgs()
-        return ocp.SaveArgs(shard_axes=(leaf.ndim + axes[0],))
-
-    return ocp.args.PyTreeSave(
-        dict(leaves), save_args={key: chunks(key, leaf) for key, leaf in leaves.items()}
-    )
-
-
 def _differences(
-    name: str, leaves: Mapping[str, Any], arrays: Mapping[str, Any]
+    name: str, leaves: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> list[str]:
     """How a template departs from the stored arrays, other than by lower ranks."""
-    stored = arrays.get(name)
+    stored = metadata["arrays"].get(name)
     if stored is None:
-        return [f"{name}: is not in the checkpoint, which has {sorted(arrays)}"]
+        known = sorted(metadata["arrays"])
+        return [f"{name}: is not in the checkpoint, which has {known}"]
     problems = [
         f"{name}/{key}: is not in the checkpoint" for key in leaves - stored.keys()
     ]
@@ -356,7 +382,7 @@ def _differences(
         (shape, dtype), leaf = stored[key], leaves[key]
         wanted = list(leaf.shape)
         fits = len(shape) == len(wanted)
-        for axis in rank_axes(key) if fits else ():
+        for axis in _axes_of(key, metadata["rank_axes"]) if fits else ():
             wanted[axis] = max(wanted[axis], shape[axis])
         if not fits or wanted != shape or str(leaf.dtype) != dtype:
             problems.append(
@@ -364,38 +390,3 @@ def _differences(
                 f" {leaf.dtype}{list(leaf.shape)} in the model"
             )
     return sorted(problems)
-
-
-def _read(path: Path, tree: Any, flat: Mapping[str, Any]) -> Any:
-    """One tree of arrays; what has no elements is made here."""
-    filled = {key: leaf for key, leaf in flat.items() if math.prod(leaf.shape)}
-    arrays = {
-        key: jnp.zeros(leaf.shape, leaf.dtype)
-        for key, leaf in flat.items()
-        if key not in filled
-    }
-    if filled:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        restore_args = {
-            key: ocp.ArrayRestoreArgs(
-                sharding=getattr(leaf, "sharding", None) or device,
-                global_shape=leaf.shape,
-                dtype=leaf.dtype,
-                strict=False,
-            )
-            for key, leaf in filled.items()
-        }
-        template = {
-            key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            for key, leaf in filled.items()
-        }
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            arrays.update(
-                reader.restore(
-                    path,
-                    args=ocp.args.PyTreeRestore(
-                        template, restore_args=restore_args, partial_restore=True
-                    ),
-                )
-            )
-    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[key] for key in flat])

@@ -23,6 +23,8 @@ class LayerCost:
         linear layer, the tokens of a sequence, the output pixels of a convolution.
       first_positions: How often it multiplies by `u`.
       second_positions: How often it multiplies by `v`.
+      spared_positions: At how many of these the layer skips the columns of `v` that a
+        form knows to be unit vectors.
     """
 
     in_size: int
@@ -31,6 +33,7 @@ class LayerCost:
     dense_positions: int
     first_positions: int
     second_positions: int
+    spared_positions: int = 0
 
     @property
     def dense_params(self) -> int:
@@ -40,33 +43,39 @@ class LayerCost:
     def dense_macs(self) -> int:
         return self.dense_params * self.dense_positions
 
-    @property
-    def break_even_rank(self) -> float:
-        """Rank below which the factored form has fewer parameters than the dense
-        one."""
-        return self.in_size * self.out_size / (self.in_size + self.out_size)
-
     def factored_params(self, rank: RankValue) -> int:
-        """Numbers in `u` and `v`: r (i + o) for each matrix."""
-        return sum(self._ranks(rank)) * (self.in_size + self.out_size)
+        """Numbers in the arrays of the form, r (i + o) for each matrix of `u v`."""
+        return sum(self.form_params(one) for one in self._ranks(rank))
 
     def factored_macs(self, rank: RankValue) -> int:
-        return sum(self._ranks(rank)) * self._macs_per_rank
+        return sum(self.form_macs(one) for one in self._ranks(rank))
 
     def params(self, rank: RankValue) -> int:
         """Parameters of the smaller form, factored or merged, matrix by matrix."""
         dense = self.in_size * self.out_size
-        per_rank = self.in_size + self.out_size
-        return sum(min(dense, one * per_rank) for one in self._ranks(rank))
+        return sum(min(dense, self.form_params(one)) for one in self._ranks(rank))
 
     def macs(self, rank: RankValue) -> int:
-        """MACs of the cheaper form, factored or merged, matrix by matrix."""
-        dense = self.in_size * self.out_size * self.dense_positions
-        return sum(min(dense, one * self._macs_per_rank) for one in self._ranks(rank))
+        """MACs of the cheaper form, factored or merged, matrix by matrix.
 
-    @property
-    def _macs_per_rank(self) -> int:
-        return (
+        A lookup in a dense table costs none, so that its form is the one with fewer
+        parameters.
+        """
+        if not self.dense_positions:
+            break_even = self.break_even_rank
+            return self.factored_macs(
+                [number * (number < break_even) for number in self._ranks(rank)]
+            )
+        dense = self.in_size * self.out_size * self.dense_positions
+        return sum(min(dense, self.form_macs(one)) for one in self._ranks(rank))
+
+    def form_params(self, rank: int) -> int:
+        """Numbers that one matrix stores at a rank; another form overrides it."""
+        return rank * (self.in_size + self.out_size)
+
+    def form_macs(self, rank: int) -> int:
+        """MACs of one matrix at a rank; another form overrides it."""
+        return rank * (
             self.in_size * self.first_positions + self.out_size * self.second_positions
         )
 

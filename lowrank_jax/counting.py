@@ -2,7 +2,8 @@
 
 MACs are those of one example in the layers that hold a kernel (linear, convolution,
 einsum, attend); activations, norms and attention scores are not counted, as in the
-literature.
+literature. Matrices that modules hold themselves are counted in parameters only, and
+named in `ModelCost.unseen`.
 """
 
 import dataclasses
@@ -15,8 +16,16 @@ import jax
 from flax import nnx
 
 from lowrank_jax.cost import LayerCost
-from lowrank_jax.layers import LAYERS, LowRankLayer
-from lowrank_jax.paths import find_factors, find_layers
+from lowrank_jax.errors import UserError
+from lowrank_jax.layers import LowRankLayer, LowRankParam, low_rank_type
+from lowrank_jax.nnx_internals import change_type
+from lowrank_jax.paths import (
+    find_factors,
+    find_layers,
+    find_own_matrices,
+    param_sizes,
+    walk,
+)
 from lowrank_jax.ranks import Ranks
 
 
@@ -28,11 +37,15 @@ class ModelCost(NamedTuple):
         factors the MACs add up.
       fixed_params: Parameters outside the factors: dense kernels, biases, norms.
       fixed_macs: MACs of the layers that stay dense.
+      unseen: Parameters of each matrix that a module holds itself, dense or factored,
+        by path. What is multiplied by them is not in the MACs. Matrices that are added
+        (`paths.find_own_matrices`), such as positions, are not among them.
     """
 
     layers: dict[str, LayerCost]
     fixed_params: int
     fixed_macs: int
+    unseen: dict[str, int] = {}
 
     def params(self, ranks: Ranks) -> int:
         """All parameters, each factored layer in the smaller of its forms."""
@@ -68,8 +81,8 @@ def count(
       *example: Arguments for a batch of one example (arrays or `jax.ShapeDtypeStruct`).
       forward: How to call the model, `model(*example)` by default.
 
-    >>> cost = count(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), jax.ShapeDtypeStruct((1, 8),
-    "f4"))
+    >>> inputs = jax.ShapeDtypeStruct((1, 8), "float32")
+    >>> cost = count(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), inputs)
     >>> cost.dense_params, cost.dense_macs
     (36, 32)
     """
@@ -77,26 +90,34 @@ def count(
         model, example, forward or (lambda model, *inputs: model(*inputs))
     )
     owners = {id(factors): path for path, factors in find_factors(model).items()}
+    sizes = param_sizes(model)
     factored: dict[str, LayerCost] = {}
     fixed_macs = 0
+    unseen = {
+        path: sizes[id(param)] for path, (param, _) in find_own_matrices(model).items()
+    }
     for path, (layer, _) in find_layers(model).items():
-        cost = _layer_cost(layer, recorders[path])
+        try:
+            cost = _layer_cost(layer, recorders[path])
+        except UserError:  # it has no low-rank form, such as a masked kernel
+            kernel = getattr(layer, low_rank_type(type(layer)).kernel_name)
+            unseen[path] = sizes[id(kernel)]
+            continue
+        if isinstance(layer, LowRankParam):
+            unseen[path] = cost.dense_params
         if isinstance(layer, LowRankLayer):
             owner = owners[id(layer.factors)]
             known = factored.get(owner)
             factored[owner] = _add_positions(known, cost) if known else cost
         else:
             fixed_macs += cost.dense_macs
-    shared = {
-        id(p) for f in find_factors(model).values() for p in (f.u, f.s, f.middle, f.v)
+    in_factors = {
+        id(node)
+        for factors in find_factors(model).values()
+        for _, node in walk(factors)
     }
-    params = {
-        id(node): math.prod(node.shape)
-        for _, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Param)
-    }
-    fixed_params = sum(size for key, size in params.items() if key not in shared)
-    return ModelCost(factored, fixed_params, fixed_macs)
+    fixed_params = sum(size for key, size in sizes.items() if key not in in_factors)
+    return ModelCost(factored, fixed_params, fixed_macs, unseen)
 
 
 class _Recorder:
@@ -115,7 +136,7 @@ def _trace_calls(
     probe.eval()
     recorders = {}
     for path, (layer, _) in find_layers(probe).items():
-        object.__setattr__(layer, "__class__", _recording_type(type(layer)))
+        change_type(layer, _recording_type(type(layer)))
         layer.recorder = recorders[path] = _Recorder()
     graphdef, state = nnx.split(probe)
     jax.eval_shape(
@@ -129,9 +150,11 @@ def _recording_type(cls: type[nnx.Module]) -> type[nnx.Module]:
     """A subclass that notes each call; NNX transforms keep it, scans included."""
 
     def recording(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            outputs = method(self, inputs, *args, **kwargs)
-            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs, outputs)]
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            outputs = method(self, *args, **kwargs)
+            # A layer of the user's may take and give several arrays: the first counts.
+            first = [jax.tree.leaves(tree)[0] for tree in ((args, kwargs), outputs)]
+            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in first]
             self.recorder.calls.append(tuple(shapes))
             return outputs
 
@@ -147,11 +170,11 @@ def _recording_type(cls: type[nnx.Module]) -> type[nnx.Module]:
 
 def _layer_cost(layer: nnx.Module, recorder: _Recorder) -> LayerCost:
     """The cost of one layer over all its calls."""
-    kind = LAYERS.get(type(layer), type(layer))
     if isinstance(layer, LowRankLayer):
-        fold = layer.fold
+        kind, fold = type(layer), layer.fold
         stacked = math.prod(layer.factors.stack_shape) // math.prod(fold.stack_shape)
     else:
+        kind = low_rank_type(type(layer))
         fold = kind.fold_of(layer)
         kernel = getattr(layer, kind.kernel_name)
         stacked = math.prod(kernel.shape) // math.prod(fold.kernel_shape)
@@ -161,7 +184,8 @@ def _layer_cost(layer: nnx.Module, recorder: _Recorder) -> LayerCost:
     )
     costs = [kind.cost_of(layer, fold, *shapes) for shapes in calls]
     total = functools.reduce(_add_positions, costs, never)
-    return dataclasses.replace(total, matrices=total.matrices * stacked)
+    total = dataclasses.replace(total, matrices=total.matrices * stacked)
+    return layer.factors.cost(total) if isinstance(layer, LowRankLayer) else total
 
 
 def _add_positions(one: LayerCost, other: LayerCost) -> LayerCost:
@@ -170,4 +194,5 @@ def _add_positions(one: LayerCost, other: LayerCost) -> LayerCost:
         dense_positions=one.dense_positions + other.dense_positions,
         first_positions=one.first_positions + other.first_positions,
         second_positions=one.second_positions + other.second_positions,
+        spared_positions=one.spared_positions + other.spared_positions,
     )

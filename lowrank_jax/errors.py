@@ -26,10 +26,10 @@ def at(place: str) -> Iterator[None]:
     """Puts a place in front of the message of a user's mistake.
 
     >>> with at("config.phases[0]"):
-    ...     raise UserError("until: must be at least 1 step, got 0.")
+    ...     raise UserError("until: must be at least 1, got 0.")
     Traceback (most recent call last):
     ...
-    lowrank_jax.errors.UserError: config.phases[0]: until: must be at least 1 step, got 0.
+    lowrank_jax.errors.UserError: config.phases[0]: until: must be at least 1, got 0.
     """
     try:
         yield

@@ -1,6 +1,8 @@
 """Factorization: put low rank into a model by rules, and read the rules back."""
 
+import contextlib
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -12,8 +14,9 @@ from jaxtyping import Array, Float
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.folds import ConvFold
-from lowrank_jax.layers import LAYERS, LowRankLayer
-from lowrank_jax.paths import find_layers, replace
+from lowrank_jax.forms import FORMS
+from lowrank_jax.layers import LAYERS, LowRankLayer, LowRankParam, low_rank_type
+from lowrank_jax.paths import find_layers, find_own_matrices, param_sizes, replace
 from lowrank_jax.ranks import fraction_of
 from lowrank_jax.rules import match_rules
 
@@ -22,13 +25,21 @@ LayerRule: TypeAlias = str | Mapping[str, Any]
 
 - `max_rank` (clipped to the layer's) or `rank_fraction`: what to allocate;
 - `scheme`: how the kernel of a convolution folds (`folds.conv_fold`);
+- `form`: a key of `forms.FORMS`, "factored" by default, which takes
 - `with_s`: keep scales in `s` instead of sharing them between the factors;
 - `depth`: number of factors, 2 or more (LoRITa);
+- `param`: True for a matrix Param that a module holds itself: the pattern then stands
+  for the Param's path (no other rule than one with `param` factors a Param);
 - `init`: "svd" of the kernel (spectral initialisation where it is a fresh one, Khodak
   et al., 2021), or "random" factors of the kernel's variance.
 """
 
-_RULE_KEYS = {"max_rank", "rank_fraction", "scheme", "with_s", "depth", "init"}
+_COMMON_KEYS = {"max_rank", "rank_fraction", "scheme", "form", "param"}
+_RULE_KEYS = _COMMON_KEYS.union(*(form.rule_options for form in FORMS.values()))
+
+
+class DenseWarning(UserWarning):
+    """Matrices that factorization left dense, since it does not know their layers."""
 
 
 def factorize(
@@ -36,7 +47,6 @@ def factorize(
     rules: Sequence[tuple[str, LayerRule]] = ((".*", "full"),),
     *,
     rngs: nnx.Rngs | None = None,
-    where: str = "rank_rules",
 ) -> nnx.Module:
     """A copy of the model with its layers in low-rank form.
 
@@ -49,10 +59,13 @@ def factorize(
       rules: Ordered pairs of a pattern (a regular expression for the whole path) and
         what to make of these layers, a `LayerRule`.
       rngs: Source of keys for rules with "random".
-      where: What to call the rules in errors.
+
+    Warns:
+      DenseWarning: Matrices that modules hold themselves stay dense, and no rule says
+        so.
 
     Raises:
-      ValueError: A layer that no rule covers, a rule without a layer, a bad value, a
+      UserError: A layer that no rule covers, a rule without a layer, a bad value, a
         layer that has no low-rank form, or a kernel with NaN or infinity; all offenders
         of a kind at once.
 
@@ -61,18 +74,16 @@ def factorize(
     2
     """
     model = nnx.clone(model)
-    layers = find_layers(model)
-    chosen = match_rules(
-        rules, {path: paths for path, (_, paths) in layers.items()}, where=where
-    )
+    layers, matrices = find_layers(model), find_own_matrices(model)
+    chosen = _chosen_rules(rules, model, layers, matrices)
     shared: dict[Any, Factors] = {}
-    twins: dict[int, nnx.Module] = {}
+    twins: dict[int, LowRankLayer] = {}
     forms: dict[int, dict[Any, str]] = {}  # of each kernel: what is made of it, where
     problems = []
-    for path, (layer, _) in layers.items():
-        if isinstance(layer, LowRankLayer):
+    for path, (layer, _) in {**layers, **matrices}.items():
+        if isinstance(layer, LowRankLayer) or path not in chosen:
             continue
-        kernel, form = getattr(layer, LAYERS[type(layer)].kernel_name), "dense"
+        form = "dense"
         if chosen[path] != "dense":
             try:
                 twin = _twin(layer, chosen[path], shared, rngs)
@@ -80,7 +91,7 @@ def factorize(
                 problems.append(f"{path}: {error}")
                 continue
             twins[id(layer)], form = twin, id(twin.factors)
-        forms.setdefault(id(kernel), {}).setdefault(form, path)
+        forms.setdefault(id(_kernel(layer)), {}).setdefault(form, path)
     problems += [
         f"{', '.join(paths.values())}: layers with one kernel must have one form, got"
         " several ranks or schemes, or one of them dense. Give them the same rule."
@@ -88,8 +99,69 @@ def factorize(
         if len(paths) > 1
     ]
     if problems:
-        raise UserError(f"{where}: " + "\n".join(problems))
+        raise UserError("\n".join(problems))
+    _warn_of_dense(model, [path for path in matrices if path not in chosen])
+    aliases = {
+        id(_kernel(layer)): LowRankParam.from_dense(
+            _kernel(layer), factors=twins[id(layer)].factors, fold=twins[id(layer)].fold
+        )
+        for layer, _ in layers.values()
+        if id(layer) in twins
+    }  # a kernel that a module also holds itself, such as a tied head, stays tied
+    twins = {**aliases, **twins}
     return replace(model, lambda node: twins.get(id(node)))
+
+
+def _chosen_rules(
+    rules: Sequence[tuple[str, LayerRule]],
+    model: nnx.Module,
+    layers: Mapping[str, tuple[nnx.Module, list[str]]],
+    matrices: Mapping[str, tuple[nnx.Param, list[str]]],
+) -> dict[str, LayerRule]:
+    """The rule of each layer, and of each Param that a rule is about."""
+    names = {path: paths for path, (_, paths) in layers.items()}
+    for path, (_, paths) in matrices.items():
+        rule = _first_match(rules, paths)
+        if rule == "dense" or (isinstance(rule, Mapping) and "param" in rule):
+            names[path] = paths
+    if rules and not names:
+        types = {type(node).__name__ for _, node in nnx.iter_modules(model)}
+        raise UserError(
+            "the model must hold a layer to factor, one of"
+            f" {sorted(kind.__name__ for kind in LAYERS)} or of their subclasses, got"
+            f" {sorted(types)} with matrices of their own at {sorted(matrices)}. Add"
+            " the layer's class by layers.register, or name a matrix in a rule with"
+            " 'param': True."
+        )
+    return match_rules(rules, names)
+
+
+def _first_match(
+    rules: Sequence[tuple[str, LayerRule]], paths: Sequence[str]
+) -> LayerRule | None:
+    for pattern, rule in rules:
+        with contextlib.suppress(re.error):  # `match_rules` names a bad pattern
+            if any(re.fullmatch(pattern, path) for path in paths):
+                return rule
+    return None
+
+
+def _warn_of_dense(model: nnx.Module, paths: Sequence[str]) -> None:
+    """Warns once of the matrices of a model that no rule is about."""
+    if not paths:
+        return
+    sizes, matrices = param_sizes(model), find_own_matrices(model)
+    total = sum(sizes.values())
+    shares = {path: sizes[id(matrices[path][0])] / total for path in paths}
+    listed = ", ".join(f"{path} ({share:.1%})" for path, share in shares.items())
+    warnings.warn(
+        f"factorize: {sum(shares.values()):.1%} of the parameters stay dense in"
+        f" matrices that modules hold themselves: {listed}. Add their class by"
+        " layers.register, name them in a rule with 'param': True to factor them, or"
+        " with 'dense'.",
+        DenseWarning,
+        stacklevel=3,
+    )
 
 
 def rules_of(model: nnx.Module) -> list[tuple[str, LayerRule]]:
@@ -100,17 +172,23 @@ def rules_of(model: nnx.Module) -> list[tuple[str, LayerRule]]:
     """
     rules: list[tuple[str, LayerRule]] = []
     dense = False
-    for path, (layer, _) in find_layers(model).items():
+    layers = find_layers(model)
+    owners = {  # a Param that is a layer's kernel too follows the layer's rule
+        id(layer.factors)
+        for layer, _ in layers.values()
+        if isinstance(layer, LowRankLayer) and not isinstance(layer, LowRankParam)
+    }
+    for path, (layer, _) in layers.items():
         if not isinstance(layer, LowRankLayer):
             dense = True
             continue
-        rule = {
-            "max_rank": layer.factors.max_rank,
-            "with_s": layer.factors.s is not None,
-            "depth": layer.factors.depth,
-        }
+        if isinstance(layer, LowRankParam) and id(layer.factors) in owners:
+            continue
+        rule = layer.factors.rule()
         if isinstance(layer.fold, ConvFold):
             rule["scheme"] = layer.fold.scheme
+        if isinstance(layer, LowRankParam):
+            rule["param"] = True
         rules.append((re.escape(path), rule))
     return [*rules, (".*", "dense")] if dense else rules
 
@@ -126,7 +204,7 @@ def kernel_matrices(model: nnx.Module) -> dict[str, Float[Array, "*stack i o"]]:
         if isinstance(layer, LowRankLayer):
             matrices[path] = layer.factors.matrix()
             continue
-        kind = LAYERS[type(layer)]
+        kind = low_rank_type(type(layer))
         try:
             fold = kind.fold_of(layer)
         except ValueError:  # it has no low-rank form after all, such as a masked kernel
@@ -136,69 +214,64 @@ def kernel_matrices(model: nnx.Module) -> dict[str, Float[Array, "*stack i o"]]:
 
 
 def _twin(
-    layer: nnx.Module,
+    layer: nnx.Module | nnx.Param,
     rule: LayerRule,
     shared: dict[Any, Factors],
     rngs: nnx.Rngs | None,
 ) -> LowRankLayer:
     """The low-rank twin of one layer; `shared` holds the factors made so far."""
-    kind = LAYERS[type(layer)]
+    is_param = isinstance(layer, nnx.Param)
+    kind = LowRankParam if is_param else low_rank_type(type(layer))
     options = {} if rule == "full" else rule
     if not isinstance(options, Mapping) or not set(options) <= _RULE_KEYS:
         raise UserError(
             f"a rule must be 'dense', 'full' or a mapping of {sorted(_RULE_KEYS)}, got"
             f" {rule!r}."
         )
+    if options.get("param", is_param) is not is_param:
+        raise UserError(
+            "param: true is for a matrix that a module holds itself, got"
+            f" {options['param']!r} for a {type(layer).__name__}. Leave it out."
+        )
     fold_options = {"scheme": options["scheme"]} if "scheme" in options else {}
-    if fold_options and type(layer) is not nnx.Conv:
+    if not fold_options.keys() <= kind.fold_options:
         raise UserError(f"scheme is for convolutions, got it for {type(layer)}.")
     fold = kind.fold_of(layer, **fold_options)
     max_rank = _allocated_rank(options, fold.full_rank)
-    kernel = getattr(layer, kind.kernel_name)
-    form = _form(options)
-    key = (id(kernel), fold, max_rank, *form)
+    kernel = _kernel(layer)
+    form, form_options = _form(options)
+    key = (id(kernel), fold, max_rank, form.form, repr(form_options))
     if key not in shared:
-        shared[key] = _factors(fold.to_matrix(kernel[...]), max_rank, *form, rngs)
-    return kind.from_dense(
-        layer, max_rank=max_rank, factors=shared[key], **fold_options
-    )
+        matrix = fold.to_matrix(kernel[...])
+        if not isinstance(matrix, jax.core.Tracer) and not np.isfinite(matrix).all():
+            raise UserError(
+                "the kernel must be finite to be factored, got NaN or infinity. Train"
+                " or load it anew, with a lower learning rate."
+            )
+        shared[key] = form.from_rule(matrix, max_rank, rngs=rngs, **form_options)
+    return kind.from_dense(layer, factors=shared[key], **fold_options)
 
 
-def _form(options: Mapping[str, Any]) -> tuple[bool, int, str]:
-    """`with_s`, `depth` and `init` of a rule, checked."""
-    with_s, depth = options.get("with_s", False), options.get("depth", 2)
-    init = options.get("init", "svd")
-    if not isinstance(with_s, bool):
-        raise UserError(f"with_s must be true or false, got {with_s!r}.")
-    if isinstance(depth, bool) or not isinstance(depth, int):
-        raise UserError(f"depth must be a whole number >= 2, got {depth!r}.")
-    if init not in ("svd", "random"):
-        raise UserError(f"init must be 'svd' or 'random', got {init!r}.")
-    return with_s, depth, init
+def _kernel(layer: nnx.Module | nnx.Param) -> nnx.Param:
+    """The Param that is factored: the kernel of a dense layer, or a Param itself."""
+    if isinstance(layer, nnx.Param):
+        return layer
+    return getattr(layer, low_rank_type(type(layer)).kernel_name)
 
 
-def _factors(
-    matrix: Array,
-    max_rank: int,
-    with_s: bool,
-    depth: int,
-    init: str,
-    rngs: nnx.Rngs | None,
-) -> Factors:
-    """The factors that a rule makes of a kernel's matrix."""
-    if not isinstance(matrix, jax.core.Tracer) and not np.isfinite(matrix).all():
+def _form(options: Mapping[str, Any]) -> tuple[type[Factors], dict[str, Any]]:
+    """The form that a rule asks for, and what the rule chooses of it."""
+    name = options.get("form", Factors.form)
+    if name not in FORMS:
+        raise UserError(f"form must be one of {sorted(FORMS)}, got {name!r}.")
+    form = FORMS[name]
+    given = {key: value for key, value in options.items() if key in form.rule_options}
+    if foreign := set(options) - set(given) - _COMMON_KEYS:
         raise UserError(
-            "the kernel must be finite to be factored, got NaN or infinity. Train or"
-            " load it anew, with a lower learning rate."
+            f"form {name!r} must have options of {sorted(form.rule_options)}, got"
+            f" {sorted(foreign)}. Leave them out."
         )
-    if init == "svd":
-        return Factors.from_matrix(matrix, max_rank, with_s=with_s, depth=depth)
-    if rngs is None or depth != 2:
-        raise UserError(
-            "init 'random' needs rngs and a depth of 2, got"
-            f" rngs={rngs}, depth={depth}. Pass factorize(..., rngs=)."
-        )
-    return Factors.random(rngs.params(), matrix, max_rank, with_s=with_s)
+    return form, {**form.rule_options, **given}
 
 
 def _allocated_rank(options: Mapping[str, Any], full_rank: int) -> int:

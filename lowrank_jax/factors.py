@@ -6,6 +6,8 @@ Letters: `i` in, `o` out, `r` rank; `stack` are leading axes, one for modules st
 """
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +16,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lowrank_jax import linalg
+from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
-from lowrank_jax.ranks import Limits, RankValue, flatten_rank
+from lowrank_jax.ranked import Rank, Ranked
+from lowrank_jax.ranks import RankValue, flatten_rank, largest
 
 
-class Rank(nnx.Variable):
-    """The active rank of a `Factors`: int32, `(*stack)`, or `(*stack, b)` per
-    example."""
-
-
-class Factors(nnx.Module):
+class Factors(Ranked):
     """A matrix `W (i, o) = u (i, r) · diag(|s|) (r) · v (r, o)` with an ordered rank
     axis.
 
@@ -40,7 +39,31 @@ class Factors(nnx.Module):
       v: Output side, `(*stack, r, o)`.
       s: Scales, `(*stack, r)`, or None for a product without.
       middle: Square factors, `(*stack, n, r, r)`, or None for a product of two.
+
+    Another form of the product is a subclass in `forms`, with facts of its own in the
+    class attributes below.
+
+    Attributes:
+      form: Its name, a key of `forms.FORMS`.
+      rank_axes: Of each array the axes, from the end, along which a prefix is a lower
+        rank.
+      skips_identity: Whether columns of `v` are unit vectors that `expand` skips.
+      rule_options: What a rule can choose for this form, with the defaults.
     """
+
+    form: ClassVar[str] = "factored"
+    rank_axes: ClassVar[Mapping[str, tuple[int, ...]]] = {
+        "u": (-1,),
+        "s": (-1,),
+        "v": (-2,),
+        "middle": (-2, -1),
+    }
+    skips_identity: ClassVar[bool] = False
+    rule_options: ClassVar[Mapping[str, Any]] = {
+        "with_s": False,
+        "depth": 2,
+        "init": "svd",
+    }
 
     def __init__(
         self,
@@ -55,8 +78,7 @@ class Factors(nnx.Module):
         ):
             raise UserError(
                 "Factors: u (*stack, i, r), s (*stack, r) and v (*stack, r, o) must"
-                " agree"
-                f" in stack and r, got {u.shape}, {getattr(s, 'shape', None)} and"
+                f" agree in stack and r, got {u.shape}, {getattr(s, 'shape', None)} and"
                 f" {v.shape}. Transpose them to this order."
             )
         if middle is not None and (
@@ -129,6 +151,70 @@ class Factors(nnx.Module):
         scales = jnp.ones(u.shape[:-2] + u.shape[-1:], u.dtype)
         return cls(u, v, scales if with_s else None)
 
+    @classmethod
+    def from_rule(
+        cls,
+        matrix: Float[Array, "*stack i o"],
+        max_rank: int,
+        *,
+        rngs: nnx.Rngs | None,
+        with_s: bool,
+        depth: int,
+        init: str,
+    ) -> Self:
+        """Makes the factors that a rule asks for of a kernel's matrix.
+
+        Args:
+          matrix: What to factor.
+          max_rank: Rank to allocate.
+          rngs: Source of keys for "random".
+          with_s: Keep the singular values in `s`.
+          depth: How many factors share them.
+          init: "svd" of the matrix, or "random" factors of its variance.
+
+        Raises:
+          UserError: A value of another kind, or two that do not go together.
+        """
+        if not isinstance(with_s, bool):
+            raise UserError(f"with_s must be true or false, got {with_s!r}.")
+        if isinstance(depth, bool) or not isinstance(depth, int):
+            raise UserError(f"depth must be a whole number >= 2, got {depth!r}.")
+        if init not in ("svd", "random"):
+            raise UserError(f"init must be 'svd' or 'random', got {init!r}.")
+        if init == "svd":
+            return cls.from_matrix(matrix, max_rank, with_s=with_s, depth=depth)
+        if rngs is None or depth != 2:
+            raise UserError(
+                "init 'random' needs rngs and a depth of 2, got"
+                f" rngs={rngs}, depth={depth}. Pass factorize(..., rngs=)."
+            )
+        return cls.random(rngs.params(), matrix, max_rank, with_s=with_s)
+
+    def rule(self) -> dict[str, Any]:
+        """Returns the rule by which `factorize` makes this form at this rank."""
+        return {
+            "max_rank": self.max_rank,
+            "with_s": self.s is not None,
+            "depth": self.depth,
+        }
+
+    @classmethod
+    def from_factors(cls, factors: "Factors") -> "Factors":
+        """Turns factors, all of whose columns act, into this form."""
+        return factors
+
+    def cost(self, layer_cost: LayerCost) -> LayerCost:
+        """Returns what a layer costs with its matrix in this form."""
+        return layer_cost
+
+    def params(self) -> dict[str, nnx.Param]:
+        """Lists the arrays that are trained, by name."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if isinstance(value, nnx.Param)
+        }
+
     @property
     def stack_shape(self) -> tuple[int, ...]:
         return self.u.shape[:-2]
@@ -178,20 +264,6 @@ class Factors(nnx.Module):
     def _joins_u(self) -> bool:
         return self.in_size <= self.out_size
 
-    def mask(self) -> Bool[Array, "*stack r"]:
-        """True for the columns that act; a further axis `b` before `r` per example."""
-        rank = self.rank[...]
-        expected = len(self.stack_shape) + self.per_example
-        if rank.ndim != expected:
-            raise UserError(
-                f"rank: must have {expected} axes beside u {self.u.shape}"
-                f" (per_example={self.per_example}), got shape {rank.shape}. Under"
-                " nnx.scan or nnx.vmap map the Rank variables over the layer axis, as"
-                " the parameters: nnx.StateAxes({(nnx.Param, Rank): 0, ...: None})."
-            )
-        shape = (*rank.shape, self.max_rank)
-        return jax.lax.broadcasted_iota(jnp.int32, shape, rank.ndim) < rank[..., None]
-
     def active_u(
         self, dtype: jax.typing.DTypeLike | None
     ) -> Float[Array, "*stack i r"]:
@@ -218,6 +290,21 @@ class Factors(nnx.Module):
             _, v = self._join(None, self._active_middle(), v)
         return v if dtype is None else v.astype(dtype)
 
+    def expand(
+        self,
+        hidden: Float[Array, "... r"],
+        multiply: Callable[[Array, Array], Array],
+        dtype: jax.typing.DTypeLike | None = None,
+    ) -> Float[Array, "... o"]:
+        """Multiplies `x u` by `v`; a form that knows columns of `v` skips them.
+
+        Args:
+          hidden: What `u` made of the inputs.
+          multiply: Multiplies rows by a matrix, as the layer does.
+          dtype: Of the computation.
+        """
+        return multiply(hidden, self.active_v(dtype))
+
     def _active_middle(self) -> Float[Array, "*stack n r r"]:
         """The square factors with the rows and columns past the rank set to zero."""
         mask = self.mask()[..., None, :]
@@ -234,34 +321,50 @@ class Factors(nnx.Module):
             )
         return self.active_u(dtype) @ self.active_v(dtype)
 
-    def mask_hidden(self, hidden: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Applies per-example ranks to `x u`; with a common rank `u` is masked
-        already."""
-        if not self.per_example:
-            return hidden
-        mask = self.mask()
-        stack = len(self.stack_shape)
-        batch = hidden.shape[stack] if hidden.ndim >= mask.ndim else None
-        if batch != mask.shape[stack]:
-            raise UserError(
-                "rank: one rank per example needs as many ranks as examples, got"
-                f" {mask.shape[stack]} for a batch of {batch}. Sample ranks for this"
-                " batch size, and keep the batch as the first axis."
-            )
-        between = hidden.ndim - mask.ndim
-        mask = mask.reshape(*mask.shape[:-1], *[1] * between, mask.shape[-1])
-        return jnp.where(mask, hidden, 0)
-
     def cut(self, rank: RankValue) -> None:
-        """Drops the columns past `rank`, in place; a stack keeps its largest rank."""
-        allocated = max(flatten_rank(rank), default=0)
-        self.u.set_value(self.u[...][..., :allocated])
-        self.v.set_value(self.v[...][..., :allocated, :])
-        if self.s is not None:
-            self.s.set_value(self.s[...][..., :allocated])
-        if self.middle is not None:
-            self.middle.set_value(self.middle[...][..., :allocated, :allocated])
+        """Drops the columns past `rank`, in place.
+
+        A stack keeps its largest rank; what its matrices of a lower one have past
+        theirs becomes zero, so that penalties and weight decay see nothing of it.
+        """
+        allocated = largest(rank)
+        for name, axes in self._rank_arrays():
+            array = getattr(self, name)[...]
+            for axis in axes:
+                array = jax.lax.slice_in_dim(
+                    array, 0, allocated, axis=array.ndim + axis
+                )
+            getattr(self, name).set_value(array)
         self.set_rank(rank)
+        if min(flatten_rank(rank), default=allocated) < allocated:
+            for name, mask in self.rank_masks(rank).items():
+                array = getattr(self, name)
+                array.set_value(jnp.where(mask, array[...], 0))
+
+    def rank_masks(self, rank: RankValue) -> dict[str, Bool[np.ndarray, "..."]]:
+        """For each array, which of its numbers lie within a rank (broadcastable)."""
+        ranks = np.broadcast_to(np.asarray(rank), self.stack_shape)
+        acting = np.arange(self.max_rank) < ranks[..., None]
+        masks = {}
+        for name, axes in self._rank_arrays():
+            mask = np.asarray(True)
+            for axis in axes:
+                shape = [
+                    *self.stack_shape,
+                    *[1] * (getattr(self, name).ndim - ranks.ndim),
+                ]
+                shape[axis] = self.max_rank
+                mask = mask & acting.reshape(shape)
+            masks[name] = mask
+        return masks
+
+    def _rank_arrays(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The arrays there are of `rank_axes`, with these axes."""
+        return [
+            (name, axes)
+            for name, axes in self.rank_axes.items()
+            if getattr(self, name) is not None
+        ]
 
     def canonicalize(self) -> None:
         """Replaces the arrays by the SVD of the product at the active rank, in place.
@@ -282,43 +385,10 @@ class Factors(nnx.Module):
         self.middle = nnx.data(None)
 
     def set_rank(self, rank: RankValue | Int[Array, "..."]) -> None:
-        """Sets the active rank, in place: one number, one per stacked matrix, or an
-        array.
-
-        A traced or concrete array of shape `(*stack, b)` sets one rank per example.
-        Values are not checked here (they may be traced); `set_ranks` does.
-        """
-        value = jnp.asarray(rank, jnp.int32)
-        stack = self.stack_shape
-        per_example = value.ndim == len(stack) + 1
-        if value.ndim and value.shape[: value.ndim - per_example] != stack:
-            raise UserError(
-                f"rank: must be one number, or an array of shape {stack} (a rank for"
-                " each"
-                f" matrix) or {(*stack, 'batch')}, got shape {value.shape}. Give one of"
-                " these."
-            )
-        if per_example and self.middle is not None:
+        if self.middle is not None and jnp.ndim(rank) == len(self.stack_shape) + 1:
             raise UserError(
                 "rank: factors with square ones in between take no rank per example,"
-                f" got shape {value.shape}. Use another sampler, or canonicalize first."
+                f" got shape {jnp.shape(rank)}. Use another sampler, or canonicalize"
+                " first."
             )
-        self.per_example = per_example
-        if not per_example:
-            value = jnp.broadcast_to(value, stack)
-        self.rank.set_value(value)
-
-    def limits(self) -> Limits:
-        """What bounds the rank: the active one to cut, the allocated one to set."""
-        return Limits(self._known_rank(), self.max_rank)
-
-    def _known_rank(self) -> RankValue:
-        """The active rank; where it is abstract or traced, the allocated one."""
-        rank = self.rank.get_value()
-        if isinstance(rank, jax.core.Tracer | jax.ShapeDtypeStruct):
-            return np.full(self.stack_shape, self.max_rank).tolist()
-        return self.get_rank()
-
-    def get_rank(self) -> RankValue:
-        """The active rank as plain Python numbers (nested lists for a stack)."""
-        return np.asarray(self.rank[...]).tolist()
+        super().set_rank(rank)

@@ -162,10 +162,13 @@ class ConvFold(Fold):
       groups: Number of feature groups; more than one makes a stack axis.
       first_axes: Spatial axes that the first convolution handles; the second handles
         the others.
+      transposed: Whether kernels are `(*k, f, c)`, as those of a transposed convolution
+        with `transpose_kernel`.
     """
 
     groups: int
     first_axes: tuple[int, ...]
+    transposed: bool = False
 
     def first_kernel(self, u: Float[Array, "*g i r"]) -> Float[Array, "... c gr"]:
         """`u` as the kernel of the first convolution: c -> groups * r channels."""
@@ -200,7 +203,8 @@ class ConvFold(Fold):
         sizes = [1] * (len(self.kernel_shape) - 2)
         for axis, size in zip(axes, spatial, strict=True):
             sizes[axis] = size
-        return kernel.reshape(*sizes, kernel.shape[1], self.groups * kernel.shape[-1])
+        kernel = kernel.reshape(*sizes, kernel.shape[1], self.groups * kernel.shape[-1])
+        return jnp.swapaxes(kernel, -1, -2) if self.transposed else kernel
 
 
 def conv_fold(
@@ -210,8 +214,14 @@ def conv_fold(
     *,
     groups: int = 1,
     scheme: int = 0,
+    transposed: bool = False,
 ) -> ConvFold:
-    """The fold of a convolution by one of the four schemes of the module's table."""
+    """Returns the fold of a convolution by one of the four schemes of the module's
+    table.
+
+    A transposed convolution is one over inputs with zeros in between, so that it folds
+    alike; `transposed` only says that its kernel holds filters before channels.
+    """
     spatial = len(kernel_size)
     by_scheme = {
         0: tuple(range(spatial)),
@@ -227,6 +237,17 @@ def conv_fold(
     first = by_scheme[scheme]
     second = tuple(axis for axis in range(spatial) if axis not in first)
     channels = in_features // groups
+    if transposed:
+        return ConvFold(
+            (*kernel_size, out_features, in_features),
+            (*kernel_size, out_features, in_features),
+            (),
+            (*first, spatial + 1),
+            (*second, spatial),
+            1,
+            first,
+            transposed,
+        )
     kernel_shape = (*kernel_size, channels, out_features)
     view_shape = (*kernel_size, channels, groups, out_features // groups)
     stack_axes = (spatial + 1,)

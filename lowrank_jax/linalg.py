@@ -13,27 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
-def balanced_svd(
-    matrix: Float[Array, "*stack i o"], rank: int
-) -> tuple[Float[Array, "*stack i r"], Float[Array, "*stack r o"]]:
-    """The best factors of one rank, with the singular values shared between the two.
-
-    With `W = P S Q^T`, returns `P sqrt(S)` and `sqrt(S) Q^T`, cut at `rank` (Horvath et
-    al., 2024, section 3; Eckart-Young makes the product the nearest of its rank).
-
-    Args:
-      matrix: The matrix to factor.
-      rank: Number of columns to keep, at most min(i, o).
-
-    >>> u, v = balanced_svd(jnp.diag(jnp.array([4.0, 1.0])), 1)
-    >>> [float(x) for x in abs(u[:, 0])], [float(x) for x in abs(v[0])]
-    ([2.0, 0.0], [2.0, 0.0])
-    """
-    u, s, v = truncated_svd(matrix, rank)
-    root = jnp.sqrt(s)
-    return u * root[..., None, :], root[..., :, None] * v
-
-
 def truncated_svd(
     matrix: Float[Array, "*stack i o"], rank: int
 ) -> tuple[
@@ -147,22 +126,20 @@ def _reduced(
     return tuple(jnp.linalg.qr(side))
 
 
+@jax.checkpoint  # the backward pass forms the product anew: one is alive at a time
 def squared_norm(
     u: Float[Array, "*stack i r"],
     s: Float[Array, "*stack r"] | None,
     v: Float[Array, "*stack r o"],
 ) -> Float[Array, "*stack"]:
-    """`||u diag(|s|) v||_F^2`, by the form with fewer operations.
+    """Returns `||u diag(|s|) v||_F^2`, from the product, in i r o operations.
 
-    `trace(u^T u v v^T)` over the Gram matrices takes r^2 (i + o), forming the product
-    i r o.
+    `trace(u^T u v v^T)` over the Gram matrices would take r^2 (i + o), but it squares
+    before it adds: where columns nearly cancel in the product, its rounding error is
+    that of `||u||^2 ||v||^2` (7.0e-4 was seen for a norm of 7.2e-7). Here the error is
+    relative to what the rounded product has. Derivatives of all orders are finite.
     """
-    (in_size, rank), out_size = u.shape[-2:], v.shape[-1]
     left = u if s is None else u * jnp.abs(s)[..., None, :]
-    if rank * (in_size + out_size) <= in_size * out_size:
-        gram_u = exact_product(jnp.swapaxes(left, -1, -2), left)
-        gram_v = exact_product(v, jnp.swapaxes(v, -1, -2))
-        return jnp.sum(gram_u * gram_v, axis=(-2, -1))
     return jnp.sum(jnp.square(exact_product(left, v)), axis=(-2, -1))
 
 

@@ -14,11 +14,13 @@ What can be done to which part is decided by the type of the state, never guesse
 shapes; a part that cannot follow starts anew and is named.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool
 
 # two states are not exported by name; abstractly, since an array here would start the
 # backend, after which jax.distributed.initialize fails
@@ -62,34 +64,69 @@ SCHEDULES: tuple[type, ...] = (optax.ScaleByScheduleState, _INJECTED_SCHEDULE)
 """Counters of learning-rate schedules."""
 
 
+class Cut(NamedTuple):
+    """What a cut does to one parameter.
+
+    Args:
+      before: Its shape before the cut.
+      after: Its shape after it.
+      acting: Which of its numbers act, where a stack was cut to different ranks; the
+        moments of the others are those of a fresh state. None for all.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    acting: Bool[Array, "..."] | None = None
+
+
 def cut_opt_state(
-    opt_state: optax.OptState, fresh: optax.OptState
+    opt_state: optax.OptState, fresh: optax.OptState, cuts: Mapping[str, Cut]
 ) -> tuple[optax.OptState, list[str]]:
     """Slices the state of an optimizer down to the shapes of a fresh one.
+
+    A moment is sliced only where it stands under the path of a parameter and has the
+    shape that this one had; what has another shape (`optax.flatten`) starts anew.
 
     Args:
       opt_state: State for the parameters before the cut of a prefix.
       fresh: State made anew for the parameters after it.
+      cuts: What becomes of each parameter, by its path (`jax.tree_util.keystr`).
 
     Returns:
       The cut state, and the types of the parts that were taken from `fresh` instead.
     """
 
-    def prefix(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old[tuple(slice(size) for size in jax.numpy.shape(new))]
-
     def cut(old: Any, new: Any) -> Any | None:
         if not isinstance(old, ELEMENTWISE):
             return None
-        return type(old)(
-            *(
-                _walk(a, b, cut, prefix, restarted)
-                for a, b in zip(old, new, strict=True)
-            )
-        )
+        fields = [
+            _walk(a, b, cut, restarted) if _holds_state(a) else _cut_tree(a, b, cuts)
+            for a, b in zip(old, new, strict=True)
+        ]
+        return None if any(x is _UNFIT for x in fields) else type(old)(*fields)
 
     restarted: list[str] = []
-    return _walk(opt_state, fresh, cut, prefix, restarted), restarted
+    return _walk(opt_state, fresh, cut, restarted), restarted
+
+
+_UNFIT = object()
+
+
+def _cut_tree(old: Any, fresh: Any, cuts: Mapping[str, Cut]) -> Any:
+    """One field of a state: counters stay, moments are sliced; or `_UNFIT`."""
+    leaves, structure = jax.tree.flatten_with_path(old)
+    results = []
+    for (path, moment), new in zip(leaves, jax.tree.leaves(fresh), strict=True):
+        shape = jnp.shape(moment)
+        cut = cuts.get(jax.tree_util.keystr(path))
+        if cut is not None and (cut.before, cut.after) == (shape, jnp.shape(new)):
+            moment = moment[tuple(slice(size) for size in cut.after)]
+            if cut.acting is not None:
+                moment = jnp.where(cut.acting, moment, new)
+        elif shape != jnp.shape(new):
+            return _UNFIT
+        results.append(moment)
+    return jax.tree.unflatten(structure, results)
 
 
 def convert_opt_state(
@@ -128,7 +165,7 @@ def convert_opt_state(
         return old._replace(**{field: _cast(pulled, getattr(new, field))})
 
     restarted: list[str] = []
-    return _walk(opt_state, fresh, convert, _kept, restarted), restarted
+    return _walk(opt_state, fresh, convert, restarted), restarted
 
 
 def restart_schedules(
@@ -139,10 +176,12 @@ def restart_schedules(
     def restart(old: Any, new: Any) -> Any:
         if isinstance(old, SCHEDULES):
             return new
+        if not _is_state(old):
+            return old
         fields = zip(old, new, strict=True)
-        return type(old)(*(_walk(a, b, restart, _kept, []) for a, b in fields))
+        return type(old)(*(_walk(a, b, restart, []) for a, b in fields))
 
-    return _walk(opt_state, fresh, restart, _kept, [])
+    return _walk(opt_state, fresh, restart, [])
 
 
 def _cast(tree: Any, like: Any) -> Any:
@@ -150,39 +189,45 @@ def _cast(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda x, other: x.astype(other.dtype), tree, like)
 
 
-def _kept(old: Any, fresh: Any) -> Any:
-    return old
-
-
 def _walk(
     old: Any,
     fresh: Any,
-    change_state: Callable[[Any, Any], Any | None],
-    change_leaf: Callable[[Any, Any], Any],
+    change: Callable[[Any, Any], Any | None],
     restarted: list[str],
 ) -> Any:
     """Goes through two states of one optimizer side by side, from the outside in.
 
-    `change_state` returns what becomes of a state (a named tuple with arrays), or None
-    where it must start anew.
+    `change` is asked about each part: a named tuple with arrays, or a tree of arrays
+    that somebody's transformation keeps without one. It returns what becomes of the
+    part, or None where it must start anew.
     """
-    if _is_state(old):
-        if not jax.tree.leaves(old):
-            return old
-        new = change_state(old, fresh)
-        if new is None:
-            restarted.append(type(old).__name__)
-            return fresh
-        return new
-    nodes, structure = jax.tree.flatten(old, is_leaf=_is_state)
-    others = jax.tree.leaves(fresh, is_leaf=_is_state)
-    changed = [
-        _walk(a, b, change_state, change_leaf, restarted)
-        if _is_state(a)
-        else change_leaf(a, b)
-        for a, b in zip(nodes, others, strict=True)
-    ]
-    return jax.tree.unflatten(structure, changed)
+    if not jax.tree.leaves(old):
+        return old
+    if not _is_state(old) and _holds_state(old):
+        children, structure = _children(old)
+        others, _ = _children(fresh)
+        return jax.tree.unflatten(
+            structure,
+            [
+                _walk(child, other, change, restarted)
+                for child, other in zip(children, others, strict=True)
+            ],
+        )
+    new = change(old, fresh)
+    if new is None:
+        restarted.append(type(old).__name__)
+        return fresh
+    return new
+
+
+def _children(node: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(node, is_leaf=lambda child: child is not node)
+
+
+def _holds_state(node: Any) -> bool:
+    """Whether there is a state with arrays in it, or it is one."""
+    nodes = jax.tree.leaves(node, is_leaf=_is_state)
+    return any(_is_state(child) and jax.tree.leaves(child) for child in nodes)
 
 
 def _is_state(node: Any) -> bool:

@@ -1,20 +1,28 @@
 """Finding and replacing the nodes of any Flax NNX model.
 
 A path is the `"/"`-joined NNX path of a layer, the same in rules, logs, errors, rank
-files and checkpoints.
+files and checkpoints. No two nodes have the same: where a key with a `"/"` makes one
+that another node has, the model is refused.
 """
 
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from flax import nnx
 
+from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
-from lowrank_jax.layers import LAYERS, LowRankLayer
+from lowrank_jax.layers import LowRankLayer, low_rank_type
+from lowrank_jax.nnx_internals import attributes
+
+_NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
+_ADDED = re.compile("(.*_)?(bias|scale|pos|positions?|positional)(_.*)?")
 
 
 def find_layers(model: nnx.Module) -> dict[str, tuple[nnx.Module, list[str]]]:
-    """All layers that have, or can have, a low-rank form.
+    """Finds all layers that have, or can have, a low-rank form.
 
     Returns:
       For each layer, under its first path in sorted order, the layer and all its paths
@@ -22,48 +30,111 @@ def find_layers(model: nnx.Module) -> dict[str, tuple[nnx.Module, list[str]]]:
     """
     found: dict[int, tuple[nnx.Module, list[str]]] = {}
     for path, node in walk(model):
-        if type(node) in LAYERS or isinstance(node, LowRankLayer):
+        if isinstance(node, LowRankLayer) or low_rank_type(type(node)):
             found.setdefault(id(node), (node, []))[1].append(path)
     return {paths[0]: (layer, paths) for layer, paths in found.values()}
 
 
-def find_factors(model: nnx.Module) -> dict[str, Factors]:
-    """All `Factors` of a model by the path of their layer, each once.
+def find_own_matrices(model: nnx.Module) -> dict[str, tuple[nnx.Param, list[str]]]:
+    """Finds the matrices that modules hold themselves, outside of layers we know.
 
-    Factors that several layers share stand under their first path.
+    Params with two axes longer than 1 count as matrices, unless they are factors,
+    belong to a norm, or their name says that they scale or are added (`scale`, `bias`,
+    `position...`).
+
+    Returns:
+      For each Param, under its first path in sorted order, the Param and all its paths.
+    """
+    of_layers = {
+        id(value)
+        for layer, _ in find_layers(model).values()
+        for value in attributes(layer).values()
+    }
+    found: dict[int, tuple[nnx.Param, list[str]]] = {}
+    for parts, node, parent in _visit(model):
+        if (
+            isinstance(node, nnx.Param)
+            and sum(size > 1 for size in _shape(node)) >= 2
+            and id(node) not in of_layers
+            and not isinstance(parent, (Factors, *_NORMS))
+            and not _ADDED.fullmatch(parts[-1])
+        ):
+            found.setdefault(id(node), (node, []))[1].append("/".join(parts))
+    return {paths[0]: (param, paths) for param, paths in found.values()}
+
+
+def param_sizes(model: nnx.Module) -> dict[int, int]:
+    """Counts the numbers in each Param of a model, by its `id`."""
+    return {
+        id(node): math.prod(_shape(node))
+        for _, node in walk(model)
+        if isinstance(node, nnx.Param)
+    }
+
+
+def _shape(param: nnx.Param) -> tuple[int, ...]:
+    return getattr(param.get_value(), "shape", ())  # a Param may hold anything
+
+
+def find_factors(model: nnx.Module) -> dict[str, Factors]:
+    """Finds all `Factors` of a model by the path of their layer, each once.
+
+    Factors that several layers share stand under their first path, those that belong to
+    no layer under their own.
     """
     found: dict[int, tuple[str, Factors]] = {}
-    for path, node in walk(model):
-        if isinstance(node, Factors):
-            found.setdefault(id(node), (_layer_path(path), node))
+    for path, factors in _walk_factors(model):
+        found.setdefault(id(factors), (path, factors))
     return dict(found.values())
 
 
 def find_aliases(model: nnx.Module) -> dict[str, str]:
-    """The further paths of shared factors: `{path: path in find_factors}`."""
+    """Finds the further paths of shared factors: `{path: path in find_factors}`."""
     first: dict[int, str] = {}
     aliases = {}
-    for path, node in walk(model):
-        if isinstance(node, Factors):
-            path = _layer_path(path)
-            if first.setdefault(id(node), path) != path:
-                aliases[path] = first[id(node)]
+    for path, factors in _walk_factors(model):
+        if first.setdefault(id(factors), path) != path:
+            aliases[path] = first[id(factors)]
     return aliases
 
 
-def _layer_path(path: str) -> str:
-    return path.removesuffix("factors").removesuffix("/")
+def _walk_factors(model: nnx.Module) -> Iterator[tuple[str, Factors]]:
+    """Every reference to factors, by the path of the module that has them as its
+    attribute `factors`, else by their own."""
+    for parts, node, parent in _visit(model):
+        if isinstance(node, Factors):
+            of_layer = isinstance(parent, nnx.Module) and parts[-1] == "factors"
+            yield "/".join(parts[:-1] if of_layer else parts), node
 
 
 def walk(root: nnx.Module) -> Iterator[tuple[str, Any]]:
-    """Every reference to a node in sorted order, a shared one at each of its paths."""
+    """Yields every reference to a node in sorted order, a shared one at each of its
+    paths.
 
-    def visit(node: Any, parts: tuple[str, ...], parents: tuple[int, ...]):
-        if id(node) in parents:  # a cycle in the graph
-            return
+    Raises:
+      UserError: Two nodes have one path.
+    """
+    for parts, node, _ in _visit(root):
         yield "/".join(parts), node
+
+
+def _visit(root: nnx.Module) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """As `walk`, the path in parts, and the node that holds the node."""
+    seen: set[str] = set()
+
+    def visit(node: Any, parts: tuple[str, ...], parents: tuple[Any, ...]):
+        if any(node is parent for parent in parents):  # a cycle in the graph
+            return
+        path = "/".join(parts)
+        if path in seen:
+            raise UserError(
+                f"{path}: every part of a model must have a path of its own, got two"
+                " with this one, from a key with '/' or keys 1 and '1'. Rename one."
+            )
+        seen.add(path)
+        yield parts, node, parents[-1] if parents else None
         for key, child in _children(node):
-            yield from visit(child, (*parts, str(key)), (*parents, id(node)))
+            yield from visit(child, (*parts, str(key)), (*parents, node))
 
     yield from visit(root, (), ())
 
@@ -74,11 +145,7 @@ def _children(node: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(node, list | tuple | nnx.List):
         return enumerate(node)
     if isinstance(node, nnx.Module):
-        return sorted(
-            (name, value)
-            for name, value in vars(node).items()
-            if not name.startswith("_pytree")
-        )
+        return sorted(attributes(node).items())
     return ()
 
 

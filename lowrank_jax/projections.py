@@ -1,22 +1,87 @@
 """Projections: constraints on the spectra of factors, applied after the update.
 
-A projection is a function `project({path: Factors}, step)` that sets the factors in
+A projection is a function `project(model, step=0)` that sets the model's factors in
 place, over the allocated columns; a factory makes it from plain arguments. Within jit
 the factors are traced copies. `step` counts within the phase; W is `u diag(|s|) v`.
+
+One that remembers something is a `StatefulProjection`, whose state travels as a
+penalty's; `stateful` turns either into this form.
 """
 
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Int
 
-from lowrank_jax import linalg
+from lowrank_jax import errors, linalg
 from lowrank_jax.errors import UserError
-from lowrank_jax.factors import Factors
+from lowrank_jax.paths import find_factors
+from lowrank_jax.purity import check_pure, check_same_state
 
-Projection: TypeAlias = Callable[[Mapping[str, Factors], "Int[Array, ''] | int"], None]
+
+class Projection(Protocol):
+    """Sets the factors of a model in place."""
+
+    def __call__(self, model: nnx.Module, step: Int[Array, ""] | int = 0) -> None: ...
+
+
+class StatefulProjection(NamedTuple):
+    """A projection that remembers something from step to step.
+
+    Args:
+      init: Makes the state, a pytree of arrays, for a model.
+      apply: Sets the factors of the model in place, from the state and the phase's
+        step; returns the new state, of the same shapes and dtypes. Traced.
+      keep: Carries the state over a cut, to the model after it; called outside jit.
+        None: the state is made anew by `init`.
+    """
+
+    init: Callable[[nnx.Module], Any]
+    apply: Callable[[nnx.Module, Any, Int[Array, ""] | int], Any]
+    keep: Callable[[Any, nnx.Module], Any] | None = None
+
+
+AnyProjection: TypeAlias = Projection | StatefulProjection
+
+
+def stateful(projection: AnyProjection) -> StatefulProjection:
+    """Returns a projection in the form with a state, `()` for a plain function."""
+    if hasattr(projection, "init") and hasattr(projection, "apply"):
+        keep = getattr(projection, "keep", None)
+        return StatefulProjection(projection.init, projection.apply, keep)
+
+    def apply(model: nnx.Module, state: Any, step: Int[Array, ""] | int) -> Any:
+        projection(model, step)
+        return state
+
+    return StatefulProjection(lambda model: (), apply)
+
+
+def carry(projection: StatefulProjection, state: Any, model: nnx.Module) -> Any:
+    """Returns a projection's state for the model after a cut, kept where it can be."""
+    if projection.keep is None:
+        return projection.init(model)
+    return projection.keep(state, model)
+
+
+def check_stateless(projection: AnyProjection, model: nnx.Module) -> None:
+    """Checks that a projection keeps nothing but the state that it returns.
+
+    Traces it on the model, concrete or abstract, before any step.
+
+    Raises:
+      UserError: It keeps something in a closure or an attribute, or its state changes
+        shape from step to step.
+    """
+    init, apply, _ = stateful(projection)
+    with errors.at("projection"):
+        state, _ = check_pure(init, model)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        new_state, _ = check_pure(apply, model, state, step)
+        check_same_state(state, new_state)
 
 
 def stable_rank_normalization(
@@ -53,15 +118,16 @@ def stable_rank_normalization(
         above = above[..., None, None]
         return jnp.where(above, new_u, u), jnp.where(above, new_v, v)
 
-    def project(factors: Mapping[str, Factors], step: Int[Array, ""] | int) -> None:
-        middles = [path for path, one in factors.items() if one.middle is not None]
+    def project(model: nnx.Module, step: Int[Array, ""] | int = 0) -> None:
+        layers = find_factors(model)
+        middles = [p for p, factors in layers.items() if factors.middle is not None]
         if middles:
             raise UserError(
                 f"{', '.join(middles)}: projection stable_rank_normalization must set u"
                 " and v alone, but the layer has middle factors; canonicalize first."
             )
-        for one in factors.values():
-            u, s, v = one.arrays()
+        for factors in layers.values():
+            u, s, v = factors.arrays()
             if u.shape[-1] == 0:
                 continue
             if every_steps == 1:
@@ -70,13 +136,13 @@ def stable_rank_normalization(
                 u, v = jax.lax.cond(
                     step % every_steps == 0, normalized, lambda u, s, v: (u, v), u, s, v
                 )
-            one.u.set_value(u)
-            one.v.set_value(v)
+            factors.u.set_value(u)
+            factors.v.set_value(v)
 
     return project
 
 
-PROJECTIONS: dict[str, Callable[..., Projection]] = {
+PROJECTIONS: dict[str, Callable[..., AnyProjection]] = {
     projection.__name__: projection for projection in (stable_rank_normalization,)
 }
 """The projections by the name they have in configs."""

@@ -52,7 +52,7 @@ def flatten_rank(rank: RankValue) -> list[int]:
 
 
 def largest(rank: RankValue) -> int:
-    """Returns the rank that must be allocated to hold this one, 0 for an empty stack."""
+    """Returns what must be allocated to hold this rank, 0 for an empty stack."""
     return max(flatten_rank(rank), default=0)
 
 
@@ -113,8 +113,11 @@ def check_lower(ranks: Ranks, limits: Mapping[str, Limits]) -> None:
     raise_all(_problems(ranks, limits, raises=False))
 
 
-def check_active(ranks: Ranks, limits: Mapping[str, Limits]) -> None:
-    """Checks ranks to set: as `check_lower`, but up to the allocated rank."""
+def check_active(ranks: Mapping[str, Any], limits: Mapping[str, Limits]) -> None:
+    """Checks ranks to set: as `check_lower`, but up to the allocated rank.
+
+    An array may have a trailing axis, with one rank per example.
+    """
     raise_all(_problems(ranks, limits, raises=True))
 
 
@@ -141,23 +144,28 @@ def _problems(ranks: Ranks, limits: Mapping[str, Limits], raises: bool) -> list[
     return problems
 
 
-def _problem(rank: RankValue, limits: Limits, raises: bool) -> str:
+def _problem(rank: Any, limits: Limits, raises: bool) -> str:
     try:
         array = np.asarray(rank)
     except ValueError:  # lists of unequal length
         array = np.asarray(None)
-    if array.dtype.kind not in "iu" or array.shape not in ((), limits.stack):
-        lists = f" or nested lists of shape {limits.stack}" if limits.stack else ""
+    stack = limits.stack
+    per_example = (
+        raises and _is_array(rank) and array.shape[:-1] == stack and array.ndim
+    )
+    if array.dtype.kind not in "iu" or not (per_example or array.shape in ((), stack)):
+        lists = f" or nested lists of shape {stack}" if stack else ""
         return (
             f"rank must be a whole number{lists}, got {rank!r}. Give one of that kind."
         )
-    if not limits.nested and (array != np.asarray(limits.active)).any():
-        return (
-            f"rank must be {limits.active}, the only one of its form, got {rank}. Cut"
-            " the factored model it was made from instead."
-        )
-    limit = limits.allocated if raises else limits.active
-    if (array < 0).any() or (array > np.asarray(limit)).any():
+    limit, active = limits.allocated if raises else limits.active, limits.active
+    low, high = array, array
+    if per_example:
+        low, high = array.min(-1, initial=limits.allocated), array.max(-1, initial=0)
+        rank = f"{low.tolist()} to {high.tolist()} over the examples"
+    if not limits.nested and (per_example or (array != np.asarray(active)).any()):
+        return only_rank(active, rank)
+    if (low < 0).any() or (high > np.asarray(limit)).any():
         fix = (
             "columns that were never allocated cannot act."
             if raises
@@ -165,3 +173,15 @@ def _problem(rank: RankValue, limits: Limits, raises: bool) -> str:
         )
         return f"rank must be in [0, {limit}], got {rank}. Lower it; {fix}"
     return ""
+
+
+def only_rank(active: RankValue, rank: Any) -> str:
+    """Returns the message for another rank of a form that is not nested."""
+    return (
+        f"rank must be {active}, the only one of its form, got {rank}. Cut the factored"
+        " model it was made from instead."
+    )
+
+
+def _is_array(rank: Any) -> bool:
+    return hasattr(rank, "shape") and hasattr(rank, "dtype")

@@ -5,21 +5,32 @@ on its own (SGD with momentum, Adam and kin, clipping by value): their moments a
 sliced with the parameters (`optimizer_state`). The state of any other optimizer
 (Adafactor's factored moments, Muon) starts anew, and is named. LARS and LAMB keep
 Adam's or SGD's moments, which are sliced, but scale updates by norms of whole weights,
-so that their shrunk run leaves the masked one.
+so that their shrunk run leaves the masked one. So do, without a state that could name
+them, `optax.adaptive_grad_clip`, `clip_by_block_rms`, `centralize` and Fromage: the
+norm or mean of a weight is another one without its tail.
 """
 
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
 from lowrank_jax import linalg
-from lowrank_jax.active import check_ranks, max_ranks, set_ranks
-from lowrank_jax.optimizer_state import cut_opt_state
+from lowrank_jax.active import check_ranks
+from lowrank_jax.errors import raise_all
+from lowrank_jax.optimizer_state import Cut, cut_opt_state
 from lowrank_jax.paths import find_factors
-from lowrank_jax.ranks import Ranks, RankValue, flatten_rank
+from lowrank_jax.ranks import (
+    Ranks,
+    RankValue,
+    flatten_rank,
+    largest,
+    lowest,
+    name_of,
+)
 from lowrank_jax.surgery import truncate
 
 
@@ -28,7 +39,7 @@ class Shrunk(NamedTuple):
 
     Args:
       model: The cut model.
-      opt_state: The optimizer state that goes with it.
+      opt_state: The optimizer state that goes with it, or the `nnx.Optimizer`.
       restarted: Types of the optimizer's parts that were started anew.
     """
 
@@ -40,33 +51,111 @@ class Shrunk(NamedTuple):
 def shrink(
     model: nnx.Module,
     ranks: Ranks,
-    opt_state: optax.OptState,
-    optimizer: optax.GradientTransformation,
+    opt_state: optax.OptState | nnx.Optimizer,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Shrunk:
     """Cuts a model and its optimizer state to these ranks.
 
     Args:
       model: A low-rank model.
-      ranks: Rank of each layer by path; layers that are not named keep theirs.
+      ranks: Rank of each layer by path, up to the active one; layers that are not named
+        keep theirs.
       opt_state: State of `optimizer` for `nnx.state(model, nnx.Param)` (or its
-        `nnx.as_pure` form).
+        `nnx.as_pure` form); or an `nnx.Optimizer`, which brings its own `optimizer`;
+        where something is cut, a new one comes back.
       optimizer: The optimizer, to start anew what cannot be cut.
 
     Raises:
-      ValueError: An unknown path or a rank out of bounds.
+      UserError: An unknown path, or a rank outside [0, active].
+
+    >>> from lowrank_jax import factorize
+    >>> model = factorize(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+    >>> optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    >>> small, optimizer, restarted = shrink(model, {"": 2}, optimizer)
+    >>> optimizer.opt_state[0].mu["factors"]["u"].shape, restarted
+    ((8, 2), [])
     """
     ranks = check_ranks(model, ranks)
-    allocated = max_ranks(model)
-    if all(_allocated(ranks[path]) == _allocated(allocated[path]) for path in ranks):
-        small = nnx.clone(model)
-        set_ranks(small, ranks)
-        return Shrunk(small, opt_state, [])
+    factors = find_factors(model)
+    lowest_ranks = {p: min(flatten_rank(rank), default=0) for p, rank in ranks.items()}
+    if all(rank == factors[path].max_rank for path, rank in lowest_ranks.items()):
+        return Shrunk(nnx.clone(model), opt_state, [])
     small = truncate(model, ranks)
-    params = nnx.state(small, nnx.Param)
-    if not _holds_variables(opt_state):
-        params = nnx.as_pure(params)
-    state, restarted = cut_opt_state(opt_state, optimizer.init(params))
-    return Shrunk(small, state, restarted)
+    if isinstance(opt_state, nnx.Optimizer):
+        return Shrunk(small, *_shrink_optimizer(model, small, opt_state))
+    return Shrunk(small, *carry_opt_state(model, small, opt_state, optimizer))
+
+
+def carry_opt_state(
+    model: nnx.Module,
+    small: nnx.Module,
+    opt_state: optax.OptState,
+    optimizer: optax.GradientTransformation,
+    *,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+) -> tuple[optax.OptState, list[str]]:
+    """Cuts an optimizer state to a model that was cut already.
+
+    Args:
+      model: The model before the cut.
+      small: The model after it.
+      opt_state: State of `optimizer` before it.
+      optimizer: The optimizer.
+      wrt: Which variables it trains.
+
+    Returns:
+      The cut state, and the types of the optimizer's parts that were started anew.
+    """
+
+    def params_of(model: nnx.Module) -> Any:
+        params = nnx.state(model, wrt)
+        return params if _holds_variables(opt_state) else nnx.as_pure(params)
+
+    after = params_of(small)
+    acting = params_of(_acting(small))
+    paths = jax.tree.leaves_with_path(params_of(model))
+    trees = zip(paths, *map(jax.tree.leaves, (after, acting)), strict=True)
+    cuts = {
+        jax.tree_util.keystr(path): Cut(
+            jnp.shape(old), jnp.shape(new), mask if jnp.ndim(mask) else None
+        )
+        for (path, old), new, mask in trees
+    }
+    return cut_opt_state(opt_state, optimizer.init(after), cuts)
+
+
+def _shrink_optimizer(
+    model: nnx.Module, small: nnx.Module, optimizer: nnx.Optimizer
+) -> tuple[nnx.Optimizer, list[str]]:
+    new = nnx.Optimizer(small, optimizer.tx, wrt=optimizer.wrt)
+    state, restarted = carry_opt_state(
+        model, small, nnx.as_pure(optimizer.opt_state), optimizer.tx, wrt=optimizer.wrt
+    )
+    variables = jax.tree.leaves(new.opt_state, is_leaf=_is_variable)
+    for variable, value in zip(variables, jax.tree.leaves(state), strict=True):
+        variable.set_value(value)
+    new.step.set_value(optimizer.step[...])
+    return new, restarted
+
+
+def _acting(model: nnx.Module) -> nnx.Module:
+    """A copy with masks in place of parameters: false where a cut left zeros.
+
+    These are the columns past a matrix's rank in a stack of different ranks. A column
+    that is only masked has numbers still, and moments of its own.
+    """
+    marked = nnx.clone(model)
+    for _, variable in nnx.iter_graph(marked):
+        if isinstance(variable, nnx.Variable):
+            variable.set_value(np.True_)
+    pairs = zip(*(find_factors(m).values() for m in (model, marked)), strict=True)
+    for factors, marks in pairs:
+        rank = factors.limits().active
+        if min(flatten_rank(rank), default=0) == largest(rank):
+            continue
+        for name, mask in factors.rank_masks(rank).items():
+            getattr(marks, name).set_value(mask | (getattr(factors, name)[...] != 0))
+    return marked
 
 
 def tail_ranks(
@@ -75,28 +164,42 @@ def tail_ranks(
     """The progressive-shrinking rule of Maestro (Horvath et al., 2024, section 3.3).
 
     Keeps column b while the importance of the tail from it on, `||U_{>=b}||_F
-    ||V_{>=b}||_F`, is at least the threshold; what is kept is always a prefix.
+    ||V_{>=b}||_F`, is at least the threshold; what is kept is always a prefix. Only
+    active columns are read, so no rank rises.
 
     Args:
       model: A low-rank model.
       threshold: The papers' epsilon (their code has 1e-5).
-      multiple: Round ranks up to a multiple of this (at most the allocated one), so
-        that a run has a few shapes only.
+      multiple: Round ranks up to a multiple of this (at most the active one), so that
+        a run has a few shapes only.
+
+    Raises:
+      UserError: There are NaN among the active columns; all such layers are named.
     """
-    ranks = {}
+    ranks, problems = {}, []
     for path, factors in find_factors(model).items():
-        left, right = linalg.column_norms(*factors.arrays())
-        tails = linalg.tail_norms(left) * linalg.tail_norms(right)
-        kept = np.asarray(tails >= threshold).sum(axis=-1)
+        active = np.asarray(factors.limits().active)
+        left, right = linalg.column_norms(
+            factors.active_u(None), None, factors.active_v(None)
+        )
+        right = jnp.where(np.arange(factors.max_rank) < active[..., None], right, 0)
+        tails = np.asarray(linalg.tail_norms(left) * linalg.tail_norms(right))
+        if np.isnan(tails).any():
+            problems.append(
+                f"{name_of(path)}: factors must be numbers to be shrunk, got NaN. Lower"
+                " the learning rate, or go on from an earlier checkpoint."
+            )
+        kept = (tails >= threshold).sum(axis=-1)
         rounded = -(-kept // multiple) * multiple
-        ranks[path] = np.minimum(rounded, factors.max_rank).tolist()
+        ranks[path] = lowest(rounded, active)
+    raise_all(problems)
     return ranks
 
 
-def _allocated(rank: RankValue) -> int:
-    return max(flatten_rank(rank), default=0)
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
 
 
 def _holds_variables(opt_state: optax.OptState) -> bool:
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return any(isinstance(node, nnx.Variable) for node in nodes)
+    nodes = jax.tree.leaves(opt_state, is_leaf=_is_variable)
+    return any(_is_variable(node) for node in nodes)

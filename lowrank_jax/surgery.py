@@ -1,9 +1,7 @@
-"""Surgery: put low rank into a model, read and set its ranks, cut it, take it out
-again.
+"""Surgery on low-rank models: cut them, bring them to canonical form, merge them.
 
-Works on any Flax NNX model, without touching its code. A path is the `"/"`-joined NNX
-path of a layer, the same in rules, logs, errors, rank files and checkpoints. Functions
-that change the model's shape return a new model and leave the one they are given alone.
+Works on any Flax NNX model, without touching its code. Each function returns a new
+model and leaves the one it is given alone.
 """
 
 from collections.abc import Collection
@@ -14,10 +12,12 @@ import numpy as np
 from flax import nnx
 
 from lowrank_jax.active import check_ranks
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import UserError, at, raise_all
+from lowrank_jax.factors import Factors
+from lowrank_jax.forms import FORMS
 from lowrank_jax.layers import LowRankLayer
 from lowrank_jax.paths import find_factors, replace
-from lowrank_jax.ranks import Ranks, unknown_paths
+from lowrank_jax.ranks import Ranks, name_of, unknown_paths
 
 
 def merge(model: nnx.Module, paths: Collection[str] | None = None) -> nnx.Module:
@@ -28,15 +28,15 @@ def merge(model: nnx.Module, paths: Collection[str] | None = None) -> nnx.Module
       paths: Which factors, as in `find_factors`; None for all.
 
     Raises:
-      ValueError: A path that is unknown.
+      UserError: A path that is unknown.
     """
     factors = find_factors(model)
     if unknown := [path for path in paths or () if path not in factors]:
         raise UserError(unknown_paths(unknown, list(factors)))
     model = nnx.clone(model)
     chosen = {
-        id(one)
-        for path, one in find_factors(model).items()
+        id(factors)
+        for path, factors in find_factors(model).items()
         if paths is None or path in paths
     }
     kernels: dict[Any, nnx.Param] = {}
@@ -52,23 +52,41 @@ def merge(model: nnx.Module, paths: Collection[str] | None = None) -> nnx.Module
     return replace(model, dense)
 
 
-def truncate(model: nnx.Module, ranks: Ranks) -> nnx.Module:
-    """A copy of the model cut to these ranks: smaller arrays, all of them active.
+def truncate(
+    model: nnx.Module, ranks: Ranks, *, form: str = Factors.form
+) -> nnx.Module:
+    """Returns a copy of the model cut to these ranks: smaller arrays, all active.
 
     Args:
       model: A low-rank model.
       ranks: Rank of each layer by path; layers that are not named keep theirs. A stack
-        of layers with different ranks is allocated at the largest and masked below it.
+        of layers with different ranks is allocated at the largest, masked below it, and
+        zero there.
+      form: What the layers are turned into after the cut, a key of `forms.FORMS`. In
+        another form than the factored one all of them are cut to their active ranks,
+        and none can be cut again.
 
     Raises:
-      ValueError: An unknown path or a rank outside [0, allocated], all at once.
+      UserError: An unknown path or form, a rank outside [0, active], a layer that has
+        no such form; all at once.
     """
+    if form not in FORMS:
+        raise UserError(f"form: must be one of {sorted(FORMS)}, got {form!r}.")
     ranks = check_ranks(model, ranks)
     model = nnx.clone(model)
+    turned: dict[int, Factors] = {}
+    problems = []
     for path, factors in find_factors(model).items():
         if path in ranks:
             factors.cut(ranks[path])
-    return model
+        elif form != Factors.form:
+            factors.cut(factors.limits().active)
+        try:
+            turned[id(factors)] = FORMS[form].from_factors(factors)
+        except UserError as error:
+            problems.append(f"{name_of(path)}: {error}")
+    raise_all(problems)
+    return replace(model, lambda node: turned.get(id(node)))
 
 
 def canonicalize(model: nnx.Module) -> nnx.Module:
@@ -87,8 +105,9 @@ def canonicalize(model: nnx.Module) -> nnx.Module:
             np.isfinite(x).all() for x in product
         ):
             raise UserError(
-                f"{path}: factors must be finite to have an SVD, got NaN or infinity."
-                " Train or load them anew, with a lower learning rate."
+                f"{name_of(path)}: factors must be finite to have an SVD, got NaN or"
+                " infinity. Train or load them anew, with a lower learning rate."
             )
-        factors.canonicalize()
+        with at(name_of(path)):
+            factors.canonicalize()
     return model

@@ -1,79 +1,119 @@
-"""Cutting a checkpoint to selected ranks: what `train.truncate` does."""
+"""What can be done with a checkpoint: evaluate it, sweep its ranks, cut it."""
 
-import json
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 
-from lowrank_jax import calibration, checkpoint, counting
-from lowrank_jax.active import get_ranks
-from lowrank_jax.errors import UserError
-from lowrank_jax.paths import find_factors
+from lowrank_jax import (
+    active,
+    calibration,
+    checkpoint,
+    counting,
+    errors,
+    paths,
+    surgery,
+)
 from lowrank_jax.ranks import Ranks
-from lowrank_jax.selection import curves
-from train import evaluation, selectors, step
-from train.data import pipeline
+from lowrank_jax.selection import curves, selectors
+from train import context, evaluation, selecting
+from train import model as models
 from train.report import logs
-from train.state import abstract_checkpoint_model, model_cost
-
-FLAGS = ("rank", "rank_fraction", "ranks", "energy", "params_fraction", "macs_fraction")
-"""The selectors that have a flag of `train.truncate`; each takes one value."""
+from train.run import Run, open_checkpoint_run
+from train.state import split_model
 
 
-def select_ranks(
-    selector: str,
-    value: Any,
-    saved: checkpoint.Saved,
-    abstract: nnx.Module,
-    cost: counting.ModelCost,
-) -> dict[str, Any]:
-    """Ranks for a checkpoint by one of `FLAGS`.
+class Opened(NamedTuple):
+    """A checkpoint's model with what its run was about.
 
     Args:
-      selector: Its name.
-      value: Its value: a number, or for "ranks" the path of a JSON file.
-      saved: The checkpoint.
-      abstract: Its model without arrays.
-      cost: Its cost.
+      run: Its config, task and data.
+      model: The model, with its arrays.
     """
 
-    def importances() -> Any:
-        model = checkpoint.load(saved, abstract)
-        return curves.column_importances(find_factors(model))
+    run: Run
+    model: nnx.Module
 
-    context = selectors.Context(saved.metadata["ranks"], cost, importances, None)
-    try:
-        value = read_rank_file(value) if selector == "ranks" else value
-        return selectors.SELECTORS[selector](context, value=value)
-    except ValueError as error:
-        raise UserError(f"--{selector}: {error}") from error
+    def figures(self, split: str = "test") -> evaluation.Figures:
+        """Returns the figures at the checkpoint's ranks.
+
+        Args:
+          split: "train", "validation" or "test".
+        """
+        _, params, model_state = split_model(self.model)
+        ranks = active.get_ranks(self.model)
+        return self.evaluator(split, 0).at(params, model_state, ranks)
+
+    def sweep(
+        self,
+        fractions: Sequence[float],
+        split: str = "test",
+        *,
+        recalibration_batches: int = 0,
+    ) -> list[evaluation.Figures]:
+        """Returns the figures at each of some fractions of the ranks.
+
+        Args:
+          fractions: Fractions of the ranks in (0, 1].
+          split: "train", "validation" or "test".
+          recalibration_batches: Training batches to re-estimate BatchNorm on at each
+            fraction; 0 for the statistics of the checkpoint.
+        """
+        _, params, model_state = split_model(self.model)
+        evaluator = self.evaluator(split, recalibration_batches)
+        ranks = active.get_ranks(self.model)
+        return evaluation.sweep(evaluator, params, model_state, ranks, fractions)
+
+    def evaluator(self, split: str, batches: int = 0) -> evaluation.Evaluator:
+        """Makes what judges the model at any ranks.
+
+        Args:
+          split: "train", "validation" or "test".
+          batches: Training batches to re-estimate BatchNorm on, 0 for none.
+        """
+        run, (structure, _, _) = self.run, split_model(self.model)
+        calibrate = None
+        if batches and calibration.has_batch_norm(self.model):
+            calibrate = evaluation.make_calibrator(
+                structure, run.task, lambda: run.training_batches(batches)
+            )
+        return evaluation.Evaluator(
+            evaluation.make_evaluator(structure, run.task),
+            calibrate,
+            run.cost(self.model),
+            lambda: run.eval_batches(split),
+        )
 
 
-def read_rank_file(path: str | Path) -> dict[str, Any]:
-    """Ranks by path from a JSON file.
+def open_model(
+    path: str | Path,
+    *,
+    data_dir: str | None = None,
+    allow_imports: Sequence[str] = (),
+) -> Opened:
+    """Opens a checkpoint to evaluate it.
 
-    Raises:
-      ValueError: It is not there or not a JSON object.
+    Args:
+      path: A checkpoint, a folder of steps, or a run's workdir.
+      data_dir: Where the data set is, if not where the config says.
+      allow_imports: Packages that names in the checkpoint may be imported from.
     """
-    try:
-        ranks = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"must be a JSON file of {{path: rank}}, got {path} ({error})."
-        ) from error
-    if not isinstance(ranks, dict):
-        raise UserError(f"must be a JSON object of {{path: rank}}, got {ranks!r}.")
-    return ranks
+    allowed = list(allow_imports)
+    with errors.at("--checkpoint"):
+        saved = checkpoint.open_checkpoint(path)
+        model = models.load_model(saved, allow_imports=allowed)
+    run = open_checkpoint_run(saved, data_dir=data_dir, allow_imports=allowed)
+    return Opened(run, model)
 
 
 def truncate_checkpoint(
     path: str | Path,
     output: str | Path,
-    selector: str,
-    value: Any,
+    selector: Mapping[str, Any],
     *,
+    form: str = "factored",
     recalibration_batches: int = 0,
     data_dir: str | None = None,
     allow_imports: Sequence[str] = (),
@@ -81,60 +121,90 @@ def truncate_checkpoint(
     """Writes a checkpoint cut to selected ranks; returns its figures.
 
     Everything is checked before the first array is read. Only the columns that are kept
-    are read (all of them for "energy").
+    are read (all of them where the selector looks at the weights).
 
     Args:
       path: A checkpoint, a folder of steps, or a run's workdir.
       output: New folder.
-      selector: One of `FLAGS`.
-      value: Its value.
+      selector: Name and arguments of a selector.
+      form: The form of the cut layers, a key of `lowrank_jax.forms.FORMS`.
       recalibration_batches: Training batches to re-estimate BatchNorm on; 0 for none.
       data_dir: Where the data set is, if not where the config says.
       allow_imports: Packages that names in the checkpoint may be imported from.
     """
-    checkpoint.check_new_folder(output, flag="--output")
-    saved = checkpoint.open_checkpoint(path, flag="--checkpoint")
-    abstract = abstract_checkpoint_model(saved, allow_imports=list(allow_imports))
-    cost = model_cost(abstract, saved.metadata["inputs"]["image_shape"])
+    allowed = list(allow_imports)
+    with errors.at("--output"):
+        checkpoint.check_new_folder(output)
+    with errors.at("--checkpoint"):
+        saved = checkpoint.open_checkpoint(path)
+        abstract = models.abstract_checkpoint_model(saved, allow_imports=allowed)
+    task = models.checkpoint_task(saved, allow_imports=allowed)
+    cost = models.model_cost(abstract, task)
     before = saved.metadata["ranks"]
-    ranks = select_ranks(selector, value, saved, abstract, cost)
-    batches = None
+
+    @functools.cache
+    def run() -> Run:
+        return open_checkpoint_run(saved, data_dir=data_dir, allow_imports=allowed)
+
+    @functools.cache
+    def whole() -> nnx.Module:
+        return checkpoint.load(saved, abstract)
+
+    @functools.cache
+    def scorer() -> selectors.Score:
+        return context.make_score(whole(), run())
+
     if recalibration_batches:
-        config = evaluation.config_of(saved, data_dir)
-        batches = _training_batches(config, recalibration_batches, list(allow_imports))
+        run()  # data that are not there are missed before anything is read
+    about = selectors.Context(
+        before,
+        cost,
+        lambda: curves.column_importances(paths.find_factors(whole())),
+        lambda candidates: scorer()(candidates),
+        paths.find_aliases(abstract),
+    )
+    ranks = selecting.select(selector, about)
     model = checkpoint.load(saved, abstract, ranks={**before, **ranks})
-    if batches is not None:
-        model = calibration.recalibrate_batch_norm(model, batches)
-    after = get_ranks(model)
-    metadata = {key: saved.metadata[key] for key in ("config", "inputs")}
-    value = str(value) if isinstance(value, Path) else value
-    metadata["truncated"] = {"selector": selector, "value": value, "from": before}
+    if form != "factored":
+        model = surgery.truncate(model, {}, form=form)
+    if recalibration_batches:
+        model = _recalibrated(run(), model, recalibration_batches)
+    after = active.get_ranks(model)
+    metadata = {key: saved.metadata[key] for key in ("config", "facts")}
+    metadata["truncated"] = {"selector": dict(selector), "form": form, "from": before}
     checkpoint.save(output, model, step=saved.step, metadata=metadata)
-    _print_table(cost, before, after)
+    after_cost = models.model_cost(model, task)
+    _print_table(cost, before, after_cost, after)
     return {
         "output": str(output),
-        "params": cost.params(after),
-        "macs": cost.macs(after),
+        "params": after_cost.params(after),
+        "macs": after_cost.macs(after),
         "ranks": after,
     }
 
 
-def _training_batches(config: dict[str, Any], count: int, allow_imports: list[str]):
-    data = pipeline.load_data(config["data"], allow_imports=allow_imports)
-    prepare = step.normalize(config["data"]["mean"], config["data"]["std"])
-    batches = evaluation.training_batches(data, config, count)
-    return (prepare(batch["image"]) for batch in batches)
+def _recalibrated(run: Run, model: nnx.Module, batches: int) -> nnx.Module:
+    return calibration.recalibrate_batch_norm(
+        model,
+        run.training_batches(batches),
+        lambda model, batch: model(*run.task.inputs(batch, None)),
+    )
 
 
-def _print_table(cost: counting.ModelCost, before: Ranks, after: Ranks) -> None:
+def _print_table(
+    cost: counting.ModelCost,
+    before: Ranks,
+    after_cost: counting.ModelCost,
+    after: Ranks,
+) -> None:
     rows = []
     for path, layer in cost.layers.items():
-        old, new = before[path], after[path]
+        cut, old, new = after_cost.layers[path], before[path], after[path]
         rows.append(
-            [path, str(old), str(new), layer.params(old), layer.params(new)]
-            + [layer.macs(old), layer.macs(new)]
+            [path, str(old), str(new), layer.params(old), cut.params(new)]
+            + [layer.macs(old), cut.macs(new)]
         )
-    total = ["all layers", "", "", cost.params(before), cost.params(after)]
-    rows.append([*total, cost.macs(before), cost.macs(after)])
+    total = ["all layers", "", "", cost.params(before), after_cost.params(after)]
+    rows.append([*total, cost.macs(before), after_cost.macs(after)])
     headers = ["path", "rank", "cut to", "params", "cut to", "MACs", "cut to"]
     print(logs.table(headers, rows))

@@ -1,28 +1,32 @@
 """What must hold before the first step: the folder, the start, every phase."""
 
-import functools
-import json
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from lowrank_jax import checkpoint
-from lowrank_jax.active import max_ranks, set_ranks
+from lowrank_jax import active, checkpoint, errors, paths, penalties, projections
 from lowrank_jax.errors import UserError
-from lowrank_jax.paths import find_factors
-from train import actions
-from train.config import difference
-from train.data import pipeline
-from train.phases import Phase
-from train.state import abstract_model, build_model, model_cost
+from lowrank_jax.samplers import RankSampler
+from train import context, evaluation, phases, schema
+from train.config import check_json
+from train.run import Run
+from train.state import fill_state, split_model
+from train.step import make_train_step
+from train.tasks.base import Task
 
 
 def check_workdir(workdir: Path, config: Mapping[str, Any]) -> checkpoint.Saved | None:
-    """The latest checkpoint of this config's run in the workdir, if there is one."""
+    """Returns the latest checkpoint of this config's run, if there is one.
+
+    Raises:
+      UserError: It holds something else.
+    """
     file = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir: must be a folder, got {workdir}. Name another.")
@@ -33,8 +37,8 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> checkpoint.Saved 
                 " holds other files. Nothing is overwritten; name another."
             )
         return None
-    lines = difference(json.loads(file.read_text()), config)
-    if lines:
+    theirs = check_json(file.read_text(), f"--workdir: {file}")
+    if lines := schema.difference(theirs, config):
         raise UserError(
             f"--workdir: must hold a run of the same config, got {workdir} with\n  "
             + "\n  ".join(lines)
@@ -43,69 +47,108 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> checkpoint.Saved 
     folder = workdir / "checkpoints"
     if not folder.is_dir() or not any(p.name.isdigit() for p in folder.iterdir()):
         return None
-    return checkpoint.open_checkpoint(folder, flag="--workdir")
+    with errors.at("--workdir"):
+        return checkpoint.open_checkpoint(folder)
 
 
-def check_phases(
-    phases: list[Phase],
-    model: nnx.Module,
-    config: Mapping[str, Any],
-    data: pipeline.Dataset,
-) -> None:
+def check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> None:
     """Traces every phase on the model it will have, without any work.
 
-    Samplers and penalties run on abstract factors; the actions at a phase's end are
-    previewed, so that the next phase is checked on the structure they leave.
+    The training step (forward pass, loss, penalties, update, projections) and the
+    evaluation run on abstract arrays; the actions at a phase's end choose with what can
+    be known, and the largest choice is applied, so that the next phase is checked on
+    the structure it will have.
 
     Args:
-      phases: All phases.
+      run: What the run is about.
+      plan: All phases.
       model: The model of the first one.
-      config: The whole config.
-      data: The data set.
 
     Raises:
-      ValueError: Naming the phase.
+      UserError: Naming the phase. A bug in the user's own code keeps its type, and a
+        note says in which phase it came up.
     """
     model = nnx.eval_shape(nnx.clone, model)
-    held_out = data.sizes["validation"] > 0
-    cost = functools.partial(model_cost, image_shape=data.image_shape)
-    scorer = (lambda model: lambda ranks: [0.0] * len(ranks)) if held_out else None
-    context = actions.Context(cost, scorer, None, None, None, preview=True)
-    for phase, spec in zip(phases, config["phases"], strict=True):
-        where = f"config.phases ({phase.name})"
-        try:
-            _check_phase(phase, spec, model, config["data"]["batch_size"])
-            for name, action in phase.on_end:
-                where = f"config.phases ({phase.name}).on_end ({name})"
-                change = action(model, context)
-                model = change.model
-                if change.target_ranks is not None:
-                    context = context._replace(target_ranks=change.target_ranks)
-        except ValueError as error:
-            raise UserError(f"{where}: {error}") from error
+    asked = context.before_run(run)
+    for phase, (start, end) in zip(
+        plan, phases.spans(plan, run.steps_per_epoch), strict=True
+    ):
+        with _in(f"config.phases ({phase.name})"):
+            running = phase.begin(start, end, asked.target_ranks)
+            _check_fit(run, running, model)
+            _trace(run, running, model)
+        for name, action in phase.on_end:
+            with _in(f"config.phases ({phase.name}).on_end ({name})"):
+                choice = action.choose(model, asked)
+                if action.selects:
+                    asked = asked._replace(target_ranks=choice)
+                largest = action.largest(model, choice)
+                model = _applied(action, model, largest)
 
 
-def _check_phase(
-    phase: Phase,
-    spec: Mapping[str, Any],
-    model: nnx.Module,
-    batch_size: int,
-) -> None:
-    ranks = max_ranks(model)
-    if not ranks:
-        _check_dense(spec)
-    params = checkpoint.flatten(checkpoint.model_items(model)["params"])
-    _check_patterns(spec, list(params))
-    sampler_state = phase.sampler.init(ranks)
-    sampled, _ = jax.eval_shape(phase.sampler.sample, sampler_state, jax.random.key(0))
-    if phase.sampler.per_example:
-        _check_examples(sampled, batch_size)
-    jax.eval_shape(functools.partial(_apply, phase), model, sampled)
+def check_same_layers(run: Run, model: nnx.Module) -> None:
+    """Checks that low-rank layers of `init_from` are low-rank by the rules as well."""
+    wanted = nnx.eval_shape(run.fresh_model)
+    extra = sorted({*paths.find_factors(model)} - {*paths.find_factors(wanted)})
+    if extra:
+        raise UserError(
+            "config.rank_rules: layers that are low-rank in config.init_from must be so"
+            f" here, got 'dense' for {extra}. Change their rule to 'full'; their ranks"
+            " are those of the checkpoint."
+        )
 
 
-def _check_dense(spec: Mapping[str, Any]) -> None:
+def known_ranks(model: nnx.Module) -> dict[str, Any]:
+    """Returns the active ranks, of an abstract model the allocated ones."""
+    return {path: at.active for path, at in active.rank_limits(model).items()}
+
+
+@contextlib.contextmanager
+def _in(place: str) -> Iterator[None]:
+    """Names the place in a user's mistake, and in a note on any other exception."""
+    try:
+        with errors.at(place):
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        error.add_note(f"This came up in the check of {place}, before the first step.")
+        raise
+
+
+def _applied(action: Any, model: nnx.Module, choice: Any) -> nnx.Module:
+    return nnx.eval_shape(lambda model: action.apply(model, choice), model)
+
+
+def _check_fit(run: Run, running: phases.Running, model: nnx.Module) -> None:
+    """What the phase asks of the model's layers and parameters."""
+    phase = running.phase
+    if not paths.find_factors(model):
+        _check_dense(run, phase)
+    keys = list(checkpoint.flatten(checkpoint.model_items(model)["params"]))
+    patterns = {f"trainable {p.pattern!r}": p.pattern for p in phase.trainable}
+    if phase.optimizer.decays:
+        patterns["optimizer.decayed"] = phase.optimizer.decayed
+    for where, text in patterns.items():
+        if not any(re.fullmatch(text, key) for key in keys):
+            raise UserError(
+                f"{where}: must match a parameter, got {text!r} among {sorted(keys)}."
+                " Patterns must match the whole path."
+            )
+    if phase.sampler.check is not None:
+        phase.sampler.check(known_ranks(model))
+    for penalty in running.penalties:
+        penalties.check_stateless(penalty, model)
+    for _, projection in phase.projections:
+        projections.check_stateless(projection, model)
+
+
+def _check_dense(run: Run, phase: phases.Phase) -> None:
     """What acts on factors has nothing to act on in a dense model."""
-    idle = [key for key in ("penalties", "projections", "shrink") if spec[key]]
+    idle = [
+        key for key in ("penalties", "projections", "shrink") if getattr(phase, key)
+    ]
+    spec = next(s for s in run.config["phases"] if s["name"] == phase.name)
     if spec["sampler"]["name"] != "full":
         idle.append("sampler")
     if idle:
@@ -116,61 +159,62 @@ def _check_dense(spec: Mapping[str, Any]) -> None:
         )
 
 
-def _check_patterns(spec: Mapping[str, Any], keys: list[str]) -> None:
-    """Patterns for parameters must match one, where they are used."""
-    patterns = {f"trainable {text!r}": text for text in spec["trainable"]}
-    if spec["optimizer"]["weight_decay"]:
-        patterns["optimizer.decayed"] = spec["optimizer"]["decayed"]
-    for where, text in patterns.items():
-        if not any(re.fullmatch(text, key) for key in keys):
-            raise UserError(
-                f"{where}: must match a parameter, got {text!r} among {sorted(keys)}."
-                " Patterns must match the whole path."
-            )
-    if spec["projections"] and list(spec["trainable"]) != [".*"]:
-        raise UserError(
-            "trainable: must be ('.*',) beside projections, which move both factors,"
-            f" got {spec['trainable']}. Drop one of the two."
-        )
+def _trace(run: Run, running: phases.Running, model: nnx.Module) -> None:
+    """Runs the phase's step and its evaluation on abstract arrays."""
+    ranks = known_ranks(model)
+    structure, params, model_state = split_model(model)
+    state = jax.eval_shape(
+        lambda *arrays: fill_state(structure, *arrays, running, 0, ranks),
+        params,
+        model_state,
+    )
+    sampler = running.phase.sampler
+    if sampler.per_example:
+        _check_examples(sampler, state.sampler_state, run.batch_size)
+    step = make_train_step(structure, running, run.task, jax.random.key(0))
+    jax.eval_shape(step, state, _abstract_batch(run, run.batch_size))
+    size = run.config["data"]["eval_batch_size"]
+    batch = _abstract_batch(run, size)
+    batch["weight"] = jax.ShapeDtypeStruct((size,), jnp.float32)
+    evaluate = evaluation.make_sums(structure, run.task)
+    arrays = evaluation.settable(structure, ranks)
+    _check_sums(run.task, jax.eval_shape(evaluate, params, model_state, arrays, batch))
 
 
-def _check_examples(sampled: Mapping[str, Any], batch_size: int) -> None:
+def _abstract_batch(run: Run, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of the data set without its values."""
+    return {
+        name: jax.ShapeDtypeStruct((size, *about["shape"]), about["dtype"])
+        for name, about in run.data.facts["arrays"].items()
+    }
+
+
+def _check_examples(sampler: RankSampler, state: Any, batch_size: int) -> None:
     """One rank per example needs as many as the batch has."""
+    sampled, _ = jax.eval_shape(sampler.sample, state, jax.random.key(0), jnp.int32(0))
     sizes = {rank.shape[-1] for rank in sampled.values()}
     if sizes - {batch_size}:
         raise UserError(
-            "per_example's batch_size must be config.data.batch_size"
+            "sampler: per_example's batch_size must be config.data.batch_size"
             f" {batch_size}, got {sizes}. Make them equal."
         )
 
 
-def _apply(phase: Phase, model: nnx.Module, sampled: Any) -> Any:
-    """What a step does with the factors, for tracing."""
-    for number in range(phase.sampler.passes):
-        one_pass = sampled
-        if phase.sampler.passes > 1:
-            one_pass = {path: rank[number] for path, rank in sampled.items()}
-        set_ranks(model, one_pass)
-    factors = find_factors(model)
-    penalties = [penalty(factors, 0) for penalty in phase.penalties]
-    for projection in phase.projections:
-        projection(factors, 0)
-    return penalties
-
-
-def check_same_layers(
-    model: nnx.Module, config: Mapping[str, Any], data: pipeline.Dataset
-) -> None:
-    """Low-rank layers of `init_from` must be low-rank by the rules as well."""
-    wanted = abstract_model(
-        lambda: build_model(
-            config, data.image_shape, data.num_classes, allow_imports=None
-        )
-    )
-    extra = sorted({*find_factors(model)} - {*find_factors(wanted)})
-    if extra:
-        raise UserError(
-            "config.rank_rules: layers that are low-rank in config.init_from must be so"
-            f" here, got 'dense' for {extra}. Change their rule to 'full'; their ranks"
-            " are those of the checkpoint."
-        )
+def _check_sums(task: Task, sums: Mapping[str, Any]) -> None:
+    """A task's evaluation must give scalars, a weight, and its headline figure."""
+    problems = [
+        f"config.task: sums must be scalars, got {name} of shape {value.shape}."
+        for name, value in sums.items()
+        if value.shape != ()
+    ]
+    if "weight" not in sums:
+        problems.append(f"config.task: sums must have a 'weight', got {sorted(sums)}.")
+    if not problems:
+        figures = task.figures(dict.fromkeys(sums, 1.0))
+        missing = {"loss", task.headline} - set(figures)
+        if missing:
+            problems.append(
+                f"config.task: figures must have {sorted(missing)}, got"
+                f" {sorted(figures)}."
+            )
+    errors.raise_all(problems)

@@ -1,17 +1,20 @@
 """Evaluates a checkpoint: `python -m train.evaluate --checkpoint=DIR`.
 
 The checkpoint says itself what model, ranks and data it is of. Ends with one line of
-JSON, `{"accuracy", "loss", "params", "macs", "ranks"}`, or with --rank_fractions a list
-of them with `"rank_fraction"`, and then a picture of the frontier.
+JSON, the task's figures with `"params"`, `"macs"` and `"ranks"`, or with
+--rank_fractions a list of them with `"rank_fraction"`, and then a picture of the
+frontier.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
+from lowrank_jax import errors
 from lowrank_jax.errors import UserError
-from train import binary, evaluation
+from train import binary, checkpoints, folders
 from train.report import logs, plots
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -27,6 +30,7 @@ _RECALIBRATION_BATCHES = flags.DEFINE_integer(
     "recalibration_batches",
     0,
     "With --rank_fractions: training batches to re-estimate BatchNorm on at each.",
+    lower_bound=0,
 )
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where the data set is, if elsewhere."
@@ -34,7 +38,8 @@ _DATA_DIR = flags.DEFINE_string(
 _PLOT = flags.DEFINE_string(
     "plot",
     None,
-    "PNG of the frontier; frontier.png in the checkpoint's folder if empty.",
+    "With --rank_fractions: PNG of the frontier; frontier.png in the checkpoint's"
+    " folder if not given.",
 )
 _ALLOW = flags.DEFINE_list(
     "allow_imports", [], "Packages that names in the checkpoint may be imported from."
@@ -42,10 +47,10 @@ _ALLOW = flags.DEFINE_list(
 
 
 def parse_fractions(values: Sequence[str]) -> list[float]:
-    """Fractions from a flag.
+    """Returns the fractions that a flag gives.
 
     Raises:
-      ValueError: One is not a number in (0, 1].
+      UserError: One is not a number in (0, 1].
     """
     fractions = []
     for value in values:
@@ -62,31 +67,43 @@ def parse_fractions(values: Sequence[str]) -> list[float]:
 
 
 def _main() -> None:
-    fractions = parse_fractions(_FRACTIONS.value) if _FRACTIONS.value else None
-    figures = evaluation.evaluate_checkpoint(
-        _CHECKPOINT.value,
-        split=_SPLIT.value,
-        fractions=fractions,
-        recalibration_batches=_RECALIBRATION_BATCHES.value,
-        data_dir=_DATA_DIR.value,
-        allow_imports=_ALLOW.value,
+    binary.check_companions(
+        flags.FLAGS,
+        {"recalibration_batches": ["rank_fractions"], "plot": ["rank_fractions"]},
     )
-    rows = figures if fractions else [figures]
-    headers = ["rank_fraction", "accuracy", "loss", "params", "macs"]
-    cells = [
-        [{"rank_fraction": "as saved", **row}[key] for key in headers] for row in rows
-    ]
-    print(logs.table(headers, cells))
+    fractions = parse_fractions(_FRACTIONS.value or [])
+    picture = Path(_PLOT.value or Path(_CHECKPOINT.value) / "frontier.png")
     if fractions:
-        picture = Path(_PLOT.value or Path(_CHECKPOINT.value) / "frontier.png")
-        plots.plot_frontier(
-            {_SPLIT.value: figures},
-            picture,
-            headline="accuracy",
-            higher_is_better=True,
-        )
-        print(f"frontier: {picture}")
-    logs.emit(figures)
+        with errors.at("--plot"):
+            folders.check_new_file(picture)
+    opened = checkpoints.open_model(
+        _CHECKPOINT.value, data_dir=_DATA_DIR.value, allow_imports=_ALLOW.value
+    )
+    if not fractions:
+        figures = opened.figures(_SPLIT.value)
+        print(logs.table(*_table([{"rank_fraction": "as saved", **figures}])))
+        logs.emit(figures)
+        return
+    rows = opened.sweep(
+        fractions, _SPLIT.value, recalibration_batches=_RECALIBRATION_BATCHES.value
+    )
+    print(logs.table(*_table(rows)))
+    task = opened.run.task
+    plots.plot_frontier(
+        {_SPLIT.value: rows},
+        picture,
+        headline=task.headline,
+        higher_is_better=task.higher_is_better,
+    )
+    print(f"frontier: {picture}")
+    logs.emit(rows)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Headers and cells of figures."""
+    names = [name for name in rows[0] if name not in ("rank_fraction", "ranks")]
+    headers = ["rank_fraction", *names]
+    return headers, [[row[key] for key in headers] for row in rows]
 
 
 if __name__ == "__main__":

@@ -10,23 +10,22 @@ function of the seed and the step. Changes are the only place where shapes chang
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
 
-from lowrank_jax import checkpoint
-from lowrank_jax.active import get_ranks
+from lowrank_jax import active, checkpoint, errors
 from lowrank_jax.errors import UserError
-from train import checks, evaluation, step
-from train.config import pairs, to_json
-from train.data import augmentation, pipeline
-from train.phases import Phase, build_phases
+from train import checks, phases
+from train import model as models
+from train.config import to_json
+from train.data import pipeline
+from train.evaluation import Figures
 from train.report import logs
+from train.run import Run, open_run
 from train.session import Session
-from train.state import build_model, factorize, load_model, model_cost
 from train.stopping import Interrupted, StopRequest
 
 
@@ -42,38 +41,37 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
       for each fraction of `config.eval_fractions`, under "frontier", and the step.
 
     Raises:
-      ValueError: The config does not hold together (found before any work).
+      UserError: The config does not hold together (found before any work).
       FloatingPointError: A loss that is not finite, naming the steps.
       Interrupted: SIGTERM came; the state is saved.
     """
     config = to_json(config)
     workdir = Path(workdir)
+    plan = phases.build_phases(config["phases"])
+    run = open_run(config)
+    config = run.config
     saved = checks.check_workdir(workdir, config)
-    data = pipeline.load_data(config["data"], allow_imports=None)
-    batch_size = config["data"]["batch_size"]
-    prepare = _make_prepare(config, data.image_shape[-1])
-    plan = build_phases(config, data.steps_per_epoch(batch_size))
     if saved is None:
-        model = _initial_model(config, data)
-        checks.check_phases(plan, model, config, data)
+        model = _initial_model(run)
+        checks.check_phases(run, plan, model)
     else:
-        model = load_model(saved, allow_imports=None)
-    _describe(config, data, model, plan, saved)
+        model = models.load_model(saved, allow_imports=None)
+    _describe(run, plan, model, saved)
 
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
-    session = Session(config, data, prepare, model, saved)
+    session = Session(run, plan, model, saved)
     step = saved.step if saved else 0
     writer = logs.MetricWriter(workdir, start_step=step)
-    metrics_log = logs.StepMetrics(writer, batch_size)
+    metrics_log = logs.StepMetrics(writer, run.batch_size)
     progress = logs.Progress(session.last_step(), start=step)
     saver = checkpoint.CheckpointWriter(
         workdir / "checkpoints", keep=config["keep_checkpoints"]
     )
     batches = pipeline.prefetch(
-        data.train_batches(batch_size, seed=config["seed"], start_step=step)
+        run.data.train_batches(run.batch_size, seed=config["seed"], start_step=step)
     )
-    frontier: list[evaluation.Figures] = []
+    frontier: list[Figures] = []
 
     with contextlib.ExitStack() as resources:
         for resource in (saver, writer, progress, batches):  # however the run ends
@@ -90,12 +88,12 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
                 frontier = session.frontier()
                 if fresh and frontier:
                     writer.write(step, {"validation": _by_fraction(frontier)})
-                progress.update(step, _summary(frontier))
+                progress.update(step, _summary(frontier, run.task.headline))
             due = on_epoch and _due(config["checkpoint_every_epochs"], epoch)
             if fresh and (finished or due or stop.requested):
                 metrics_log.flush()  # a loss that is not finite is never saved
-                metadata = {**_metadata(config, data), "run": session.memory}
-                saver.save(step, session.model(), metadata, session.items())
+                metadata = {**run.metadata(), "run": session.memory}
+                saver.save(step, session.model(), metadata, session.state.items())
             if finished:
                 break
             if stop.requested:
@@ -114,64 +112,48 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
     return {"step": step, "frontier": frontier}
 
 
-def _make_prepare(config: Mapping[str, Any], channels: int) -> Callable[..., Any]:
-    """From pixels to the model's input: augmented with a key, plain without one."""
-    for key in ("mean", "std"):
-        values = config["data"][key]
-        if len(values) not in (1, channels):
-            raise UserError(
-                f"config.data.{key}: must hold one number, or one for each of"
-                f" {channels} channels, got {values}. Correct it."
-            )
-    normalize = step.normalize(config["data"]["mean"], config["data"]["std"])
-    change = augmentation.make_augment(
-        pairs(config["data"]["augment"], "config.data.augment")
-    )
-
-    def prepare(key: jax.Array | None, images: jax.Array) -> jax.Array:
-        return normalize(images if key is None else change(key, images))
-
-    return prepare
-
-
-def _initial_model(config: Mapping[str, Any], data: pipeline.Dataset) -> nnx.Module:
+def _initial_model(run: Run) -> nnx.Module:
     """The model to start from: `init_from`'s, or a new one."""
-    if not config["init_from"]:
-        return build_model(
-            config, data.image_shape, data.num_classes, allow_imports=None
-        )
-    saved = checkpoint.open_checkpoint(config["init_from"], flag="config.init_from")
-    theirs, inputs = saved.metadata["config"], _metadata(config, data)["inputs"]
-    if (theirs["model"], saved.metadata["inputs"]) != (config["model"], inputs):
-        raise UserError(
-            "config.init_from: must be a checkpoint of the same model, got"
-            f" {theirs['model']} for {saved.metadata['inputs']}, here"
-            f" {config['model']} for {inputs}. Correct config.model or the path."
-        )
-    model = load_model(saved, allow_imports=None)
-    model = factorize(model, config)
-    checks.check_same_layers(model, config, data)
+    if not run.config["init_from"]:
+        return run.fresh_model()
+    with errors.at("config.init_from"):
+        saved = checkpoint.open_checkpoint(run.config["init_from"])
+        theirs = saved.metadata
+        ours = run.metadata()
+        if (theirs["config"]["model"], theirs["facts"]) != (
+            ours["config"]["model"],
+            ours["facts"],
+        ):
+            raise UserError(
+                "must be a checkpoint of the same model and data, got"
+                f" {theirs['config']['model']} for {theirs['facts']}, here"
+                f" {ours['config']['model']} for {ours['facts']}. Correct config.model"
+                " or the path."
+            )
+        model = models.load_model(saved, allow_imports=None)
+    model = models.factorize(model, run.config)
+    checks.check_same_layers(run, model)
     return model
 
 
 def _describe(
-    config: Mapping[str, Any],
-    data: pipeline.Dataset,
+    run: Run,
+    plan: Sequence[phases.Phase],
     model: nnx.Module,
-    plan: list[Phase],
     saved: checkpoint.Saved | None,
 ) -> None:
-    cost = model_cost(model, data.image_shape)
-    ranks = get_ranks(model)
-    name, sizes = config["data"]["name"], data.sizes
-    logs.say(f"{name}: {', '.join(f'{n} {split}' for split, n in sizes.items())}")
+    cost = run.cost(model)
+    sizes = ", ".join(f"{n} {split}" for split, n in run.data.sizes.items())
+    logs.say(f"{run.config['data']['name']}: {sizes}")
     logs.say(
-        f"{config['model']['name']}: {cost.dense_params:,} parameters and"
-        f" {cost.dense_macs:,} MACs when dense; low-rank layers {ranks}"
+        f"{run.config['model']['name']}: {cost.dense_params:,} parameters and"
+        f" {cost.dense_macs:,} MACs when dense; low-rank layers"
+        f" {active.get_ranks(model)}"
     )
-    for phase in plan:
-        most = "at most " if phase.condition else ""
-        logs.say(f"phase {phase.name}: steps {phase.start} to {most}{phase.end}")
+    spans = phases.spans(plan, run.steps_per_epoch)
+    for phase, (start, end) in zip(plan, spans, strict=True):
+        most = "at most " if phase.until.condition else ""
+        logs.say(f"phase {phase.name}: steps {start} to {most}{end}")
     if saved:
         logs.say(f"resuming at step {saved.step}")
 
@@ -180,16 +162,15 @@ def _due(every: int, epoch: int) -> bool:
     return every > 0 and epoch % every == 0
 
 
-def _by_fraction(frontier: list[evaluation.Figures]) -> dict[str, Any]:
-    keys = ("accuracy", "loss", "params", "macs")
-    return {str(row["rank_fraction"]): {k: row[k] for k in keys} for row in frontier}
+def _by_fraction(frontier: Sequence[Figures]) -> dict[str, Any]:
+    """The figures of a frontier by its fractions, without the ranks."""
+    hidden = ("rank_fraction", "ranks")
+    return {
+        str(row["rank_fraction"]): {k: v for k, v in row.items() if k not in hidden}
+        for row in frontier
+    }
 
 
-def _summary(frontier: list[evaluation.Figures]) -> str:
-    parts = [f"{row['accuracy']:.4f} at {row['rank_fraction']:g}" for row in frontier]
-    return "validation " + ", ".join(parts) if parts else ""
-
-
-def _metadata(config: Mapping[str, Any], data: pipeline.Dataset) -> dict[str, Any]:
-    shape = {"image_shape": list(data.image_shape), "num_classes": data.num_classes}
-    return {"config": dict(config), "inputs": shape}
+def _summary(frontier: Sequence[Mapping[str, Any]], headline: str) -> str:
+    parts = [f"{row[headline]:.4f} at {row['rank_fraction']:g}" for row in frontier]
+    return f"validation {headline} " + ", ".join(parts) if parts else ""

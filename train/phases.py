@@ -1,235 +1,258 @@
-"""The phases of a run: what each trains with, built and checked before the first
-step."""
+"""The phases of a run: what each trains with, and how it ends.
 
+A phase is a value, built once from its config and passed whole to whoever runs it. One
+field of `Phase` says all there is to say of a config key: its type, how its value is
+checked and built, how its defaults are written out. What depends on the run (the step
+at which the phase begins, ranks that were selected before) is bound when it begins.
+"""
+
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import optax
-from flax import nnx
 
-from lowrank_jax import errors, factorization
+from lowrank_jax import errors
 from lowrank_jax.errors import UserError
-from lowrank_jax.penalties import PENALTIES, Penalty
-from lowrank_jax.projections import PROJECTIONS, Projection
+from lowrank_jax.penalties import PENALTIES
+from lowrank_jax.projections import PROJECTIONS
 from lowrank_jax.samplers import SAMPLERS, RankSampler
-from lowrank_jax.selection import curves, solvers
-from train import optim, registry
-from train.actions import ACTIONS, Action
-
-StableRanks = dict[str, Any]
-"""Stable rank of each layer's matrix: numbers, nested lists for stacks."""
+from train import actions, optim, registry, schema
+from train.teachers import TEACHERS, Teacher
+from train.until import Until, build_until, complete_until
 
 
-class Condition(NamedTuple):
-    """When a phase ends early.
+class Field(NamedTuple):
+    """One key of a phase's config.
 
     Args:
-      every_steps: How often to measure, from the phase's first step on.
-      measure: What to measure of the model, as JSON values.
-      is_met: Whether the measurements so far end the phase.
+      schema: Its type.
+      build: From the checked value to what the phase holds; raises UserError.
+      complete: The value with all default arguments written out.
     """
 
-    every_steps: int
-    measure: Callable[[nnx.Module], StableRanks]
-    is_met: Callable[[Sequence[StableRanks]], bool]
+    schema: Any
+    build: Callable[[Any], Any] = lambda value: value
+    complete: Callable[[Any], Any] = lambda value: value
 
 
-class Phase(NamedTuple):
-    """One phase, ready to run.
-
-    Args:
-      name: As in the config.
-      start: First step.
-      end: Step after the last; with a condition, the latest that is possible.
-      condition: What ends it earlier, or None.
-      sampler: Ranks for each step.
-      distill: Whether sampled passes learn from the full pass.
-      label_weight: Share of the labels in a distilled pass.
-      passes_loss: How the losses of several passes add up.
-      penalties: Added to the loss.
-      projections: Applied to the factors after each update.
-      trainable: Which parameters are trained, one pattern for each epoch in turn.
-      optimizer: With its schedule over the phase.
-      shrink: None, or when and how ranks are cut.
-      on_end: Changes of the model after the last step.
-    """
-
-    name: str
-    start: int
-    end: int
-    condition: Condition | None
-    sampler: RankSampler
-    distill: bool
-    label_weight: float
-    passes_loss: str
-    penalties: list[Penalty]
-    projections: list[Projection]
-    trainable: list[re.Pattern[str]]
-    optimizer: optax.GradientTransformation
-    shrink: dict[str, Any] | None
-    on_end: list[tuple[str, Action]]
-
-
-def no_teacher() -> tuple[bool, float]:
-    """Sampled passes learn from the labels."""
-    return False, 1.0
-
-
-def full_pass(*, label_weight: float) -> tuple[bool, float]:
-    """Sampled passes learn from the full pass of the same step, and from the labels.
-
-    Args:
-      label_weight: Share of the labels, in [0, 1].
-    """
-    if not 0 <= label_weight <= 1:
-        raise UserError(f"label_weight: must be in [0, 1], got {label_weight}.")
-    return True, label_weight
-
-
-TEACHERS = {"none": no_teacher, "full": full_pass}
-
-
-def stable_ranks_stand_still(
-    *, every_steps: int, window: int = 15, points: int = 11, tolerance: float = 0.1
-) -> Condition:
-    """Cuttlefish's switch: no layer's stable rank moves any more.
-
-    Args:
-      every_steps: How often to measure (their code: once an epoch).
-      window: As in `solvers.stands_still`.
-      points: As in `solvers.stands_still`.
-      tolerance: As in `solvers.stands_still`, per measurement.
-    """
-    if min(every_steps, window) < 1 or points < 2 or tolerance < 0:
-        raise UserError(
-            "stable_ranks_stand_still: every_steps and window must be >= 1, points >="
-            f" 2, tolerance >= 0, got {every_steps}, {window}, {points}, {tolerance}."
-        )
-
-    def is_met(history: Sequence[StableRanks]) -> bool:
-        rows = [np.concatenate([np.ravel(x) for x in row.values()]) for row in history]
-        return solvers.stands_still(
-            np.stack(rows), window=window, points=points, tolerance=tolerance
-        )
-
-    return Condition(every_steps, stable_ranks, is_met)
-
-
-CONDITIONS = {"stable_ranks_stand_still": stable_ranks_stand_still}
-
-
-def stable_ranks(model: nnx.Module) -> StableRanks:
-    """The stable rank of each layer that has, or can have, a low-rank form."""
-    matrices = factorization.kernel_matrices(model)
-    return {p: rank.tolist() for p, rank in curves.stable_ranks(matrices).items()}
-
-
-def build_phases(config: Mapping[str, Any], steps_per_epoch: int) -> list[Phase]:
-    """All phases of a config, each at the latest start that is possible.
-
-    Raises:
-      ValueError: Names or arguments that do not exist or do not fit, naming the place.
-    """
-    phases: list[Phase] = []
-    selects = False
-    for index, spec in enumerate(config["phases"]):
-        start = phases[-1].end if phases else 0
-        targets = {} if selects else None
-        phases.append(build_phase(config, index, start, steps_per_epoch, targets))
-        selects = selects or any(
-            action["name"] == "select" for action in spec["on_end"]
-        )
-    return phases
-
-
-def build_phase(
-    config: Mapping[str, Any],
-    index: int,
-    start: int,
-    steps_per_epoch: int,
-    target_ranks: Mapping[str, Any] | None,
-) -> Phase:
-    """One phase of a config.
-
-    Args:
-      config: The whole config as plain values.
-      index: Which phase.
-      start: Step at which it begins.
-      steps_per_epoch: Steps of an epoch.
-      target_ranks: What "selected" stands for in penalties; None before `select`.
-    """
-    spec, where = config["phases"][index], f"phases[{index}]"
-    _check_optimizer_state(config, index)
-    end = _end(config, index, start, steps_per_epoch)
-    condition = spec["until"].get("condition")
-    distill, label_weight = _built(f"{where}.teacher", spec["teacher"], TEACHERS)
-    return Phase(
-        spec["name"],
-        start,
-        end,
-        condition and _built(f"{where}.until.condition", condition, CONDITIONS),
-        _built(f"{where}.sampler", spec["sampler"], SAMPLERS),
-        distill,
-        label_weight,
-        spec["passes_loss"],
-        [
-            _built(
-                f"{where}.penalties",
-                _with_targets(penalty, target_ranks, f"config.{where}.penalties"),
-                PENALTIES,
-            )
-            for penalty in spec["penalties"]
-        ],
-        [
-            _built(f"{where}.projections", projection, PROJECTIONS)
-            for projection in spec["projections"]
-        ],
-        [optim.pattern(text, f"{where}.trainable") for text in spec["trainable"]],
-        optim.make_optimizer(
-            spec["optimizer"], end - start, where=f"{where}.optimizer"
-        ),
-        spec["shrink"] or None,
-        [
-            (action["name"], _built(f"{where}.on_end", action, ACTIONS))
-            for action in spec["on_end"]
-        ],
+def _choice(table: Mapping[str, Any]) -> Field:
+    """A choice from a table."""
+    return Field(
+        schema.NAMED,
+        lambda spec: registry.build(spec, table),
+        lambda spec: registry.complete(spec, table),
     )
 
 
-def needs_initial_stable_ranks(config: Mapping[str, Any]) -> bool:
-    """Whether a phase of the config refers to the stable ranks at the first step."""
-    actions = (action for phase in config["phases"] for action in phase["on_end"])
-    return any(action["name"] == "factorize_at_stable_rank" for action in actions)
+def _choices(
+    table: Mapping[str, Any], complete: Callable[[Any], Any] | None = None
+) -> Field:
+    """Several choices from a table, each with its name."""
+
+    def build(specs: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+        return tuple((spec["name"], registry.build(spec, table)) for spec in specs)
+
+    complete = complete or (lambda spec: registry.complete(spec, table))
+
+    def complete_all(specs: Sequence[Any]) -> list[Any]:
+        for spec in specs:
+            errors.raise_all(schema.compare(spec, schema.NAMED, "every entry"))
+        return [complete(spec) for spec in specs]
+
+    return Field(list, build, complete_all)
 
 
-def _end(
-    config: Mapping[str, Any], index: int, start: int, steps_per_epoch: int
-) -> int:
-    spec = config["phases"][index]
-    until = spec["until"]
-    if "steps" in until:
-        return start + until["steps"]
-    if "epochs" in until:
-        return start + until["epochs"] * steps_per_epoch
-    end = until["to_epoch"] * steps_per_epoch
-    if end <= start:
+def _one_of(*words: str) -> Field:
+    """One of a few words."""
+
+    def build(word: str) -> str:
+        if word not in words:
+            raise UserError(f"must be one of {words}, got {word!r}. Choose one.")
+        return word
+
+    return Field(str, build)
+
+
+def _key(field: Field) -> Any:
+    return dataclasses.field(metadata={"field": field})
+
+
+class Shrink(NamedTuple):
+    """When and how ranks are cut while a phase runs.
+
+    Args:
+      every_epochs: How often, counted over the run.
+      threshold: Of `lowrank_jax.tail_ranks`.
+      multiple: Of `lowrank_jax.tail_ranks`.
+    """
+
+    every_epochs: int
+    threshold: float
+    multiple: int
+
+
+def _build_shrink(spec: Mapping[str, Any]) -> Shrink | None:
+    if not spec:
+        return None
+    errors.raise_all(schema.compare(spec, Shrink.__annotations__, "a rule"))
+    if min(spec["every_epochs"], spec["multiple"]) < 1 or not spec["threshold"] >= 0:
         raise UserError(
-            f"config.phases[{index}] ({spec['name']}).until: to_epoch must be after the"
-            f" phases before it, which may last to step {start}, got"
-            f" {until['to_epoch']} (step {end}). Raise it."
+            "every_epochs and multiple must be at least 1, threshold at least 0, got"
+            f" {dict(spec)}. Correct them; {{}} is for never."
         )
-    return end
+    return Shrink(**spec)
 
 
-def _built(where: str, spec: Mapping[str, Any], table: registry.Table) -> Any:
-    with errors.at(f"config.{where}"):
-        return registry.build(spec, table)
+def _build_patterns(texts: Sequence[str]) -> tuple[re.Pattern[str], ...]:
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            "must be regular expressions, one for each epoch in turn, got"
+            f" {texts}. Use ('.*',) to train everything."
+        )
+    return tuple(optim.pattern(text) for text in texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase of a run.
+
+    Args:
+      name: As in the config.
+      until: When it ends.
+      sampler: Ranks for each step.
+      teacher: What sampled passes learn from beside the targets, or None.
+      passes_loss: How the losses of the passes after the first add up: "mean", "sum".
+      penalties: Added to the loss; by name, each made once its targets are known.
+      projections: Applied to the factors after each update, by name.
+      trainable: Which parameters are trained, one pattern for each epoch in turn.
+      optimizer: Makes the optimizer for a number of steps.
+      optimizer_state: "new", or "kept" from the phase before.
+      shrink: When and how ranks are cut, or None.
+      on_end: Changes of the model after the last step, by name.
+    """
+
+    name: str = _key(Field(str))
+    until: Until = _key(Field(dict, build_until, complete_until))
+    sampler: RankSampler = _key(_choice(SAMPLERS))
+    teacher: Teacher | None = _key(_choice(TEACHERS))
+    passes_loss: str = _key(_one_of("mean", "sum"))
+    penalties: tuple[Any, ...] = _key(Field(list, tuple, _choices(PENALTIES).complete))
+    projections: tuple[Any, ...] = _key(_choices(PROJECTIONS))
+    trainable: tuple[re.Pattern[str], ...] = _key(Field(list, _build_patterns))
+    optimizer: optim.Optimizer = _key(
+        Field(optim.SCHEMA, optim.Optimizer.build, optim.complete)
+    )
+    optimizer_state: str = _key(_one_of("new", "kept"))
+    shrink: Shrink | None = _key(Field(dict, _build_shrink))
+    on_end: tuple[tuple[str, actions.Action], ...] = _key(
+        _choices(actions.ACTIONS, actions.complete)
+    )
+
+    def begin(
+        self, start: int, end: int, target_ranks: Mapping[str, Any] | None
+    ) -> "Running":
+        """Binds the phase to the run.
+
+        Args:
+          start: Step at which it begins.
+          end: Step after the last; with a condition, the latest that is possible.
+          target_ranks: What "selected" stands for in penalties; None before `select`.
+        """
+        with errors.at(f"config.phases ({self.name}).penalties"):
+            penalties = tuple(
+                registry.build(_with_targets(spec, target_ranks), PENALTIES)
+                for spec in self.penalties
+            )
+        with errors.at(f"config.phases ({self.name}).optimizer"):
+            optimizer = self.optimizer.make(end - start)
+        return Running(self, start, end, penalties, optimizer)
+
+
+class Running(NamedTuple):
+    """A phase that has begun.
+
+    Args:
+      phase: What it trains with.
+      start: Its first step.
+      end: The step after its last, should no condition end it sooner.
+      penalties: Added to the loss.
+      optimizer: With its schedule over the phase.
+    """
+
+    phase: Phase
+    start: int
+    end: int
+    penalties: tuple[Any, ...]
+    optimizer: optax.GradientTransformation
+
+
+FIELDS: dict[str, Field] = {
+    field.name: field.metadata["field"] for field in dataclasses.fields(Phase)
+}
+SCHEMA = {name: field.schema for name, field in FIELDS.items()}
+"""What the config of a phase must hold."""
+
+
+def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes out every default argument in the config of a phase."""
+    completed = {}
+    for name, field in FIELDS.items():
+        with errors.at(name):
+            completed[name] = field.complete(spec[name])
+    return completed
+
+
+def build_phases(specs: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
+    """Builds all phases of a config.
+
+    Raises:
+      UserError: Names or arguments that do not exist or do not fit, naming the place.
+    """
+    phases: list[Phase] = []
+    for index, spec in enumerate(specs):
+        values = {}
+        for name, field in FIELDS.items():
+            with errors.at(f"config.phases[{index}] ({spec['name']}).{name}"):
+                values[name] = field.build(spec[name])
+        phases.append(Phase(**values))
+        with errors.at(f"config.phases[{index}] ({spec['name']})"):
+            _check_fit(phases)
+    return tuple(phases)
+
+
+def spans(phases: Sequence[Phase], steps_per_epoch: int) -> list[tuple[int, int]]:
+    """Returns the latest start and end of each phase that is possible."""
+    found: list[tuple[int, int]] = []
+    for phase in phases:
+        start = found[-1][1] if found else 0
+        with errors.at(f"config.phases ({phase.name})"):
+            found.append((start, phase.until.end(start, steps_per_epoch)))
+    return found
+
+
+def _check_fit(phases: Sequence[Phase]) -> None:
+    """Checks the last of these phases against itself and those before it."""
+    phase, before = phases[-1], phases[:-1]
+    if phase.projections and [p.pattern for p in phase.trainable] != [".*"]:
+        raise UserError(
+            "trainable: must be ('.*',) beside projections, which move both factors,"
+            f" got {[p.pattern for p in phase.trainable]}. Drop one of the two."
+        )
+    if phase.optimizer_state == "new":
+        return
+    if not before or not phase.optimizer.continues(before[-1].optimizer):
+        theirs = before[-1].optimizer.spec if before else None
+        raise UserError(
+            "optimizer_state: 'kept' needs a phase before it with the same optimizer"
+            f" but for learning rate and schedule, got {phase.optimizer.spec} after"
+            f" {theirs}. Use 'new', or make them equal."
+        )
 
 
 def _with_targets(
-    spec: Mapping[str, Any], target_ranks: Mapping[str, Any] | None, where: str
+    spec: Mapping[str, Any], target_ranks: Mapping[str, Any] | None
 ) -> Mapping[str, Any]:
     """A penalty with the ranks that were selected, where it asks for them."""
     args = spec["args"]
@@ -237,22 +260,7 @@ def _with_targets(
         return spec
     if target_ranks is None:
         raise UserError(
-            f"{where}: target_ranks 'selected' needs an action 'select' at the end of"
-            " an earlier phase, got none. Add one, or give ranks by path."
+            "target_ranks 'selected' needs an action 'select' at the end of an earlier"
+            " phase, got none. Add one, or give ranks by path."
         )
     return {**spec, "args": {**args, "target_ranks": target_ranks}}
-
-
-def _check_optimizer_state(config: Mapping[str, Any], index: int) -> None:
-    """A state can be kept between equal optimizers only."""
-    specs = config["phases"]
-    if specs[index]["optimizer_state"] == "new":
-        return
-    same = ("name", "args", "weight_decay", "decayed", "clip_norm")
-    before, here = (specs[max(n, 0)]["optimizer"] for n in (index - 1, index))
-    if index == 0 or any(before[key] != here[key] for key in same):
-        raise UserError(
-            f"config.phases[{index}].optimizer_state: 'kept' needs a phase before it"
-            f" with the same optimizer but for learning rate and schedule, got {here}"
-            f" after {before if index else None}. Use 'new', or make them equal."
-        )

@@ -15,9 +15,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from lowrank_jax import errors
-from train import binary, checkpoints, evaluation, folders
+from train import binary, checkpoints, folders
 from train.loop import train_and_evaluate
 from train.report import logs, plots
+from train.tasks.base import Task
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to run.")
 _WORKDIR = flags.DEFINE_string(
@@ -27,8 +28,6 @@ _WORKDIR = flags.DEFINE_string(
 BUDGETS = (0.5, 0.35, 0.25)
 """Shares of the factored layers' dense parameters."""
 FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.18, 0.125)
-HEADLINE, HIGHER_IS_BETTER = "accuracy", True
-"""The figure that is shown, and its direction."""
 
 _MARK, _MARK_TEXT = "quickstart.txt", "Written by train.quickstart, which clears it.\n"
 _PICTURE = "frontier.png"
@@ -63,18 +62,22 @@ def clear(workdir: Path) -> None:
 
 
 def _report(
-    rows: Sequence[dict[str, Any]], curve: Sequence[dict[str, Any]], picture: Path
+    task: Task,
+    rows: Sequence[dict[str, Any]],
+    curve: Sequence[dict[str, Any]],
+    picture: Path,
 ) -> None:
     """Prints the table and draws the picture."""
+    headline = task.headline
     plots.plot_frontier(
         {"any rank fraction": curve, "cut checkpoints": rows},
         picture,
-        headline=HEADLINE,
-        higher_is_better=HIGHER_IS_BETTER,
+        headline=headline,
+        higher_is_better=task.higher_is_better,
     )
-    headers = ["size", HEADLINE, "params", "macs", "ranks"]
+    headers = ["size", headline, "params", "macs", "ranks"]
     cells = [[str(row[k]) if k == "ranks" else row[k] for k in headers] for row in rows]
-    print(f"\nTest {HEADLINE} of one trained model, cut at budgets of parameters:\n")
+    print(f"\nTest {headline} of one trained model, cut at budgets of parameters:\n")
     print(logs.table(headers, cells))
     print(f"\nfrontier: {picture}")
 
@@ -85,13 +88,15 @@ def _main() -> None:
         clear(workdir)
     run = workdir / "run"
     train_and_evaluate(_CONFIG.value, run)
-    rows = [{"size": "full", **evaluation.evaluate_checkpoint(run)}]
+    whole = checkpoints.open_model(run)
+    rows = [{"size": "full", **whole.figures()}]
     for budget in BUDGETS:
         output = workdir / _cut_name(budget)
-        checkpoints.truncate_checkpoint(run, output, "params_fraction", budget)
-        rows.append({"size": f"{budget:g}", **evaluation.evaluate_checkpoint(output)})
-    curve = evaluation.evaluate_checkpoint(run, fractions=FRACTIONS)
-    _report(rows, curve, workdir / _PICTURE)
+        selector = {"name": "params_fraction", "args": {"value": budget}}
+        checkpoints.truncate_checkpoint(run, output, selector)
+        figures = checkpoints.open_model(output).figures()
+        rows.append({"size": f"{budget:g}", **figures})
+    _report(whole.run.task, rows, whole.sweep(FRACTIONS), workdir / _PICTURE)
     logs.emit({"rows": rows})
 
 

@@ -1,6 +1,5 @@
-"""The model of a config, and the state that training carries from step to step."""
+"""The state that training carries from step to step, and the structure that stays."""
 
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,135 +8,81 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from lowrank_jax import checkpoint, counting, errors, factorization
-from lowrank_jax.active import get_ranks
-from lowrank_jax.errors import UserError
+from lowrank_jax import active, penalties, projections, samplers
 from lowrank_jax.factors import Rank
-from lowrank_jax.ranks import Ranks
-from lowrank_jax.samplers import RankSampler
-from train import registry
-from train.config import pairs
-from train.models import MODELS
+from lowrank_jax.ranks import Limits, Ranks
+from train.phases import Running
 
 
 class TrainState(NamedTuple):
-    """All that changes in training; pure arrays, donated from step to step."""
+    """All that changes in training; pure arrays, donated from step to step.
+
+    Args:
+      step: Of the run.
+      params: What gradients move.
+      model_state: What else the model holds, such as BatchNorm's statistics.
+      opt_state: Of the phase's optimizer.
+      sampler_state: Of its sampler.
+      penalties: The state of each of its penalties, empty for one without.
+      projections: The state of each of its projections.
+    """
 
     step: Int[Array, ""]
     params: Any
     model_state: Any
     opt_state: optax.OptState
     sampler_state: Any
+    penalties: tuple[Any, ...]
+    projections: tuple[Any, ...]
+
+    def items(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds beside the model."""
+        return {
+            "opt_state": self.opt_state,
+            "sampler": self.sampler_state,
+            "penalties": self.penalties,
+            "projections": self.projections,
+        }
+
+    def with_items(self, items: dict[str, Any]) -> "TrainState":
+        """Returns the state with what a checkpoint held."""
+        return self._replace(
+            opt_state=items["opt_state"],
+            sampler_state=items["sampler"],
+            penalties=items["penalties"],
+            projections=items["projections"],
+        )
 
 
 class Structure(NamedTuple):
-    """What stays: how to make a model, for training or evaluation, out of a state."""
+    """What stays: how to make a model, for training or evaluation, out of a state.
+
+    Args:
+      train: The graph in training mode.
+      evaluation: The graph in evaluation mode.
+      ranks: The active ranks.
+      rngs: The shapes of the random streams.
+      limits: What bounds the ranks of each layer.
+    """
 
     train: nnx.GraphDef
     evaluation: nnx.GraphDef
     ranks: Any
     rngs: Any
+    limits: dict[str, Limits]
 
     def merge(
         self, params: Any, model_state: Any, key: PRNGKeyArray | None
     ) -> nnx.Module:
-        """A model of its own for one trace: in training mode with a key, else not."""
+        """Makes a model for one trace: in training mode with a key, else not."""
         graphdef = self.evaluation if key is None else self.train
         rngs = seed_rngs(self.rngs, jax.random.key(0) if key is None else key)
         parts = (params, model_state, self.ranks, rngs)
         return nnx.merge(graphdef, *parts, copy=True)
 
 
-def build_model(
-    config: Mapping[str, Any],
-    image_shape: Sequence[int],
-    num_classes: int,
-    *,
-    allow_imports: Sequence[str] | None,
-) -> nnx.Module:
-    """The config's model, factorized by its rules, from the config's seed.
-
-    Args:
-      config: The whole config as plain values.
-      image_shape: Shape (x, y, c) of an image.
-      num_classes: Number of classes.
-      allow_imports: Packages that names may import from, None for all.
-    """
-    model = _dense_model(config, image_shape, num_classes, allow_imports=allow_imports)
-    return factorize(model, config)
-
-
-def factorize(model: nnx.Module, config: Mapping[str, Any]) -> nnx.Module:
-    """The model with its dense layers made low-rank by the config's rules."""
-    rules = pairs(config["rank_rules"], "config.rank_rules")
-    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config["seed"]), 1))
-    return factorization.factorize(model, rules, rngs=rngs, where="config.rank_rules")
-
-
-def _dense_model(
-    config: Mapping[str, Any],
-    image_shape: Sequence[int],
-    num_classes: int,
-    *,
-    allow_imports: Sequence[str] | None,
-) -> nnx.Module:
-    with errors.at("config.model"):
-        return registry.build(
-            config["model"],
-            MODELS,
-            allow_imports=allow_imports,
-            image_shape=tuple(image_shape),
-            num_classes=num_classes,
-            rngs=nnx.Rngs(config["seed"]),
-        )
-
-
-def load_model(
-    saved: checkpoint.Saved,
-    *,
-    ranks: Ranks | None = None,
-    allow_imports: Sequence[str] | None,
-) -> nnx.Module:
-    """The model of a checkpoint of this application, at its ranks or lower ones.
-
-    The checkpoint says itself what model it is of.
-    """
-    model = abstract_checkpoint_model(saved, allow_imports=allow_imports)
-    return checkpoint.load(saved, model, ranks=ranks)
-
-
-def abstract_checkpoint_model(
-    saved: checkpoint.Saved, *, allow_imports: Sequence[str] | None
-) -> nnx.Module:
-    """The structure of a checkpoint's model: the config's, made low-rank as it is."""
-    try:
-        config, inputs = saved.metadata["config"], saved.metadata["inputs"]
-        shape, classes = inputs["image_shape"], inputs["num_classes"]
-        rules = [tuple(pair) for pair in saved.metadata["rank_rules"]]
-    except KeyError as error:
-        raise UserError(
-            f"checkpoint {saved.path}: metadata must hold config, inputs and"
-            f" rank_rules, got no {error}. It was not written by train.main or"
-            " train.truncate."
-        ) from error
-
-    def build() -> nnx.Module:
-        model = _dense_model(config, shape, classes, allow_imports=allow_imports)
-        where = f"checkpoint {saved.path}: rank_rules"
-        return factorization.factorize(model, rules, where=where)
-
-    return abstract_model(build)
-
-
-def abstract_model(build: Callable[[], nnx.Module]) -> nnx.Module:
-    """The model's structure without its arrays; random keys are real, unused ones."""
-    model = nnx.eval_shape(build)
-    graphdef, rngs, rest = nnx.split(model, nnx.RngState, ...)
-    return nnx.merge(graphdef, seed_rngs(nnx.as_pure(rngs), jax.random.key(0)), rest)
-
-
 def split_model(model: nnx.Module) -> tuple[Structure, Any, Any]:
-    """A model as its structure, parameters and other state (pure arrays)."""
+    """Returns a model as its structure, parameters and other state (pure arrays)."""
     model = nnx.clone(model)
     model.eval()
     evaluation = nnx.graphdef(model)
@@ -147,42 +92,84 @@ def split_model(model: nnx.Module) -> tuple[Structure, Any, Any]:
     )
     pure = (nnx.as_pure(part) for part in (params, ranks, rngs, rest))
     params, ranks, rngs, rest = pure
-    return Structure(train, evaluation, ranks, rngs), params, rest
+    structure = Structure(train, evaluation, ranks, rngs, active.rank_limits(model))
+    return structure, params, rest
 
 
 def model_state_of(model: nnx.Module) -> Any:
-    """The arrays of a model that no gradient moves, such as BatchNorm's statistics."""
+    """Returns the arrays that no gradient moves, such as BatchNorm's statistics."""
     return nnx.as_pure(nnx.split(model, nnx.Param, Rank, nnx.RngState, ...)[-1])
 
 
-def join_model(structure: Structure, params: Any, model_state: Any) -> nnx.Module:
-    """The model of a state, in evaluation mode, at its full ranks."""
-    return structure.merge(params, model_state, None)
-
-
 def new_state(
-    model: nnx.Module,
-    optimizer: optax.GradientTransformation,
-    sampler: RankSampler,
-    step: int,
+    model: nnx.Module, running: Running, step: int
 ) -> tuple[Structure, TrainState]:
-    """A state for a phase that begins (or continues, to be filled) at this step.
+    """Makes a state for a phase that begins (or continues, to be filled) at this step.
 
     It shares the model's arrays: the first step, which donates its state, ends them.
     """
     structure, params, model_state = split_model(model)
-    state = TrainState(
+    ranks = active.get_ranks(model)
+    return structure, fill_state(structure, params, model_state, running, step, ranks)
+
+
+def fill_state(
+    structure: Structure,
+    params: Any,
+    model_state: Any,
+    running: Running,
+    step: int,
+    ranks: Ranks,
+) -> TrainState:
+    """Makes a state of a model in parts; runs on abstract arrays.
+
+    Args:
+      structure: Of the model.
+      params: Its parameters.
+      model_state: Its other arrays.
+      running: The phase.
+      step: Of the run.
+      ranks: The model's active ranks, as plain numbers.
+    """
+    phase = running.phase
+    model = structure.merge(params, model_state, None)
+    return TrainState(
         jnp.int32(step),
         params,
         model_state,
-        optimizer.init(params),
-        sampler.init(get_ranks(model)),
+        running.optimizer.init(params),
+        phase.sampler.init(ranks),
+        tuple(penalties.stateful(p).init(model) for p in running.penalties),
+        tuple(projections.stateful(p).init(model) for _, p in phase.projections),
     )
-    return structure, state
+
+
+def carried_state(
+    model: nnx.Module, running: Running, old: TrainState
+) -> tuple[Structure, TrainState]:
+    """Makes a state for a model that was cut in the middle of a phase.
+
+    Sampler, penalties and projections keep what they can; the optimizer's is fresh.
+    """
+    structure, fresh = new_state(model, running, int(old.step))
+    phase = running.phase
+    return structure, fresh._replace(
+        sampler_state=samplers.carry(phase.sampler, old.sampler_state, model),
+        penalties=tuple(
+            penalties.carry(penalties.stateful(penalty), state, model)
+            for penalty, state in zip(running.penalties, old.penalties, strict=True)
+        ),
+        projections=tuple(
+            projections.carry(projections.stateful(projection), state, model)
+            for (_, projection), state in zip(
+                phase.projections, old.projections, strict=True
+            )
+        ),
+    )
 
 
 def seed_rngs(rngs: Any, key: PRNGKeyArray) -> Any:
-    """Every random stream of a model started anew from one key."""
+    """Starts every random stream of a model anew from one key."""
     leaves, treedef = jax.tree.flatten(rngs)
 
     def seeded(index: int, leaf: Any) -> Array:
@@ -192,9 +179,3 @@ def seed_rngs(rngs: Any, key: PRNGKeyArray) -> Any:
         return stream if leaf.shape == () else jax.random.split(stream, leaf.shape)
 
     return treedef.unflatten([seeded(n, leaf) for n, leaf in enumerate(leaves)])
-
-
-def model_cost(model: nnx.Module, image_shape: Sequence[int]) -> counting.ModelCost:
-    """Parameters and MACs of a model for one image."""
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return counting.count(model, image)

@@ -1,35 +1,29 @@
 """Cuts a checkpoint: `python -m train.truncate --checkpoint=DIR --output=DIR2
 --rank=8`.
 
-Exactly one selector says what to keep: --rank, --rank_fraction, --ranks, --energy,
---params_fraction or --macs_fraction. The new checkpoint stands alone and can be cut,
-evaluated and trained on again. Ends with one line of JSON: `{"output", "params",
-"macs", "ranks"}`.
+Exactly one selector says what to keep. Those with one value have a flag of their own
+(`--rank`, `--rank_fraction`, `--ranks`, `--energy`, `--params_fraction`,
+`--macs_fraction`); any, and an import path of your own, goes by name and arguments:
+`--select=beam --select_args='{"measure": "macs", "fraction": 0.5, ...}'`. The new
+checkpoint stands alone. Ends with one line of JSON: `{"output", "params", "macs",
+"ranks"}`.
 """
 
 from absl import flags
 
-from lowrank_jax.errors import UserError
-from train import binary, checkpoints
+from train import binary, checkpoints, selecting
 from train.report import logs
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a checkpoint, of its steps, or of a run."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "New folder for the cut checkpoint.")
-_RANK = flags.DEFINE_integer("rank", None, "Every layer at most this rank.")
-_FRACTION = flags.DEFINE_float(
-    "rank_fraction", None, "This fraction of each layer's rank, rounded up."
-)
-_RANKS = flags.DEFINE_string("ranks", None, "JSON file {path: rank}.")
-_ENERGY = flags.DEFINE_float(
-    "energy", None, "Least prefix with this share of the squared column importances."
-)
-_PARAMS = flags.DEFINE_float(
-    "params_fraction", None, "This share of the factored layers' dense parameters."
-)
-_MACS = flags.DEFINE_float(
-    "macs_fraction", None, "This share of the factored layers' dense MACs."
+_SELECTORS = selecting.define_flags()
+_FORM = flags.DEFINE_enum(
+    "form",
+    "factored",
+    ["factored", "gauge"],
+    "Form of the cut layers: factored can be cut again, gauge is smaller.",
 )
 _RECALIBRATE = flags.DEFINE_bool(
     "recalibrate", False, "Re-estimate BatchNorm on training data."
@@ -46,27 +40,17 @@ _ALLOW = flags.DEFINE_list(
 
 
 def _main() -> None:
-    values = dict(
-        zip(
-            checkpoints.FLAGS,
-            (f.value for f in (_RANK, _FRACTION, _RANKS, _ENERGY, _PARAMS, _MACS)),
-            strict=True,
-        )
+    binary.check_companions(
+        flags.FLAGS,
+        {"recalibration_batches": ["recalibrate"], "select_args": ["select"]},
     )
-    given = {name: value for name, value in values.items() if value is not None}
-    if len(given) != 1:
-        raise UserError(
-            "flags: exactly one of"
-            f" {', '.join('--' + s for s in checkpoints.FLAGS)} must be"
-            f" given, got {['--' + name for name in given]}. Keep one."
-        )
-    ((selector, value),) = given.items()
+    selector = selecting.from_flags(_SELECTORS)
     logs.emit(
         checkpoints.truncate_checkpoint(
             _CHECKPOINT.value,
             _OUTPUT.value,
             selector,
-            value,
+            form=_FORM.value,
             recalibration_batches=_RECALIBRATION_BATCHES.value
             if _RECALIBRATE.value
             else 0,

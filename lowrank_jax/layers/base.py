@@ -1,24 +1,29 @@
 """What all low-rank layers share: birth from a dense twin, and the way back."""
 
-import functools
 from typing import Any, ClassVar, Self
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lowrank_jax import nnx_internals
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.folds import Fold
+from lowrank_jax.layers.merged import MergedKernel, refuse_writing
+
+OWN_NAMES = frozenset({"factors", "fold"})
+"""What a low-rank layer adds to the attributes of its twin."""
 
 
 class LowRankLayer(nnx.Module):
     """A Flax layer whose kernel is a `Factors`, folded into a matrix by a `Fold`.
 
     It keeps every attribute of its dense twin (features, dtypes, bias, ...) under the
-    same name, but for the kernel, and computes the merged order by the twin's own
-    forward function, so that both agree in every option that Flax has.
+    same name. Its kernel is merged where it is read (`layer.kernel[...]`, a
+    `MergedKernel`), and it computes the merged order by the twin's own forward
+    function, so that both agree in every option that Flax has.
 
     A subclass names its `dense_type` and says how a kernel folds (`fold_of`), how often
     one example multiplies by each factor (`cost_of`) and how to apply the factors.
@@ -26,13 +31,28 @@ class LowRankLayer(nnx.Module):
 
     dense_type: ClassVar[type[nnx.Module]]
     kernel_name: ClassVar[str] = "kernel"
+    fold_options: ClassVar[frozenset[str]] = frozenset()
 
     factors: Factors
     fold: Fold
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not isinstance(getattr(cls, cls.kernel_name, None), property):
+            setattr(
+                cls,
+                cls.kernel_name,
+                property(lambda self: MergedKernel(self.factors, self.fold)),
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == self.kernel_name:
+            refuse_writing(f"{type(self).__name__}.{name}")
+        super().__setattr__(name, value)
+
     @classmethod
     def fold_of(cls, dense: nnx.Module, **options: Any) -> Fold:
-        """The fold of a dense layer's kernel."""
+        """Returns the fold of a dense layer's kernel."""
         raise NotImplementedError
 
     @classmethod
@@ -43,7 +63,7 @@ class LowRankLayer(nnx.Module):
         inputs: jax.ShapeDtypeStruct,
         outputs: jax.ShapeDtypeStruct,
     ) -> LayerCost:
-        """Parameters and MACs of a layer, dense or low-rank, for these shapes.
+        """Returns parameters and MACs of a layer, dense or low-rank, for these shapes.
 
         Args:
           layer: The layer; only its attributes are read.
@@ -62,19 +82,21 @@ class LowRankLayer(nnx.Module):
         factors: Factors | None = None,
         **fold_options: Any,
     ) -> Self:
-        """The low-rank twin of a dense layer.
+        """Returns the low-rank twin of a dense layer.
 
         Args:
           dense: The layer to start from; it is left as it is, its bias is shared.
           max_rank: Rank to allocate, at most that of the kernel's matrix (the default).
             Full rank keeps the function.
-          factors: Factors to use instead of the balanced SVD of the kernel.
+          factors: Factors to use instead of the balanced SVD of the kernel, with the
+            rank that they have.
           **fold_options: What the fold can choose (`scheme` for convolutions).
 
         Raises:
-          ValueError: The layer has no such form, or `max_rank` is out of bounds.
+          UserError: The layer has no such form, `max_rank` is out of bounds or given
+            beside factors, or the factors do not fit the kernel.
         """
-        layer = _blank(cls)
+        layer = nnx_internals.blank(cls)
         layer._adopt(dense, max_rank=max_rank, factors=factors, **fold_options)
         return layer
 
@@ -86,31 +108,49 @@ class LowRankLayer(nnx.Module):
         factors: Factors | None = None,
         **fold_options: Any,
     ) -> None:
-        fold = self.fold_of(dense, **fold_options)
-        max_rank = fold.full_rank if max_rank is None else max_rank
-        if not 0 <= max_rank <= fold.full_rank:
+        name = type(self).__name__
+        if taken := OWN_NAMES & nnx_internals.attributes(dense).keys():
             raise UserError(
-                f"{type(self).__name__}: max_rank must be in [0, {fold.full_rank}], got"
-                f" {max_rank}. Lower it; a matrix {fold.input_size} x"
-                f" {fold.output_size} has no higher rank."
+                f"{name}: {sorted(OWN_NAMES)} are the low-rank layer's own attributes,"
+                f" got a {type(dense).__name__} with {sorted(taken)}. Rename them."
             )
+        fold = self.fold_of(dense, **fold_options)
+        self._take(name, getattr(dense, self.kernel_name), fold, max_rank, factors)
+        nnx_internals.copy_attributes(dense, self, without={self.kernel_name})
+
+    def _take(
+        self,
+        name: str,
+        kernel: nnx.Param,
+        fold: Fold,
+        max_rank: int | None,
+        factors: Factors | None,
+    ) -> None:
+        """Sets fold and factors, those of the kernel where none are given."""
         if factors is None:
-            matrix = fold.to_matrix(getattr(dense, self.kernel_name)[...])
-            factors = Factors.from_matrix(matrix, max_rank)
-        _copy_attributes(dense, self, without={self.kernel_name})
+            max_rank = fold.full_rank if max_rank is None else max_rank
+            _check_rank(name, max_rank, fold)
+            factors = Factors.from_matrix(fold.to_matrix(kernel[...]), max_rank)
+        elif max_rank is not None:
+            raise UserError(
+                f"{name}: give max_rank or factors, not both, got max_rank {max_rank}"
+                f" and factors of rank {factors.max_rank}. Cut the factors instead."
+            )
+        _check_factors(name, factors, fold, kernel.shape)
         self.factors = factors
         self.fold = fold
 
     def to_dense(self, kernel: nnx.Param | None = None) -> nnx.Module:
-        """The dense twin, its kernel merged at the active rank (or the one given)."""
-        dense = _blank(self.dense_type)
-        _copy_attributes(self, dense, without={"factors", "fold"})
+        """Returns the dense twin, its kernel merged at the active rank, or a given
+        one."""
+        dense = nnx_internals.blank(self.dense_type)
+        nnx_internals.copy_attributes(self, dense, without=OWN_NAMES)
         kernel = nnx.Param(self.merged_kernel()) if kernel is None else kernel
         setattr(dense, self.kernel_name, kernel)
         return dense
 
     def merged_kernel(self, dtype: Any = None) -> Float[Array, "..."]:
-        """The kernel at the active rank, in the dense twin's shape."""
+        """Returns the kernel at the active rank, in the dense twin's shape."""
         return self.fold.to_kernel(self.factors.matrix(dtype))
 
     def _first_call(self, inputs: Array, **attributes: Any) -> Array:
@@ -120,27 +160,29 @@ class LowRankLayer(nnx.Module):
     def _dense_call(
         self, inputs: Array, *, out_sharding: Any = None, **attributes: Any
     ) -> Array:
-        """The dense twin's forward function with some attributes replaced."""
-        view = object.__new__(self.dense_type)
-        vars(view).update({**vars(self), **attributes})
-        return view(inputs, out_sharding=out_sharding)
+        """Runs the dense twin's forward function with some attributes replaced."""
+        view = nnx_internals.view_as(self.dense_type, self, **attributes)
+        options = {} if out_sharding is None else {"out_sharding": out_sharding}
+        return view(inputs, **options)
 
 
-@functools.cache
-def _blank_type(cls: type[nnx.Module]) -> type[nnx.Module]:
-    return type(cls.__name__, (cls,), {"__init__": lambda self: None})
+def _check_rank(name: str, max_rank: int, fold: Fold) -> None:
+    if not 0 <= max_rank <= fold.full_rank:
+        raise UserError(
+            f"{name}: max_rank must be in [0, {fold.full_rank}], got"
+            f" {max_rank}. Lower it; a matrix {fold.input_size} x"
+            f" {fold.output_size} has no higher rank."
+        )
 
 
-def _blank(cls: type[nnx.Module]) -> Any:
-    """An instance of an NNX class whose own `__init__` has not run."""
-    instance = _blank_type(cls)()
-    object.__setattr__(instance, "__class__", cls)
-    return instance
-
-
-def _copy_attributes(source: nnx.Module, target: nnx.Module, without: set[str]) -> None:
-    """Sets the target's attributes to the source's, NNX's own bookkeeping left out."""
-    for name, value in vars(source).items():
-        if name not in without and not name.startswith("_pytree"):
-            absent = name == "bias" and value is None
-            setattr(target, name, nnx.data(None) if absent else value)
+def _check_factors(
+    name: str, factors: Factors, fold: Fold, kernel_shape: tuple[int, ...]
+) -> None:
+    lead = kernel_shape[: len(kernel_shape) - len(fold.kernel_shape)]
+    wanted = (*lead, *fold.stack_shape, fold.input_size, fold.output_size)
+    given = (*factors.stack_shape, factors.in_size, factors.out_size)
+    if given != wanted:
+        raise UserError(
+            f"{name}: the factors' product must have the shape {wanted} of the kernel's"
+            f" matrix, got {given}. Make them with Factors.from_matrix of that matrix."
+        )

@@ -1,8 +1,8 @@
-"""Low-rank `nnx.Conv`, in the four schemes of `folds`."""
+"""Low-rank `nnx.Conv` and `nnx.ConvTranspose`, in the four schemes of `folds`."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,102 @@ from lowrank_jax.folds import ConvFold
 from lowrank_jax.layers.base import LowRankLayer
 
 
-class LowRankConv(LowRankLayer):
+class ConvolutionLayer(LowRankLayer):
+    """A convolution as two, with `rank` channels (for each group) in between."""
+
+    fold_options = frozenset({"scheme"})
+    window: ClassVar[tuple[str, ...]]
+    """Its window attributes that are one number for each spatial axis."""
+
+    fold: ConvFold
+
+    @classmethod
+    def cost_of(
+        cls,
+        layer: nnx.Module,
+        fold: ConvFold,
+        inputs: jax.ShapeDtypeStruct,
+        outputs: jax.ShapeDtypeStruct,
+    ) -> LayerCost:
+        positions = cls._positions(fold, inputs.shape, outputs.shape)
+        return LayerCost(fold.input_size, fold.output_size, fold.groups, *positions)
+
+    @staticmethod
+    def _positions(
+        fold: ConvFold, inputs: Sequence[int], outputs: Sequence[int]
+    ) -> tuple[int, int, int]:
+        """Returns over how many positions of the batch the dense, the first and the
+        second convolution multiply by their kernels."""
+        raise NotImplementedError
+
+    def __call__(
+        self, inputs: Float[Array, "*b c"], out_sharding: Any = None
+    ) -> Float[Array, "*b f"]:
+        factors, fold = self.factors, self.fold
+        kernel = jax.ShapeDtypeStruct(self.kernel_shape, factors.u.dtype)
+        outputs = jax.eval_shape(
+            lambda x, k: self._dense_call(x, kernel=k), inputs, kernel
+        )
+        if factors.max_rank == 0:  # XLA has no convolution without channels
+            bias = jnp.zeros(1) if self.bias is None else self.bias[...]
+            bias = bias.reshape((1,) * (len(outputs.shape) - 1) + bias.shape)
+            return jnp.broadcast_to(bias, outputs.shape).astype(outputs.dtype)
+        dense, first, second = self._positions(fold, inputs.shape, outputs.shape)
+        merged = merged_is_cheaper(
+            factors.in_size, factors.out_size, factors.max_rank, first, second, dense
+        )
+        if merged and not factors.per_example:
+            kernel = self.merged_kernel(self.dtype)
+            return self._dense_call(inputs, kernel=kernel, out_sharding=out_sharding)
+        hidden = self._first_call(
+            inputs,
+            kernel=fold.first_kernel(factors.active_u(self.dtype)),
+            **self._axes_of(fold.first_axes),
+            in_features=self.in_features,
+            out_features=fold.groups * factors.max_rank,
+        )
+        return self._dense_call(
+            self._mask_hidden(hidden),
+            kernel=fold.second_kernel(factors.active_v(self.dtype)),
+            out_sharding=out_sharding,
+            **self._axes_of(fold.second_axes),
+            in_features=fold.groups * factors.max_rank,
+            out_features=self.out_features,
+        )
+
+    def _axes_of(self, axes: Sequence[int]) -> dict[str, Any]:
+        """Window attributes of a convolution that handles only these spatial axes."""
+        spatial = len(self.kernel_size)
+
+        def own(value: Any, neutral: Any) -> tuple[Any, ...]:
+            values = [value] * spatial if isinstance(value, int) else list(value)
+            return tuple(
+                values[axis] if axis in axes else neutral for axis in range(spatial)
+            )
+
+        padding = self.padding
+        return {
+            "kernel_size": own(self.kernel_size, 1),
+            "padding": padding if isinstance(padding, str) else own(padding, 0),
+            **{name: own(getattr(self, name) or 1, 1) for name in self.window},
+        }
+
+    def _mask_hidden(self, hidden: Float[Array, "*b gr"]) -> Float[Array, "*b gr"]:
+        """Applies ranks per example, which a stack of groups keeps as its first
+        axis."""
+        if self.factors.per_example and hidden.ndim == len(self.kernel_size) + 1:
+            raise UserError(
+                "rank: one rank per example needs a batch axis, got one image, hidden"
+                f" shape {hidden.shape}. Add the axis, or set one rank."
+            )
+        if self.fold.groups == 1:
+            return self.factors.mask_hidden(hidden)
+        grouped = hidden.reshape(*hidden.shape[:-1], self.fold.groups, -1)
+        masked = self.factors.mask_hidden(jnp.moveaxis(grouped, -2, 0))
+        return jnp.moveaxis(masked, 0, -2).reshape(hidden.shape)
+
+
+class LowRankConv(ConvolutionLayer):
     """`nnx.Conv` with a factored kernel: two convolutions with `rank` channels between.
 
     Each of the two takes the kernel size, stride, padding and dilation of its own
@@ -38,7 +133,7 @@ class LowRankConv(LowRankLayer):
     """
 
     dense_type = nnx.Conv
-    fold: ConvFold
+    window = ("strides", "input_dilation", "kernel_dilation")
 
     def __init__(
         self,
@@ -59,11 +154,7 @@ class LowRankConv(LowRankLayer):
 
     @classmethod
     def fold_of(cls, dense: nnx.Conv, *, scheme: int = 0) -> ConvFold:
-        if dense.mask is not None:
-            raise UserError(
-                "LowRankConv: a masked kernel is not a product of low rank, got a conv"
-                " with a mask. Keep it dense in the rules."
-            )
+        _check_no_mask(cls, dense)
         return folds.conv_fold(
             dense.kernel_size,
             dense.in_features,
@@ -72,93 +163,89 @@ class LowRankConv(LowRankLayer):
             scheme=scheme,
         )
 
+    @staticmethod
+    def _positions(
+        fold: ConvFold, inputs: Sequence[int], outputs: Sequence[int]
+    ) -> tuple[int, int, int]:
+        _, between, columns = _sizes(fold, inputs, outputs)
+        return columns, between, columns
+
+
+class LowRankConvTranspose(ConvolutionLayer):
+    """`nnx.ConvTranspose` with a factored kernel: two transposed convolutions.
+
+    As `LowRankConv`, over inputs with zeros between them: each of the two spreads its
+    own spatial axes. Multiplications by these zeros are not counted: a kernel costs its
+    size at each position of *its input*.
+
+    Args:
+      in_features: As in `nnx.ConvTranspose`.
+      out_features: As in `nnx.ConvTranspose`.
+      kernel_size: As in `nnx.ConvTranspose`.
+      strides: As in `nnx.ConvTranspose`.
+      max_rank: Rank to allocate, full by default.
+      scheme: How the kernel folds into a matrix, 0 to 3 (`folds.conv_fold`); 3 mixes
+        channels before they are spread, which is the cheaper order for large strides.
+      rngs: Source of keys.
+      **options: The further arguments of `nnx.ConvTranspose`, but for `mask`.
+
+    >>> layer = LowRankConvTranspose(8, 3, (4, 4), 2, max_rank=2, rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((2, 6, 6, 8))).shape
+    (2, 12, 12, 3)
+    """
+
+    dense_type = nnx.ConvTranspose
+    window = ("strides", "kernel_dilation")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = None,
+        *,
+        max_rank: int | None = None,
+        scheme: int = 0,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        dense = nnx.ConvTranspose(
+            in_features, out_features, kernel_size, strides, rngs=rngs, **options
+        )
+        self._adopt(dense, max_rank=max_rank, scheme=scheme)
+
     @classmethod
-    def cost_of(
-        cls,
-        layer: nnx.Module,
-        fold: ConvFold,
-        inputs: jax.ShapeDtypeStruct,
-        outputs: jax.ShapeDtypeStruct,
-    ) -> LayerCost:
-        first, second = _positions(fold, inputs.shape, outputs.shape)
-        return LayerCost(
-            fold.input_size, fold.output_size, fold.groups, second, first, second
+    def fold_of(cls, dense: nnx.ConvTranspose, *, scheme: int = 0) -> ConvFold:
+        _check_no_mask(cls, dense)
+        return folds.conv_fold(
+            dense.kernel_size,
+            dense.in_features,
+            dense.out_features,
+            scheme=scheme,
+            transposed=dense.transpose_kernel,
         )
 
-    def __call__(
-        self, inputs: Float[Array, "*b c"], out_sharding: Any = None
-    ) -> Float[Array, "*b f"]:
-        factors, fold = self.factors, self.fold
-        kernel = jax.ShapeDtypeStruct(self.kernel_shape, factors.u.dtype)
-        outputs = jax.eval_shape(
-            lambda x, k: self._dense_call(x, kernel=k), inputs, kernel
-        )
-        if factors.max_rank == 0:  # XLA has no convolution without channels
-            bias = jnp.zeros(1) if self.bias is None else self.bias[...]
-            bias = bias.reshape((1,) * (len(outputs.shape) - 1) + bias.shape)
-            return jnp.broadcast_to(bias, outputs.shape).astype(outputs.dtype)
-        first, second = _positions(fold, inputs.shape, outputs.shape)
-        merged = merged_is_cheaper(
-            factors.in_size, factors.out_size, factors.max_rank, first, second, second
-        )
-        if merged and not factors.per_example:
-            kernel = self.merged_kernel(self.dtype)
-            return self._dense_call(inputs, kernel=kernel, out_sharding=out_sharding)
-        hidden = self._first_call(
-            inputs,
-            kernel=fold.first_kernel(factors.active_u(self.dtype)),
-            **self._axes_of(fold.first_axes),
-            **self._channels(self.in_features, fold.groups * factors.max_rank),
-        )
-        return self._dense_call(
-            self._mask_hidden(hidden),
-            kernel=fold.second_kernel(factors.active_v(self.dtype)),
-            out_sharding=out_sharding,
-            **self._axes_of(fold.second_axes),
-            **self._channels(fold.groups * factors.max_rank, self.out_features),
+    @staticmethod
+    def _positions(
+        fold: ConvFold, inputs: Sequence[int], outputs: Sequence[int]
+    ) -> tuple[int, int, int]:
+        rows, between, _ = _sizes(fold, inputs, outputs)
+        return rows, rows, between
+
+
+def _check_no_mask(cls: type[ConvolutionLayer], dense: nnx.Module) -> None:
+    if dense.mask is not None:
+        raise UserError(
+            f"{cls.__name__}: a masked kernel is not a product of low rank, got a"
+            f" {type(dense).__name__} with a mask. Keep it dense in the rules."
         )
 
-    def _axes_of(self, axes: Sequence[int]) -> dict[str, Any]:
-        """Window attributes of a convolution that handles only these spatial axes."""
-        spatial = len(self.kernel_size)
 
-        def own(value: Any, neutral: Any) -> tuple[Any, ...]:
-            values = [value] * spatial if isinstance(value, int) else list(value)
-            return tuple(
-                values[axis] if axis in axes else neutral for axis in range(spatial)
-            )
-
-        padding = self.padding
-        return {
-            "kernel_size": own(self.kernel_size, 1),
-            "strides": own(self.strides or 1, 1),
-            "input_dilation": own(self.input_dilation or 1, 1),
-            "kernel_dilation": own(self.kernel_dilation or 1, 1),
-            "padding": padding if isinstance(padding, str) else own(padding, 0),
-        }
-
-    def _channels(self, in_features: int, out_features: int) -> dict[str, Any]:
-        return {"in_features": in_features, "out_features": out_features}
-
-    def _mask_hidden(self, hidden: Float[Array, "*b gr"]) -> Float[Array, "*b gr"]:
-        """Applies ranks per example, which a stack of groups keeps as its first
-        axis."""
-        if self.factors.per_example and hidden.ndim == len(self.kernel_size) + 1:
-            raise UserError(
-                "rank: one rank per example needs a batch axis, got one image, hidden"
-                f" shape {hidden.shape}. Add the axis, or set one rank."
-            )
-        if self.fold.groups == 1:
-            return self.factors.mask_hidden(hidden)
-        grouped = hidden.reshape(*hidden.shape[:-1], self.fold.groups, -1)
-        masked = self.factors.mask_hidden(jnp.moveaxis(grouped, -2, 0))
-        return jnp.moveaxis(masked, 0, -2).reshape(hidden.shape)
-
-
-def _positions(
+def _sizes(
     fold: ConvFold, inputs: Sequence[int], outputs: Sequence[int]
-) -> tuple[int, int]:
-    """How many positions (over the batch) the first and second convolution compute."""
+) -> tuple[int, int, int]:
+    """Returns the positions, over the batch, of the input, between the two
+    convolutions and of the output."""
     spatial = len(fold.kernel_shape) - 2
     rows, columns = inputs[-spatial - 1 : -1], outputs[-spatial - 1 : -1]
     batch = math.prod(outputs[: -spatial - 1])
@@ -166,4 +253,4 @@ def _positions(
         columns[axis] if axis in fold.first_axes else rows[axis]
         for axis in range(spatial)
     ]
-    return batch * math.prod(between), batch * math.prod(columns)
+    return tuple(batch * math.prod(sizes) for sizes in (rows, between, columns))

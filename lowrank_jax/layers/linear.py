@@ -1,5 +1,6 @@
 """Low-rank `nnx.Linear` and `nnx.LinearGeneral`."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -84,10 +85,32 @@ class LowRankLinear(ProductLayer):
             kernel = self.merged_kernel(self.dtype)
             return self._dense_call(inputs, kernel=kernel, out_sharding=out_sharding)
         factors = self.factors
-        u, v = factors.active_u(self.dtype), factors.active_v(self.dtype)
-        hidden = self._first_call(inputs, kernel=u)
+        hidden = self._first_call(inputs, kernel=factors.active_u(self.dtype))
         hidden = factors.mask_hidden(hidden)
-        return self._dense_call(hidden, kernel=v, out_sharding=out_sharding)
+
+        def multiply(hidden: Array, kernel: Array) -> Array:
+            return self._first_call(hidden, kernel=kernel, out_sharding=out_sharding)
+
+        outputs = factors.expand(hidden, multiply, self.dtype)
+        if self.bias is None:
+            return outputs
+        bias = self.bias[...].astype(outputs.dtype)
+        return outputs + bias.reshape(*[1] * (outputs.ndim - 1), -1)
+
+    @classmethod
+    def cost_of(
+        cls,
+        layer: nnx.Module,
+        fold: Fold,
+        inputs: jax.ShapeDtypeStruct,
+        outputs: jax.ShapeDtypeStruct,
+    ) -> LayerCost:
+        cost = super().cost_of(layer, fold, inputs, outputs)
+        return dataclasses.replace(cost, spared_positions=cost.second_positions)
+
+    def _merges(self, inputs: Array) -> bool:
+        """Without its identity the gauge form is never dearer than a dense one."""
+        return not self.factors.skips_identity and super()._merges(inputs)
 
 
 class LowRankLinearGeneral(ProductLayer):

@@ -6,27 +6,36 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lowrank_jax import linalg
+from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
+from lowrank_jax.ranks import name_of
 
 
 def column_importances(
     factors: Mapping[str, Factors],
 ) -> dict[str, Float[np.ndarray, "*stack r"]]:
-    """`||u_b|| ||v_b||` of each allocated column, `|s_b|` included where there is
-    one."""
-    importances = {}
-    for path, one in factors.items():
-        left, right = linalg.column_norms(*one.arrays())
-        product = np.asarray(left, np.float64) * np.asarray(right, np.float64)
-        importances[path] = np.sqrt(product)
-    return importances
+    """Returns `||u_b|| ||v_b||` of each column, `|s_b|` included where there is one.
+
+    Columns at or past the active rank have none: 0.
+
+    Raises:
+      UserError: Factors with one rank per example.
+    """
+    if several := [path for path in factors if factors[path].per_example]:
+        raise UserError(
+            f"{', '.join(map(name_of, several))}: rank must be one number to read"
+            " importances, got one per example. Set a rank with set_ranks first."
+        )
+    return {
+        path: _norms(layer.active_u(None), -2) * _norms(layer.active_v(None), -1)
+        for path, layer in factors.items()
+    }
 
 
 def stable_ranks(
     matrices: Mapping[str, Float[Array, "*stack i o"]],
 ) -> dict[str, Float[np.ndarray, "*stack"]]:
-    """`||W||_F^2 / ||W||_2^2` of each matrix; 0 for W = 0."""
+    """Returns `||W||_F^2 / ||W||_2^2` of each matrix; 0 for W = 0."""
     ranks = {}
     for path, matrix in matrices.items():
         wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
@@ -34,3 +43,12 @@ def stable_ranks(
         first = squares[..., :1].sum(axis=-1)
         ranks[path] = squares.sum(axis=-1) / np.where(first > 0, first, 1)
     return ranks
+
+
+def _norms(matrix: Float[Array, "*stack a b"], axis: int) -> Float[np.ndarray, "..."]:
+    """Returns norms along an axis, without the underflow of squares in float32."""
+    wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    largest = jnp.max(jnp.abs(wide), axis=axis, keepdims=True, initial=0)
+    unit = wide / jnp.where(largest == 0, 1, largest)
+    squares = np.asarray(jnp.sum(jnp.square(unit), axis=axis), np.float64)
+    return np.sqrt(squares) * np.asarray(jnp.squeeze(largest, axis), np.float64)

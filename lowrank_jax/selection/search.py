@@ -6,29 +6,29 @@ from typing import Any
 
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
-from lowrank_jax.ranks import RankValue, at_most, flatten_rank
+from lowrank_jax.ranks import Ranks, largest, lowest
 from lowrank_jax.selection.solvers import check_budget, total_cost
 
 
 def beam_search(
-    score: Callable[[Sequence[Mapping[str, RankValue]]], list[float]],
+    score: Callable[[Sequence[Ranks]], list[float]],
     costs: Mapping[str, LayerCost],
-    max_ranks: Mapping[str, RankValue],
+    max_ranks: Ranks,
     fraction: float,
     *,
     measure: str = "params",
     width: int = 4,
     steps: int = 20,
 ) -> dict[str, Any]:
-    """All ranks jointly for one compression ratio by beam search on the loss.
+    """Chooses all ranks jointly for one budget, by beam search on the loss.
 
     A state is a rank for every layer; a child lowers one layer by as little as saves
     `1 / steps` of what has to go (less in small layers), so that children are compared
-    at about equal cost.
-    The best `width` states of a level stay; a state within the budget is done. Our
-    reading of the modified beam search of BSR (Eo et al., 2021), whose details are not
-    public. With every rank as a step and no limit on the width this is exhaustive over
-    what the budget just allows; with `width=1` it is greedy.
+    at about equal cost, and by no more than meets the budget. The best `width` states
+    of a level stay; a state within the budget is done. Our reading of the modified beam
+    search of BSR (Eo et al., 2021), whose details are not public. With every rank as a
+    step and no limit on the width this is exhaustive over what the budget just allows;
+    with `width=1` it is greedy.
 
     Args:
       score: Scores of rank vectors, higher is better, NaN worst; called once a level.
@@ -40,7 +40,7 @@ def beam_search(
       steps: How finely the way to the budget is divided.
 
     Raises:
-      ValueError: An argument out of bounds, or a budget that rank 1 everywhere exceeds.
+      UserError: An argument out of bounds, or a budget that rank 1 everywhere exceeds.
     """
     if width < 1 or steps < 1:
         raise UserError(
@@ -48,15 +48,16 @@ def beam_search(
         )
     budget = check_budget(costs, max_ranks, fraction, measure)
     start = dict(max_ranks)
-    saving = (total_cost(costs, start, measure) - budget) / steps
-    if saving <= 0:
+    step = (total_cost(costs, start, measure) - budget) / steps
+    if step <= 0:
         return start
     frontier, done = [start], {}
     while frontier:
+        # Every way to lower one layer of one state, each rank vector once.
         children = _unique(
             child
             for ranks in frontier
-            for child in _children(ranks, costs, measure, saving)
+            for child in _children(ranks, costs, measure, budget, step)
         )
         scores = [-math.inf if math.isnan(x) else x for x in score(children)]
         scored = sorted(
@@ -64,6 +65,7 @@ def beam_search(
             key=lambda pair: pair[0],
             reverse=True,
         )
+        # The best stay: those within the budget as answers, the others to go on from.
         frontier = []
         for value, ranks in scored[:width]:
             if total_cost(costs, ranks, measure) <= budget:
@@ -74,29 +76,35 @@ def beam_search(
 
 
 def _children(
-    ranks: Mapping[str, RankValue],
+    ranks: Ranks,
     costs: Mapping[str, LayerCost],
     measure: str,
-    saving: float,
+    budget: float,
+    step: float,
 ) -> list[dict[str, Any]]:
-    """One layer lowered in each, by the least that saves enough.
+    """Lowers one layer in each child, by the least that saves enough.
 
-    Enough is the saving asked for, or half of what the layer can still save, if that is
-    less; layers that would save less than a quarter of the others wait.
+    Enough is a step, or half of what the layer can still save, if that is less, or what
+    is missing to the budget, if that is less still; so no child goes below the budget
+    where a larger rank meets it. Layers that would save less than a quarter of the
+    others wait.
     """
-    one = {path: at_most({path: rank}, 1)[path] for path, rank in ranks.items()}
-    here = {p: total_cost(costs, {p: rank}, measure) for p, rank in ranks.items()}
-    left = {p: here[p] - total_cost(costs, {p: one[p]}, measure) for p in ranks}
-    enough = {p: min(saving, left[p] / 2) for p in ranks if left[p] > 0}
+    missing = total_cost(costs, ranks, measure) - budget
+    before = {p: total_cost(costs, {p: rank}, measure) for p, rank in ranks.items()}
+    enough = {}
+    for path, rank in ranks.items():
+        least = total_cost(costs, {path: lowest(rank, 1)}, measure)
+        if before[path] > least:
+            enough[path] = min(step, (before[path] - least) / 2, missing)
     most = max(enough.values(), default=0)
     children = []
     for path, wanted in enough.items():
         if wanted < most / 4:
             continue
-        for lower in range(max(flatten_rank(ranks[path])) - 1, 0, -1):
-            smaller = at_most({path: ranks[path]}, lower)
-            if here[path] - total_cost(costs, smaller, measure) >= wanted:
-                children.append({**ranks, **smaller})
+        for cap in range(largest(ranks[path]) - 1, 0, -1):
+            lowered = lowest(ranks[path], cap)
+            if before[path] - total_cost(costs, {path: lowered}, measure) >= wanted:
+                children.append({**ranks, path: lowered})
                 break
     return children
 
@@ -105,5 +113,5 @@ def _unique(states: Any) -> list[dict[str, Any]]:
     return list({_key(ranks): ranks for ranks in states}.values())
 
 
-def _key(ranks: Mapping[str, RankValue]) -> str:
+def _key(ranks: Ranks) -> str:
     return str(sorted(ranks.items()))

@@ -8,97 +8,92 @@ from jaxtyping import Float
 
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
-from lowrank_jax.ranks import RankValue, at_fraction, at_most
+from lowrank_jax.ranks import Ranks, at_fraction, at_most, lowest, name_of
 
 
 def by_energy(
     importances: Mapping[str, Float[np.ndarray, "*stack r"]], energy: float
 ) -> dict[str, Any]:
-    """The least prefix of each layer that keeps this share of the squared importances.
+    """Returns the least prefix of each layer with this share of squared importances.
 
     Args:
       importances: Importance of each column, in the order in which it would be kept.
-      energy: Share to keep, in (0, 1]; a share that is met exactly is met.
+      energy: Share to keep, in (0, 1]; a share that is met exactly is met, and all of
+        it are all columns up to the last that has any.
+
+    Raises:
+      UserError: The share is out of bounds, or an importance is not finite.
 
     >>> by_energy({"a": np.array([4.0, 3.0, 2.0, 1.0])}, 0.9)
     {'a': 3}
     """
     if not 0 < energy <= 1:
         raise UserError(f"energy: must be in (0, 1], got {energy}.")
+    _check_finite(importances)
     ranks = {}
     for path, importance in importances.items():
-        squares = np.square(np.asarray(importance, np.float64))
-        kept = np.cumsum(squares, axis=-1)
-        needed = energy * kept[..., -1:] * (1 - 1e-12) if squares.shape[-1] else kept
-        # the prefix of length n is short of the share for n = 0 .. rank - 1
-        short = (kept < needed).sum(axis=-1)
-        total = squares.sum(axis=-1)
-        if not np.isfinite(total).all():
-            raise UserError(
-                f"{path}: importances must be finite, got NaN or infinity. Train or"
-                " load the model anew."
-            )
-        ranks[path] = np.where(total > 0, short + 1, 0).tolist()
+        removed = _removed_energy(importance)
+        # Sums are in floats: 1e-12 of the share may be missing, but not of all of it.
+        allowed = 0.0 if energy == 1 else 1 - energy * (1 - 1e-12)
+        # The prefix of length n is short of the share for n = 1 .. rank - 1.
+        short = (removed > allowed).sum(axis=-1)
+        ranks[path] = np.where((importance != 0).any(axis=-1), short + 1, 0).tolist()
     return ranks
 
 
 def by_params_fraction(
-    costs: Mapping[str, LayerCost],
-    max_ranks: Mapping[str, RankValue],
-    params_fraction: float,
+    costs: Mapping[str, LayerCost], max_ranks: Ranks, params_fraction: float
 ) -> dict[str, Any]:
-    """The largest common fraction of the ranks within a parameter budget, by bisection.
+    """Finds the largest common fraction of the ranks within a parameter budget.
 
     Args:
       costs: Cost of each layer.
-      max_ranks: Allocated ranks.
+      max_ranks: Ranks to take the fraction of.
       params_fraction: Budget as a share, in (0, 1], of the dense parameters of these
         layers. A layer counts with the smaller of its forms.
 
     Raises:
-      ValueError: The share is out of bounds, or rank 1 everywhere is over the budget.
+      UserError: The share is out of bounds, or rank 1 everywhere is over the budget.
     """
     return _common_fraction(costs, max_ranks, params_fraction, "params")
 
 
 def by_macs_fraction(
-    costs: Mapping[str, LayerCost],
-    max_ranks: Mapping[str, RankValue],
-    macs_fraction: float,
+    costs: Mapping[str, LayerCost], max_ranks: Ranks, macs_fraction: float
 ) -> dict[str, Any]:
-    """As `by_params_fraction`, for a budget of MACs."""
+    """Finds the same as `by_params_fraction` for a budget of MACs."""
     return _common_fraction(costs, max_ranks, macs_fraction, "macs")
 
 
 def by_energy_budget(
     costs: Mapping[str, LayerCost],
+    max_ranks: Ranks,
     importances: Mapping[str, Float[np.ndarray, "*stack r"]],
     fraction: float,
     *,
     measure: str,
 ) -> dict[str, Any]:
-    """The largest common share of energy within a budget: `by_energy` with the share
-    found, rank 1 at least.
+    """Finds the largest common share of energy within a budget.
+
+    The ranks are those of `by_energy` with the share found, but rank 1 at least where
+    the layer's own is.
 
     Args:
       costs: Cost of each layer.
+      max_ranks: Ranks that are not exceeded.
       importances: Importance of each column, in the order in which it would be kept.
       fraction: Budget as a share, in (0, 1], of what the layers cost when dense.
       measure: "params" or "macs".
     """
-    removed = {path: _removed_energy(one) for path, one in importances.items()}
-    full = {
-        path: np.full(one.shape[:-1], one.shape[-1]).tolist()
-        for path, one in importances.items()
-    }
-    budget = check_budget(costs, full, fraction, measure)
+    _check_finite(importances)
+    removed = {path: _removed_energy(columns) for path, columns in importances.items()}
+    budget = check_budget(costs, max_ranks, fraction, measure)
 
     def ranks_at(threshold: float) -> dict[str, Any]:
         return {
-            path: np.minimum(
-                1 + (one > threshold).sum(axis=-1), importances[path].shape[-1]
-            ).tolist()
-            for path, one in removed.items()
+            path: lowest((1 + (share > threshold).sum(axis=-1)).tolist(), max_rank)
+            for path, max_rank in max_ranks.items()
+            for share in [removed[path]]
         }
 
     levels = np.unique(np.concatenate([[0.0], *(r.ravel() for r in removed.values())]))
@@ -112,10 +107,8 @@ def by_energy_budget(
     return ranks_at(levels[low])
 
 
-def total_cost(
-    costs: Mapping[str, LayerCost], ranks: Mapping[str, RankValue], measure: str
-) -> int:
-    """What layers cost at these ranks, in "params" or "macs"."""
+def total_cost(costs: Mapping[str, LayerCost], ranks: Ranks, measure: str) -> int:
+    """Sums what layers cost at these ranks, in "params" or "macs"."""
     if measure not in ("params", "macs"):
         raise UserError(f"measure: must be 'params' or 'macs', got {measure!r}.")
     return sum(getattr(costs[path], measure)(rank) for path, rank in ranks.items())
@@ -123,19 +116,26 @@ def total_cost(
 
 def check_budget(
     costs: Mapping[str, LayerCost],
-    max_ranks: Mapping[str, RankValue],
+    max_ranks: Ranks,
     fraction: float,
     measure: str,
 ) -> float:
-    """The budget that a share of the dense cost is.
+    """Returns the budget that a share of the dense cost is.
 
     Raises:
-      ValueError: The share is out of bounds, or rank 1 everywhere costs more.
+      UserError: The share is out of bounds, rank 1 everywhere costs more, or MACs are
+        asked for of layers that were counted without running them.
     """
     if not 0 < fraction <= 1:
         raise UserError(f"{measure}_fraction: must be in (0, 1], got {fraction}.")
     least = total_cost(costs, at_most(max_ranks, 1), measure)
     dense = sum(getattr(costs[path], f"dense_{measure}") for path in max_ranks)
+    if measure == "macs" and max_ranks and not dense:
+        raise UserError(
+            "macs_fraction: needs an example input to count the MACs on, got none, or a"
+            " forward pass that runs no low-rank layer. Give the model's inputs for a"
+            " batch of one."
+        )
     if least > fraction * dense:
         raise UserError(
             f"{measure}_fraction: must be at least {least / dense:.4g} here (rank 1 in"
@@ -203,11 +203,9 @@ def stands_still(
 
 
 def _common_fraction(
-    costs: Mapping[str, LayerCost],
-    max_ranks: Mapping[str, RankValue],
-    share: float,
-    measure: str,
+    costs: Mapping[str, LayerCost], max_ranks: Ranks, share: float, measure: str
 ) -> dict[str, Any]:
+    """Bisects the fraction of all ranks; their cost rises with it."""
     budget = check_budget(costs, max_ranks, share, measure)
     low, high = 1, 1 << 16  # finer than one rank of any layer below 65,536
     steps = high
@@ -221,11 +219,30 @@ def _common_fraction(
     return at_fraction(max_ranks, low / steps)
 
 
+def _check_finite(importances: Mapping[str, Float[np.ndarray, "*stack r"]]) -> None:
+    broken = [
+        name_of(path)
+        for path, columns in importances.items()
+        if not np.isfinite(columns).all()
+    ]
+    if broken:
+        raise UserError(
+            f"{', '.join(broken)}: importances must be finite, got NaN or infinity."
+            " Train or load the model anew."
+        )
+
+
 def _removed_energy(
     importance: Float[np.ndarray, "*stack r"],
 ) -> Float[np.ndarray, "*stack r"]:
-    """The share of energy that goes when a prefix of 1, 2, ..., r columns stays."""
+    """Returns the share of energy that goes when a prefix of 1, 2, ..., r stays.
+
+    The tails are summed from their own end, so that a small one keeps its value beside
+    a large head, and only a tail of nothing is 0.
+    """
     squares = np.square(np.asarray(importance, np.float64))
     total = squares.sum(axis=-1, keepdims=True)
-    tails = np.cumsum(squares[..., ::-1], axis=-1)[..., ::-1] - squares
-    return np.where(total > 0, tails / np.where(total > 0, total, 1), 0)
+    following = np.zeros_like(squares)
+    following[..., :-1] = squares[..., 1:]
+    tails = np.cumsum(following[..., ::-1], axis=-1)[..., ::-1]
+    return tails / np.where(total > 0, total, 1)

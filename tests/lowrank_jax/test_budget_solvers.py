@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from lowrank_jax.cost import LayerCost
+from lowrank_jax.errors import UserError
 from lowrank_jax.factorization import factorize, kernel_matrices
 from lowrank_jax.ranks import at_fraction
 from lowrank_jax.selection import curves, solvers
@@ -22,6 +23,7 @@ SPECTRA = {
     "b": np.sort(RANDOM.exponential(size=(2, 8)), axis=-1)[:, ::-1],
     "c": np.array([5.0, 1.0, 0.5]),
 }
+FULL = {"a": 12, "b": [8, 8], "c": 3}
 MEASURES = ["params", "macs"]
 
 
@@ -69,7 +71,7 @@ def test_energy_within_a_budget_is_the_best_threshold(share, measure):
     )
     profiles = [ranks_at(removed) for removed in thresholds]
     fits = [one for one in profiles if total(one, measure) <= share * dense(measure)]
-    found = solvers.by_energy_budget(COSTS, SPECTRA, share, measure=measure)
+    found = solvers.by_energy_budget(COSTS, FULL, SPECTRA, share, measure=measure)
     assert found == fits[0]
     assert total(found, measure) <= share * dense(measure)
     if share < 0.9:  # the control: the next larger profile does not fit
@@ -81,7 +83,7 @@ def test_energy_within_a_budget_is_the_best_threshold(share, measure):
 def test_energy_within_a_budget_is_the_energy_rule(measure):
     """With the share that it found; a larger budget never means a lower rank."""
     found = [
-        solvers.by_energy_budget(COSTS, SPECTRA, share, measure=measure)
+        solvers.by_energy_budget(COSTS, FULL, SPECTRA, share, measure=measure)
         for share in np.linspace(0.3, 1, 40)
     ]
     for small, large in itertools.pairwise(found):
@@ -99,7 +101,11 @@ def test_equal_tails_are_cut_together():
     spectra = {"a": spectrum, "b": 4 * spectrum, "c": spectrum / 2}
     for count in range(3, 13):
         found = solvers.by_energy_budget(
-            costs, spectra, count * 20 / 300, measure="params"
+            costs,
+            dict.fromkeys("abc", 4),
+            spectra,
+            count * 20 / 300,
+            measure="params",
         )
         assert found == dict.fromkeys("abc", count // 3)
 
@@ -108,9 +114,38 @@ def test_energy_within_a_budget_knows_layers_of_nothing():
     """A layer cut to rank 0 stays there, one of zeros keeps a column."""
     costs = {path: LayerCost(10, 10, 1, 1, 1, 1) for path in "abc"}
     spectra = {"a": np.zeros(0), "b": np.zeros(4), "c": SPECTRA["a"][:4]}
-    found = solvers.by_energy_budget(costs, spectra, 1.0, measure="params")
+    full = {"a": 0, "b": 4, "c": 4}
+    found = solvers.by_energy_budget(costs, full, spectra, 1.0, measure="params")
     assert found == {"a": 0, "b": 1, "c": 4}
-    assert solvers.by_energy_budget({}, {}, 0.5, measure="params") == {}
+    assert solvers.by_energy_budget({}, {}, {}, 0.5, measure="params") == {}
+
+
+def test_a_masked_layer_of_rank_zero_stays_there():
+    """And one of a low rank counts with it: what is masked has no importance."""
+    costs = {path: LayerCost(10, 10, 1, 1, 1, 1) for path in "abc"}
+    spectra = {"a": np.zeros(4), "b": np.array([2.0, 1.0, 0.0, 0.0]), "c": np.ones(4)}
+    masked = {"a": 0, "b": 2, "c": 4}
+    found = solvers.by_energy_budget(costs, masked, spectra, 1.0, measure="params")
+    assert found == masked
+    least = 2 * 20 / 300  # a stays at nothing, so rank 1 is asked of two layers only
+    found = solvers.by_energy_budget(costs, masked, spectra, least, measure="params")
+    assert found == {"a": 0, "b": 1, "c": 1}
+
+
+def test_the_whole_budget_keeps_small_columns():
+    """A tail of 1e-10 beside a head of 1 is there: 2.0e-20 of its energy."""
+    costs = {"a": LayerCost(10, 10, 1, 1, 1, 1)}
+    spectra = {"a": np.array([1.0, 1e-10, 1e-10, 0.0])}
+    found = solvers.by_energy_budget(costs, {"a": 4}, spectra, 1.0, measure="params")
+    assert found == {"a": 3} == solvers.by_energy(spectra, 1.0)
+
+
+def test_macs_need_a_count_that_ran_the_layers():
+    """Counts without an example know the parameters alone."""
+    never = {"a": LayerCost(10, 10, 1, 0, 0, 0)}
+    assert solvers.by_params_fraction(never, {"a": 10}, 0.4) == {"a": 2}
+    with pytest.raises(UserError, match="macs_fraction: needs an example input"):
+        solvers.by_macs_fraction(never, {"a": 10}, 0.4)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.62, 0.8, 0.999, 1.0])
@@ -141,8 +176,8 @@ def test_budgets_name_their_measure():
     for measure in MEASURES:
         least = total(dict.fromkeys(SIZES, 1), measure) / dense(measure)
         with pytest.raises(ValueError, match=f"{measure}_fraction: .*{least:.4g} here"):
-            solvers.by_energy_budget(COSTS, SPECTRA, 0.1, measure=measure)
-        ones = solvers.by_energy_budget(COSTS, SPECTRA, least, measure=measure)
+            solvers.by_energy_budget(COSTS, FULL, SPECTRA, 0.1, measure=measure)
+        ones = solvers.by_energy_budget(COSTS, FULL, SPECTRA, least, measure=measure)
         assert ones == {"a": 1, "b": [1, 1], "c": 1}
     with pytest.raises(ValueError, match="macs_fraction: must be at least"):
         solvers.by_macs_fraction(COSTS, LIMITS, 0.01)
@@ -150,7 +185,7 @@ def test_budgets_name_their_measure():
         with pytest.raises(ValueError, match=r"macs_fraction: must be in \(0, 1\]"):
             solvers.by_macs_fraction(COSTS, LIMITS, share)
     with pytest.raises(ValueError, match="'params' or 'macs', got 'bytes'"):
-        solvers.by_energy_budget(COSTS, SPECTRA, 0.5, measure="bytes")
+        solvers.by_energy_budget(COSTS, FULL, SPECTRA, 0.5, measure="bytes")
 
 
 def test_stable_ranks_have_the_golden_value():
@@ -284,8 +319,15 @@ def test_standing_still_is_that_of_a_loop(window, points):
     assert not solvers.stands_still(history[:20]) and solvers.stands_still(history)
 
 
-def test_energy_of_what_is_not_finite():
-    """Not rank 0, as for a layer of zeros."""
-    with pytest.raises(ValueError, match="a: importances must be finite"):
-        solvers.by_energy({"a": np.array([1.0, np.nan])}, 0.9)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_energy_of_what_is_not_finite(bad):
+    """Not rank 0, as for a layer of zeros; every layer that has it is named."""
+    spectra = {"a": np.array([1.0, bad]), "b": np.ones(2), "": np.array([bad, 1.0])}
+    message = "a, the model itself: importances must be finite"
+    for energy in (0.9, 1.0):
+        with pytest.raises(UserError, match=message):
+            solvers.by_energy(spectra, energy)
+    costs, full = {path: LayerCost(9, 9, 1, 1, 1, 1) for path in spectra}, {}
+    with pytest.raises(UserError, match=message):
+        solvers.by_energy_budget(costs, full, spectra, 0.9, measure="params")
     assert solvers.by_energy({"a": np.zeros(2)}, 0.9) == {"a": 0}

@@ -9,6 +9,7 @@ from reference import relative_error
 
 from lowrank_jax.active import set_ranks
 from lowrank_jax.calibration import (
+    batch_norm_average,
     has_batch_norm,
     recalibrate_batch_norm,
     use_batch_statistics,
@@ -163,3 +164,34 @@ def test_batch_norm_is_found_wherever_it_is(net):
     assert not has_batch_norm(
         nnx.Sequential(nnx.Linear(2, 2, rngs=rngs), nnx.LayerNorm(2, rngs=rngs))
     )
+
+
+def test_the_step_serves_any_ranks_in_one_trace(net):
+    """Each rank's own average from one compiled step, whatever the statistics before;
+    the model that is given stays, and so does what dropout would draw."""
+    model, traces = factorize(net), []
+    graphdef, start, rest = nnx.split(model, nnx.BatchStat, ...)
+
+    @jax.jit
+    def step(means, count, ranks, batch):
+        traces.append(1)
+        current = nnx.merge(graphdef, means, rest, copy=True)
+        set_ranks(current, ranks)
+        before = jax.tree.leaves(nnx.state(current))
+        found = batch_norm_average(current, count, lambda m: m(batch))
+        after = jax.tree.leaves(nnx.state(current))
+        assert all(x is y for x, y in zip(before, after, strict=True))
+        return found
+
+    for rank in (3, 1):
+        ranks, means = {"first": jnp.int32(rank), "second": jnp.int32(1)}, start
+        for number, batch in enumerate(BATCHES, 1):
+            means = step(means, jnp.float32(number), ranks, batch)
+        found = nnx.clone(model)
+        set_ranks(found, {"first": rank, "second": 1})
+        expected = numpy_statistics(found, BATCHES)
+        nnx.update(found, means)
+        for norm, (mean, variance) in zip(found.norms, expected, strict=True):
+            assert relative_error(norm.mean[...], mean) <= 1e-5
+            np.testing.assert_allclose(norm.var[...], variance, rtol=1e-4, atol=1e-6)
+    assert len(traces) == 1

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import operator
 from typing import Any, Literal
 from unittest import mock
 
@@ -18,10 +19,12 @@ import pytest
 from flax import nnx
 from reference import relative_error
 
+from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors, Rank
 from lowrank_jax.layers import (
     LAYERS,
     LowRankConv,
+    LowRankConvTranspose,
     LowRankEinsum,
     LowRankEmbed,
     LowRankLayer,
@@ -102,6 +105,25 @@ def image(
     )
 
 
+def spread(
+    kernel_size: tuple[int, ...] = (3, 2),
+    *,
+    lead: tuple[int, ...] = (2,),
+    size: tuple[int, ...] = (4, 3),
+    scheme: int = 0,
+    **options: Any,
+) -> Row:
+    """A transposed convolution."""
+    return Row(
+        nnx.ConvTranspose,
+        (3, 4, kernel_size),
+        (*lead, *size, 3),
+        batch=0 if lead else None,
+        options=options,
+        fold={"scheme": scheme},
+    )
+
+
 line = functools.partial(image, (3,), size=(6,))
 grouped = functools.partial(image, channels=(4, 6), feature_group_count=2)
 ROWS = {
@@ -169,6 +191,23 @@ ROWS = {
     "conv 1-D, CAUSAL, scheme 3": line(padding="CAUSAL", scheme=3),
     "conv 3-D": image((2, 1, 3), size=(3, 2, 4)),
     "conv 3-D, scheme 3": image((2, 1, 3), size=(3, 2, 4), strides=(1, 2, 2), scheme=3),
+    "conv transpose": spread(strides=(2, 3)),
+    "conv transpose, scheme 1": spread(strides=2, scheme=1, padding="VALID"),
+    "conv transpose, scheme 2": spread(strides=(1, 2), scheme=2, padding=((1, 0), 2)),
+    "conv transpose, scheme 3": spread(strides=2, scheme=3),
+    "conv transpose, CIRCULAR": spread(strides=2, padding="CIRCULAR"),
+    "conv transpose, CIRCULAR, scheme 3": spread(padding="CIRCULAR", scheme=3),
+    "conv transpose, dilation": spread(kernel_dilation=(2, 1), use_bias=False),
+    "conv transpose, turned": spread(strides=2, transpose_kernel=True),
+    "conv transpose, turned, scheme 1": spread(
+        (3, 3), strides=2, transpose_kernel=True, scheme=1, padding="CIRCULAR"
+    ),
+    "conv transpose, turned, scheme 3": spread(
+        strides=3, transpose_kernel=True, scheme=3, padding="VALID"
+    ),
+    "conv transpose, no batch axis": spread(lead=(), strides=2),
+    "conv transpose, two batch axes, scheme 2": spread(lead=(2, 2), scheme=2),
+    "conv transpose 1-D": spread((3,), size=(4,), strides=2),
 }
 ONE_OF_EACH = (
     "linear",
@@ -177,6 +216,7 @@ ONE_OF_EACH = (
     "embed, lookup",
     "embed, attend",
     "conv, groups, scheme 1",
+    "conv transpose, turned, scheme 1",
 )
 
 
@@ -580,6 +620,11 @@ def many(rows: int) -> dict[str, tuple[LowRankLayer, jax.Array, str]]:
             jnp.ones((1, rows + 1, 4)),
             "__call__",
         ),
+        "conv transpose": (
+            LowRankConvTranspose(8, 4, (2,), scheme=3, rngs=rngs),
+            jnp.ones((1, rows, 8)),
+            "__call__",
+        ),
         "attend": (LowRankEmbed(8, 8, rngs=rngs), jnp.ones((rows, 8)), "attend"),
         "lookup": (
             LowRankEmbed(8, 8, rngs=rngs),
@@ -675,10 +720,46 @@ def test_a_rank_that_the_matrix_has_not_is_an_error(max_rank):
         LowRankLinear(4, 3, max_rank=max_rank, rngs=nnx.Rngs(0))
 
 
-def test_a_masked_convolution_is_an_error():
+@pytest.mark.parametrize("kind", [LowRankConv, LowRankConvTranspose])
+def test_a_masked_convolution_is_an_error(kind):
     mask = jnp.ones((3, 2, 3))
     with pytest.raises(ValueError, match="masked kernel is not a product of low rank"):
-        LowRankConv(2, 3, (3,), mask=mask, rngs=nnx.Rngs(0))
+        kind(2, 3, (3,), mask=mask, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_the_merged_kernel_reads_as_the_twins(name):
+    """At the active rank, without being a variable, and never to be written to."""
+    row, layer = ROWS[name], at_rank(factorized(ROWS[name]), 1)
+    kernel, merged = getattr(layer, layer.kernel_name), layer.merged_kernel()
+    assert kernel.shape == getattr(row.dense(), layer.kernel_name).shape
+    assert kernel.dtype == merged.dtype and kernel.ndim == merged.ndim
+    for read in (kernel[...], kernel.value, kernel.get_value(), kernel.T.T, kernel * 1):
+        np.testing.assert_array_equal(read, merged)
+    assert layer.kernel_name not in nnx.to_pure_dict(nnx.state(layer))
+    for write in (
+        lambda: setattr(layer, layer.kernel_name, nnx.Param(merged)),
+        lambda: kernel.set_value(merged),
+        lambda: setattr(kernel, "value", merged),
+        lambda: operator.setitem(kernel, 0, 0),
+    ):
+        with pytest.raises(UserError, match="merged kernel is read-only, got a write"):
+            write()
+
+
+def test_factors_that_do_not_fit_the_kernel_are_an_error():
+    """Both shapes are named; neither a rank is dropped nor a matrix of another size
+    taken."""
+    dense = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+    wrong = Factors.from_matrix(jnp.ones((9, 7)), 2)
+    with pytest.raises(UserError, match=r"shape \(6, 4\) .* got \(9, 7\)"):
+        LowRankLinear.from_dense(dense, factors=wrong)
+    stacked = Factors.from_matrix(jnp.ones((2, 6, 4)), 2)
+    with pytest.raises(UserError, match=r"shape \(6, 4\) .* got \(2, 6, 4\)"):
+        LowRankLinear.from_dense(dense, factors=stacked)
+    right = Factors.from_matrix(jnp.ones((6, 4)), 4)
+    with pytest.raises(UserError, match="not both, got max_rank 2 and factors of ran"):
+        LowRankLinear.from_dense(dense, max_rank=2, factors=right)
 
 
 def test_a_scheme_for_another_number_of_axes_is_an_error():

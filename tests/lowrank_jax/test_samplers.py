@@ -1,23 +1,20 @@
-"""Rank samplers: one table, a contract for all of them, and each one's distribution.
+"""Rank samplers: one table and a contract for all of them; a new one is a row more."""
 
-A new sampler is one more row. Draws of a distribution are made in one vectorized call.
-"""
-
-import collections
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawing import draws
 from flax import nnx
 
 from lowrank_jax import factorization, samplers
-from lowrank_jax.active import max_ranks, set_ranks
+from lowrank_jax.active import get_ranks, set_ranks
+from lowrank_jax.errors import UserError
 from lowrank_jax.paths import find_factors
-from lowrank_jax.ranks import fraction_of
-from lowrank_jax.samplers import SAMPLERS, RankSampler
+from lowrank_jax.samplers import SAMPLERS, RankSampler, carry
+from lowrank_jax.surgery import truncate
 
 MAX_RANKS = {"a": 5, "b": 0, "c": [3, 4], "d": [[2, 0], [1, 7]]}
 """A layer, one cut to rank 0, a stack, and a stack of grouped convolutions."""
@@ -38,6 +35,9 @@ ROWS: dict[str, RankSampler] = {
     "family": samplers.family(profiles=PROFILES),
     "per_example": samplers.per_example(batch_size=6),
     "per_example, common": samplers.per_example(batch_size=6, common_fraction=True),
+    "ladder": samplers.ladder(
+        fractions=(1.0, 0.5, 0.25), chances=(0.5, 0.25, 0.25), warmup_steps=3
+    ),
 }
 BATCH = 6
 
@@ -52,21 +52,6 @@ def sampler(name: str) -> RankSampler:
     return ROWS[name]
 
 
-def draws(sampler: RankSampler, max_ranks, number: int, seed: int = 0):
-    """Ranks of many steps, `{path: (number, ...)}`, carrying the state as a run
-    does."""
-
-    def step(state, key):
-        ranks, state = sampler.sample(state, key)
-        return state, ranks
-
-    keys = jax.random.split(jax.random.key(seed), number)
-    _, ranks = jax.jit(lambda s, k: jax.lax.scan(step, s, k))(
-        sampler.init(max_ranks), keys
-    )
-    return {path: np.asarray(rank) for path, rank in ranks.items()}
-
-
 @functools.cache
 def contract_draws(name: str) -> dict[str, np.ndarray]:
     """What the tests of the contract look at: 50 steps of a row."""
@@ -79,7 +64,7 @@ def test_every_sampler_has_a_row():
 
 
 def test_ranks_have_the_shape_and_the_bounds_of_their_layer(name, sampler):
-    """Leading axis of passes, then the stack, then the batch; int32 within [0, max]."""
+    """Leading axis of passes, then the stack, then the batch; int32 in [0, full]."""
     ranks = contract_draws(name)
     assert list(ranks) == list(MAX_RANKS)
     for path, limit in MAX_RANKS.items():
@@ -95,7 +80,7 @@ def test_ranks_have_the_shape_and_the_bounds_of_their_layer(name, sampler):
 
 
 def test_a_layer_keeps_at_least_one_column_but_where_it_has_none(name, sampler):
-    """Rank 0 is drawn only where it is the allocated one, or a profile says so."""
+    """Rank 0 is drawn only where it is the full one, or a profile says so."""
     for path, ranks in contract_draws(name).items():
         source = SMALL if sampler is ROWS["family"] else MAX_RANKS
         least = np.minimum(np.asarray(source[path]), 1)
@@ -104,7 +89,7 @@ def test_a_layer_keeps_at_least_one_column_but_where_it_has_none(name, sampler):
 
 
 def test_the_full_pass_comes_first_where_it_is_promised(name, sampler):
-    """`full_first` says that pass 0 of every step runs at the allocated ranks."""
+    """`full_first` says that pass 0 of every step runs at the full ranks."""
     for path, ranks in contract_draws(name).items():
         if sampler.full_first:
             first = ranks[:, 0] if sampler.passes > 1 else ranks
@@ -121,22 +106,23 @@ def test_sampling_is_pure_compiles_once_and_its_state_is_arrays(name, sampler):
     traces = []
 
     @jax.jit
-    def sample(state, key):
+    def sample(state, key, step):
         traces.append(None)
-        return sampler.sample(state, key)
+        return sampler.sample(state, key, step)
 
     state = sampler.init(MAX_RANKS)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
     types, before = jax.tree.map(jax.typeof, state), jax.tree.map(np.array, state)
-    other, _ = sample(state, jax.random.key(17))
+    other, _ = sample(state, jax.random.key(17), jnp.int32(0))
     jax.tree.map(np.testing.assert_array_equal, before, state)
     steps = []
-    for key in jax.random.split(jax.random.key(0), 50):  # a pass has 25 pairs
-        ranks, state = sample(state, key)
+    keys = jax.random.split(jax.random.key(0), 50)  # a pass has 25 pairs
+    for step, key in enumerate(keys):
+        ranks, state = sample(state, key, jnp.int32(step))
         assert jax.tree.map(jax.typeof, state) == types
         steps.append(ranks)
     for path, expected in contract_draws(name).items():
-        np.testing.assert_array_equal([step[path] for step in steps], expected)
+        np.testing.assert_array_equal([ranks[path] for ranks in steps], expected)
     assert len(traces) == 1
     if name.split(",")[0] in (
         "independent",
@@ -153,220 +139,141 @@ def test_nothing_to_sample_is_no_error(name):
         sampler = ROWS[name]
         if name == "family":
             sampler = samplers.family(profiles=[max_ranks])
-        ranks, state = sampler.sample(sampler.init(max_ranks), jax.random.key(0))
+        ranks, state = sampler.sample(sampler.init(max_ranks), jax.random.key(0), 0)
         assert list(ranks) == list(max_ranks)
         assert not any(np.any(rank) for rank in ranks.values())
-        again, _ = sampler.sample(state, jax.random.key(0))
+        again, _ = sampler.sample(state, jax.random.key(0), 1)
+        kept = carry(sampler, state, max_ranks)
+        assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, state)
         assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, ranks)
 
 
-@functools.cache
 def small_model() -> nnx.Module:
     model = nnx.Dict(
-        one=nnx.Linear(5, 6, rngs=nnx.Rngs(0)),
+        linear=nnx.Linear(5, 6, rngs=nnx.Rngs(0)),
         groups=nnx.Conv(4, 4, (2,), feature_group_count=2, rngs=nnx.Rngs(1)),
     )
     return factorization.factorize(model)
 
 
-def test_ranks_fit_the_model_they_were_made_for(sampler):
-    """`set_ranks` takes each pass's ranks as they are, of stacks and per example
-    too."""
+def masked_model() -> nnx.Module:
+    """Active below allocated; the stack of groups with different ranks."""
     model = small_model()
-    limits = max_ranks(model)
-    if sampler is ROWS["family"]:
-        sampler = samplers.family(profiles=[limits])
-    ranks = {path: rank[0] for path, rank in draws(sampler, limits, 1).items()}
+    set_ranks(model, {"linear": 3, "groups": [2, 1]})
+    return model
+
+
+def cut_model() -> nnx.Module:
+    return truncate(small_model(), {"linear": 2, "groups": [1, 2]})
+
+
+MODELS = {"full": small_model, "masked": masked_model, "cut": cut_model}
+
+
+def fitted(sampler: RankSampler, model: nnx.Module) -> RankSampler:
+    """The row itself, or for the family one with profiles of this model."""
+    if sampler is not ROWS["family"]:
+        return sampler
+    return samplers.family(profiles=[get_ranks(model), {"linear": 1, "groups": 1}])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_ranks_fit_the_model_they_were_made_for(sampler, kind):
+    """`set_ranks` takes each pass's ranks as they are, of stacks and per example too;
+    none is above the active rank, which is the full one of a masked model.
+    """
+    model = MODELS[kind]()
+    active = get_ranks(model)
+    sampler = fitted(sampler, model)
+    drawn = draws(sampler, model, 20)
+    for path, limit in active.items():
+        limit = np.asarray(limit)[..., None] if sampler.per_example else limit
+        assert np.all(drawn[path] <= limit), path
+    first = {path: ranks[0] for path, ranks in drawn.items()}
     for number in range(sampler.passes):
-        one = {p: r[number] for p, r in ranks.items()} if sampler.passes > 1 else ranks
-        one = {path: jnp.asarray(rank) for path, rank in one.items()}
-        set_ranks(model, one)
+        ranks = first
+        if sampler.passes > 1:
+            ranks = {path: rank[number] for path, rank in first.items()}
+        set_ranks(model, {path: jnp.asarray(rank) for path, rank in ranks.items()})
         for path, factors in find_factors(model).items():
-            np.testing.assert_array_equal(factors.rank[...], one[path])
+            np.testing.assert_array_equal(factors.rank[...], ranks[path])
             assert factors.per_example == sampler.per_example
 
 
-def pairs_of(ranks, limits):
-    """The (path, place in the stack, rank) that is below full or full, each step."""
-    flat = {
-        (path, place): (draw.reshape(len(draw), -1)[:, place], limit)
-        for path, draw in ranks.items()
-        for place, limit in enumerate(np.ravel(limits[path]))
-    }
-    for step in range(len(next(iter(ranks.values())))):
-        below = {key: d[step] for key, (d, limit) in flat.items() if d[step] < limit}
-        yield below
-
-
-def test_single_layer_visits_every_pair_once_per_pass():
-    """(Maestro) Every (layer, rank) once, all other layers full; then shuffled anew.
-
-    The pair (layer, full rank) shows as no layer below full: there is one for each
-    layer.
-    """
-    total = sum(np.sum(limit) for limit in MAX_RANKS.values())
-    ranks = draws(ROWS["single_layer"], MAX_RANKS, 3 * total)
-    steps = list(pairs_of(ranks, MAX_RANKS))
-    assert all(len(below) <= 1 for below in steps)
-    expected = collections.Counter(
-        (path, place, rank)
-        for path, limits in MAX_RANKS.items()
-        for place, limit in enumerate(np.ravel(limits))
-        for rank in range(1, limit)
-    )
-    layers = sum(np.count_nonzero(limit) for limit in MAX_RANKS.values())
-    passes = [steps[n * total : (n + 1) * total] for n in range(3)]
-    for visited in passes:
-        seen = collections.Counter((*k, int(r)) for b in visited for k, r in b.items())
-        assert seen == expected
-        assert sum(not below for below in visited) == layers
-    assert passes[0] != passes[1] != passes[2]
-
-
-def test_single_layer_chooses_a_layer_in_proportion_to_its_rank():
-    """P(layer i) = r_i / sum r at the first step of a pass, over many keys."""
-    limits = {"a": 2, "b": 3, "c": 15}  # a pair at full rank shows nothing
-    sampler, number = ROWS["single_layer"], 4000
-    keys = jax.random.split(jax.random.key(3), number)
-    state = sampler.init(limits)
-    ranks = jax.vmap(lambda key: sampler.sample(state, key)[0])(keys)
-    for path, limit in limits.items():
-        counts = np.bincount(ranks[path], minlength=limit + 1)
-        assert counts[0] == 0
-        np.testing.assert_allclose(counts[1:limit] / number, 1 / 20, atol=0.016)
-
-
-def chi_square(counts: np.ndarray, chances: np.ndarray) -> float:
-    """Pearson's statistic over its degrees of freedom: near 1 if the chances are
-    right."""
-    expected = counts.sum() * chances
-    return float(np.sum((counts - expected) ** 2 / expected) / (len(counts) - 1))
-
-
-@pytest.mark.parametrize("name", ["independent", "per_example"])
-def test_independent_ranks_are_uniform_and_independent(name):
-    """Chi-square on each layer's ranks, and on pairs of layers and of stack entries."""
-    limits = {"a": 5, "b": 5, "c": [3, 4]}
-    ranks = draws(ROWS[name], limits, 4000)
-    if name == "per_example":  # examples are further draws
-        ranks = {
-            p: np.moveaxis(r, -1, 1).reshape(-1, *r.shape[1:-1])
-            for p, r in ranks.items()
-        }
-    layers = [(ranks["a"], 5), (ranks["b"], 5)]
-    layers += [(ranks["c"][:, 0], 3), (ranks["c"][:, 1], 4)]
-    for draw, limit in layers:
-        counts = np.bincount(draw, minlength=limit + 1)
-        assert counts[0] == 0
-        assert chi_square(counts[1:], np.full(limit, 1 / limit)) < 4
-    for (one, n), (other, m) in zip(layers, layers[1:] + layers[:1], strict=True):
-        joint = np.bincount((one - 1) * m + other - 1, minlength=n * m)
-        assert chi_square(joint, np.full(n * m, 1 / (n * m))) < 3
-
-
-def test_geometric_ranks_fall_by_the_decay_and_the_tail_is_the_full_rank():
-    """P(b) = (1 - decay) decay^(b - 1), and decay^(r - 1) at the last rank."""
-    decay, limit = 0.7, 5
-    ranks = draws(ROWS["geometric"], {"a": limit, "b": [limit, 2], "c": limit}, 6000)
-    chances = np.array([(1 - decay) * decay**b for b in range(limit - 1)] + [decay**4])
-    assert math.isclose(chances.sum(), 1)
-    for draw in (ranks["a"], ranks["b"][:, 0]):
-        assert chi_square(np.bincount(draw, minlength=6)[1:], chances) < 4
-    for other, marginal in ((ranks["b"][:, 1], [0.3, 0.7]), (ranks["c"], chances)):
-        size = len(marginal)
-        joint = (ranks["a"] - 1) * size + other - 1
-        counts = np.bincount(joint, minlength=limit * size)
-        assert chi_square(counts, np.outer(chances, marginal).ravel()) < 3
-
-
-def test_one_fraction_serves_all_layers():
-    """Rank ceil(p r) with one p, uniform in (0, 1]: a layer of 12 is a third of one of
-    4.
-
-    The largest layer tells p to 1 in 1,000, which bounds every other rank.
-    """
-    limits = {"a": 1000, "b": 12, "c": [4, 1]}
-    ranks = draws(ROWS["uniform_fraction"], limits, 3000)
-    high, low = ranks["a"] / 1000, (ranks["a"] - 1) / 1000
-    for draw, limit in (
-        (ranks["b"], 12),
-        (ranks["c"][:, 0], 4),
-        (ranks["c"][:, 1], 1),
-    ):
-        assert np.all(draw <= np.ceil(high * limit - 1e-6))
-        assert np.all(draw >= np.ceil(low * limit - 1e-6))
-    assert (
-        chi_square(np.bincount(ranks["b"], minlength=13)[1:], np.full(12, 1 / 12)) < 3
+def test_a_model_stands_for_its_active_ranks(sampler):
+    """The state is the same from a masked model and from its ranks."""
+    model = masked_model()
+    sampler = fitted(sampler, model)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        sampler.init(model),
+        sampler.init(get_ranks(model)),
     )
 
 
-def test_levels_are_exact():
-    """ceil(p r) without the errors of floats, all levels equally often (FjORD's
-    five)."""
-    limits = {"a": 25, "b": 7, "c": [10, 3]}
-    levels = tuple(n / 25 for n in (7, 14, 25))
-    for fractions in (FJORD, levels):
-        sampler = samplers.uniform_fraction(fractions=fractions)
-        ranks = draws(sampler, limits, 1500)
-        rows = np.column_stack([ranks["a"], ranks["b"], ranks["c"]])
-        found = collections.Counter(map(tuple, rows.tolist()))
-        expected = {
-            tuple(fraction_of(p, limit) for limit in (25, 7, 10, 3)) for p in fractions
-        }
-        assert set(found) == expected
-        chances = np.full(len(fractions), 1 / len(fractions))
-        assert chi_square(np.array(list(found.values())), chances) < 4
-    assert (7, 2, 3, 1) in found  # 7 / 25 * 25 is 7.000000000000001 in floats
+def test_a_model_with_a_rank_per_example_is_no_start(sampler):
+    """A batch axis is no stack; the layer is named."""
+    model, sampler = small_model(), fitted(sampler, small_model())
+    set_ranks(model, {"linear": jnp.array([1, 2, 3])})
+    with pytest.raises(UserError, match="linear: .* one rank a matrix"):
+        sampler.init(model)
 
 
-def test_sandwich_is_full_then_smallest_then_random():
-    """Pass 0 full, pass 1 ceil(smallest r), the others one fraction each in between."""
-    limits = {"a": 1000, "b": [16, 3]}
-    ranks = draws(samplers.sandwich(passes=4, smallest=0.25), limits, 500)
-    np.testing.assert_array_equal(np.unique(ranks["a"][:, 0]), 1000)
-    np.testing.assert_array_equal(np.unique(ranks["a"][:, 1]), 250)
-    np.testing.assert_array_equal(np.unique(ranks["b"][:, 1], axis=0), [[4, 1]])
-    middle, other = ranks["a"][:, 2:], ranks["b"][:, 2:]
-    assert middle.min() >= 250 and middle.max() <= 1000
-    assert not np.array_equal(middle[:, 0], middle[:, 1])
-    counts = np.histogram(middle, bins=6, range=(250, 1000))[0]
-    assert chi_square(counts, np.full(6, 1 / 6)) < 4
-    assert np.all(np.abs(other[..., 0] - np.ceil(middle / 1000 * 16)) <= 1)
+@pytest.mark.parametrize("kind", ["masked", "cut"])
+def test_a_state_goes_over_a_cut(sampler, kind):
+    """What `carry` makes samples within the new ranks; full passes are full again.
+
+    The same structure and dtypes as a new state, which is the template for loading.
+    """
+    before, after = small_model(), MODELS[kind]()
+    sampler = fitted(sampler, before)
+    state = sampler.init(before)
+    _, state = sampler.sample(state, jax.random.key(1), 0)
+    state = carry(sampler, state, after)
+    types = [jax.tree.map(jax.typeof, s) for s in (state, sampler.init(after))]
+    assert types[0] == types[1]
+    drawn = draws(sampler, after, 25, state=state, start=5)
+    for path, limit in get_ranks(after).items():
+        limit = np.asarray(limit)[..., None] if sampler.per_example else limit
+        assert np.all(drawn[path] <= limit) and np.any(drawn[path] > 0), path
+        if sampler.full_first:
+            full = drawn[path][:, 0] if sampler.passes > 1 else drawn[path]
+            np.testing.assert_array_equal(full, np.broadcast_to(limit, full.shape))
 
 
-def test_matryoshka_makes_every_level_each_step():
-    """From the full one down, whatever the order they are given in."""
-    sampler = samplers.matryoshka(fractions=(0.25, 1.0, 0.5))
-    ranks = draws(sampler, {"a": 10, "b": [4, 1]}, 3)
-    for step in range(3):
-        assert ranks["a"][step].tolist() == [10, 5, 3]
-        assert ranks["b"][step].tolist() == [[4, 1], [2, 1], [1, 1]]
+def test_single_layer_goes_on_with_its_pass_over_a_cut():
+    """The pairs that are left and not yet taken come, each once, in their old order."""
+    sampler = ROWS["single_layer"]
+    before, after = {"a": 6, "b": [4, 3]}, {"a": 3, "b": [4, 1]}
+
+    def to_come(state):
+        """(layer, rank) in the order of the pass, from the state itself."""
+        order = np.asarray(state.order)[int(state.position) :]
+        return [(int(state.layers[n]), int(state.ranks[n])) for n in order]
+
+    state = sampler.init(before)
+    for step in range(6):
+        _, state = sampler.sample(state, jax.random.key(step), step)
+    sizes = [3, 4, 1]
+    left = [(n, rank) for n, rank in to_come(state) if rank <= sizes[n]]
+    state = sampler.keep(state, after)
+    assert to_come(state) == left and 0 < len(left) < 8
+    for n, rank in left:
+        ranks, state = sampler.sample(state, jax.random.key(9), 6)
+        flat = [int(ranks["a"]), *ranks["b"].tolist()]
+        assert flat == [rank if n == m else size for m, size in enumerate(sizes)]
+    assert int(state.position) == 8  # the next pass is shuffled anew, of all pairs
+    assert sorted(np.asarray(state.order)) == list(range(8))
 
 
-def test_family_draws_whole_profiles_equally_often():
-    """No mixture of two, however they are ordered."""
-    profiles = [{"a": n, "b": [n, 2 * n]} for n in (3, 1, 4)]
-    ranks = draws(samplers.family(profiles=profiles), {"a": 5, "b": [4, 8]}, 900)
-    np.testing.assert_array_equal(ranks["b"][:, 0], ranks["a"])
-    np.testing.assert_array_equal(ranks["b"][:, 1], 2 * ranks["a"])
-    counts = np.bincount(ranks["a"], minlength=5)[[1, 3, 4]]
-    assert counts.sum() == 900 and chi_square(counts, np.full(3, 1 / 3)) < 4
-
-
-def test_a_family_may_be_given_by_numbers_for_whole_stacks():
-    """A profile names a stack by one number, which stands for all of its layers."""
-    ranks = draws(samplers.family(profiles=[{"a": 2}]), {"a": [3, 4]}, 2)
-    np.testing.assert_array_equal(ranks["a"], [[2, 2], [2, 2]])
-
-
-def test_examples_may_share_a_fraction_over_the_layers():
-    """One p for each example: two layers of equal rank are equal, examples differ."""
-    sampler = samplers.per_example(batch_size=300, common_fraction=True)
-    ranks = draws(sampler, {"a": 7, "b": [7, 14]}, 2)
-    np.testing.assert_array_equal(ranks["a"], ranks["b"][:, 0])
-    np.testing.assert_array_equal(ranks["a"], -(-ranks["b"][:, 1] // 2))
-    assert chi_square(np.bincount(ranks["a"].ravel())[1:], np.full(7, 1 / 7)) < 3.5
-    assert not np.array_equal(ranks["a"][0], ranks["a"][1])
+@pytest.mark.parametrize("name", ["single_layer", "ladder"])
+@pytest.mark.parametrize("after", [{"a": 7}, {"b": 4}, {"a": 4, "b": 2}, {"a": [2, 2]}])
+def test_a_state_is_made_anew_where_more_than_ranks_fell(name, after):
+    """A raised rank, other layers, another stack."""
+    sampler = ROWS[name]
+    _, state = sampler.sample(sampler.init({"a": 5}), jax.random.key(0), 0)
+    new = sampler.keep(state, after)
+    jax.tree.map(np.testing.assert_array_equal, new, sampler.init(after))
 
 
 REFUSED = {
@@ -393,10 +300,12 @@ REFUSED = {
 REFUSED_PROFILES = {
     "not nested": ([{"a": 2, "b": 2}, {"a": 3, "b": 1}], r"nested.*\['b'\]"),
     "not nested stack": ([{"a": [1, 3], "b": 2}, {"a": [2, 2], "b": 2}], r"nested"),
-    "missing": ([{"a": 2}], r"must name the layers \['a', 'b'\], got \['a'\]"),
-    "unknown": ([{"a": 2, "b": 1, "c": 1}], r"got \['a', 'b', 'c'\]"),
-    "above": ([{"a": 9, "b": 1}], r"a: rank must be in \[0, .*got 9"),
+    "missing": ([{"a": 2}], r"profiles\[0\]: must name all .*none of \['b'\]"),
+    "unknown": ([{"a": 2, "b": 1, "c": 1}], r"got \['c'\]. The model has"),
     "negative": ([{"a": 1, "b": -1}], r"b: rank must be in \[0, 4\], got -1"),
+    "no number": ([{"a": 1, "b": 1.5}], r"b: rank must be a whole number.*got 1.5"),
+    "ragged": ([{"a": [1, [2]], "b": 1}], r"a: rank must be a whole number"),
+    "wrong stack": ([{"a": [1, 2, 3], "b": 1}], r"a: rank must be a whole number"),
 }
 
 
@@ -417,8 +326,36 @@ def test_levels_out_of_range_are_refused(fractions):
 
 @pytest.mark.parametrize("case", REFUSED_PROFILES)
 def test_wrong_families_are_refused_before_the_first_step(case):
-    """Profiles must name all layers, lie within the allocated ranks, and be nested."""
+    """Profiles must name all layers by ranks, and be nested."""
     profiles, message = REFUSED_PROFILES[case]
     limits = {"a": [3, 3] if "stack" in case else 3, "b": 4}
-    with pytest.raises(ValueError, match=message):
-        samplers.family(profiles=profiles).init(limits)
+    sampler = samplers.family(profiles=profiles)
+    for refuse in (sampler.init, sampler.check):
+        with pytest.raises(UserError, match=message):
+            refuse(limits)
+
+
+def test_profiles_above_the_ranks_are_refused_by_name_before_the_first_step():
+    """`check` is for the model that training starts from; all offenders at once."""
+    profiles = [{"a": 3, "b": 4}, {"a": 9, "b": [5, 5]}]
+    message = r"family.profiles\[1\]: a: .*\[0, 3\], got 9.*\nb: .*got \[5, 5\]"
+    with pytest.raises(UserError, match=message):
+        samplers.family(profiles=profiles).check({"a": 3, "b": [4, 4]})
+    masked = masked_model()
+    family = samplers.family(profiles=[{"linear": 4, "groups": 1}])
+    with pytest.raises(UserError, match=r"linear: rank must be in \[0, 3\], got 4"):
+        family.check(masked)
+    family.check(small_model())
+
+
+def test_a_family_goes_on_below_its_profiles():
+    """Shrunk below a profile, each is lowered to the model's ranks and stays nested.
+
+    On the old tree this died in the middle of a run.
+    """
+    profiles = [{"a": 6, "b": [4, 4]}, {"a": 4, "b": [4, 2]}, {"a": 1, "b": 1}]
+    family = samplers.family(profiles=profiles)
+    _, state = family.sample(family.init(profiles[0]), jax.random.key(0), 0)
+    tables = carry(family, state, {"a": 3, "b": [4, 3]}).tables
+    assert tables["a"].tolist() == [3, 3, 1]
+    assert tables["b"].tolist() == [[4, 3], [4, 2], [1, 1]]

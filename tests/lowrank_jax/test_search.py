@@ -92,7 +92,7 @@ def greedy(score, paths, budget: float, steps: int) -> dict[str, int]:
     step = (cost(ranks) - budget) / steps
     while cost(ranks) > budget:
         most = {path: cost(ranks) - cost({**ranks, path: 1}) for path in paths}
-        due = {path: min(step, most[path] / 2) for path in paths}
+        due = {path: min(step, most[path] / 2, cost(ranks) - budget) for path in paths}
         children = []
         for path in paths:
             child = dict(ranks)
@@ -117,6 +117,28 @@ def test_many_layers_are_lowered_step_by_step():
 
     found = beam_search(scores, costs, limits, 0.5, width=1, steps=5)
     assert set(found.values()) == {16}  # half of what each can save, and the budget
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, EVERY_STEP])
+def test_one_layer_stops_at_the_largest_rank_within_the_budget(steps):
+    """However coarse the steps: of 64 x 64 half are 16 ranks of 128 numbers."""
+    costs = {"a": LayerCost(64, 64, 1, 1, 1, 1)}
+    for fraction, rank in ((0.5, 16), (0.51, 16), (0.9, 28), (0.1, 3)):
+        score = Score(lambda ranks: ranks["a"])
+        found = beam_search(score, costs, {"a": 64}, fraction, width=1, steps=steps)
+        assert found == {"a": rank}
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_no_answer_leaves_room_in_every_layer(steps):
+    """It is the child of a state over the budget: one rank more in the layer that was
+    lowered last goes over it."""
+    for seed in range(4):
+        score = Score(rising(seed))
+        found = beam_search(score, COSTS, LIMITS, 0.6, width=2, steps=steps)
+        budget = 0.6 * dense(LIMITS, "params")
+        raised = [{**found, path: found[path] + 1} for path in LIMITS]
+        assert any(cost(ranks) > budget for ranks in raised)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 20, EVERY_STEP])

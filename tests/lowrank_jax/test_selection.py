@@ -1,11 +1,14 @@
 """Rank selection: curves from factors, and solvers from curves and a budget to
 ranks."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lowrank_jax.cost import LayerCost
+from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.ranks import at_fraction, at_most
 from lowrank_jax.selection import curves, solvers
@@ -47,6 +50,8 @@ def test_energy_rule_meets_shares_exactly():
     assert solvers.by_energy(many, 0.28) == {"a": 7}
     assert solvers.by_energy(equal, 1.0) == {"a": 10, "b": 7}
     assert solvers.by_energy({"a": np.array([2.0, 1.0, 0.0, 0.0])}, 1.0) == {"a": 2}
+    small = {"a": np.array([1.0, 1e-7, 1e-30, 0.0])}
+    assert solvers.by_energy(small, 1.0) == {"a": 3}
     tail = {"a": np.array([1.0, 1e-20])}
     assert solvers.by_energy(tail, 0.5) == {"a": 1}
 
@@ -72,11 +77,10 @@ def test_energy_rule_is_monotone():
 
 @pytest.mark.parametrize("with_s", [False, True])
 def test_importances_are_norms_of_rank_one_parts(with_s):
-    """||u_b|| |s_b| ||v_b||, which is ||u_b s_b v_b||_F, of all allocated columns."""
+    """||u_b|| |s_b| ||v_b||, which is ||u_b s_b v_b||_F."""
     u, v = RANDOM.normal(size=(2, 5, 3)), RANDOM.normal(size=(2, 3, 4))
     s = RANDOM.normal(size=(2, 3)) if with_s else None
     factors = Factors(*(None if x is None else jnp.float32(x) for x in (u, v, s)))
-    factors.set_rank(1)
     found = curves.column_importances({"a": factors})["a"]
     parts = u.swapaxes(-1, -2)[..., :, None] * v[..., None, :]
     expected = np.linalg.norm(parts, axis=(-2, -1))
@@ -85,6 +89,72 @@ def test_importances_are_norms_of_rank_one_parts(with_s):
     assert found.dtype == np.float64
     diagonal = Factors(jnp.diag(jnp.sqrt(jnp.arange(4.0, 0, -1))), jnp.eye(4))
     assert solvers.by_energy(curves.column_importances({"": diagonal}), 0.7) == {"": 2}
+
+
+def masked_factors() -> dict[str, Factors]:
+    """Active below allocated: rank 2 and 3 of 6, 0 of 6, and a ragged stack; with
+    scales, and with square factors on either side."""
+
+    def draw(*shape: int) -> Any:
+        return jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
+
+    factors = {
+        "two": Factors(draw(8, 6), draw(6, 7)),
+        "three": Factors(draw(8, 6), draw(6, 7), draw(6)),
+        "none": Factors(draw(8, 6), draw(6, 7)),
+        "stack": Factors(draw(3, 8, 6), draw(3, 6, 7)),
+        "deep": Factors(draw(6, 6), draw(6, 9), middle=draw(2, 6, 6)),
+        "deep wide": Factors(draw(9, 6), draw(6, 6), middle=draw(2, 6, 6)),
+    }
+    for path, rank in MASKED.items():
+        factors[path].set_rank(rank)
+    return factors
+
+
+MASKED = {
+    "two": 2,
+    "three": 3,
+    "none": 0,
+    "stack": [1, 2, 5],
+    "deep": 4,
+    "deep wide": 2,
+}
+
+
+def test_masked_columns_have_no_importance():
+    """Importances are those of the model that was cut at the active rank; all of the
+    energy is the active rank, and less is never more."""
+    factors = masked_factors()
+    found = curves.column_importances(factors)
+    for path, rank in MASKED.items():
+        cut = {path: factors[path]}
+        cut[path].cut(rank)
+        expected = curves.column_importances(cut)[path]
+        width = expected.shape[-1]
+        np.testing.assert_allclose(found[path][..., :width], expected, rtol=1e-5)
+        past = np.arange(found[path].shape[-1]) >= np.asarray(rank)[..., None]
+        np.testing.assert_array_equal(found[path] == 0, past)
+    assert solvers.by_energy(found, 1.0) == MASKED
+    for energy in (0.5, 0.99):
+        ranks = solvers.by_energy(found, energy)
+        assert all(np.all(np.less_equal(ranks[p], MASKED[p])) for p in MASKED)
+
+
+def test_importances_of_tiny_columns_are_not_zero():
+    """1e-30 squared is 0 in float32; the column is there."""
+    factors = Factors(jnp.diag(jnp.array([1.0, 1e-30, 0.0])), jnp.eye(3))
+    found = curves.column_importances({"a": factors})
+    np.testing.assert_allclose(found["a"], [1, 1e-30, 0], rtol=1e-6)
+    assert solvers.by_energy(found, 1.0) == {"a": 2}
+    assert solvers.by_energy(found, 1 - 1e-9) == {"a": 1}
+
+
+def test_importances_need_one_rank_for_all_examples():
+    """There is no common mask with one rank per example."""
+    factors = Factors(jnp.eye(3), jnp.eye(3))
+    factors.set_rank(jnp.array([1, 2]))
+    with pytest.raises(UserError, match="enc/up: rank must be one number"):
+        curves.column_importances({"enc/up": factors})
 
 
 def test_at_most_and_at_fraction():

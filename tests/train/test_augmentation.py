@@ -75,11 +75,14 @@ def test_all_mistakes_are_reported_when_building():
                 ("random_flip", {"axis": 1}),
                 ("mixup", {}),
                 ("random_crop", {}),
+                ["random_crop", 3],
+                "random_flip",
+                [{}, {}],
             ]
         )
     lines = str(caught.value).splitlines()
     assert [line.split()[0] for line in lines] == [
-        f"augment[{i}]" for i in (0, 2, 3, 4)
+        f"augment[{i}]" for i in (0, 2, 3, 4, 5, 6, 7)
     ]
     assert "random_crop" in lines[2] and "random_flip" in lines[2]
 

@@ -1,7 +1,9 @@
 """The dense models: shapes, sizes, paths, modes, errors."""
 
+import inspect
 import math
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,21 @@ def test_maps_images_to_finite_float32_logits_with_gradients(name):
     assert logits.dtype == jnp.float32
     assert np.isfinite(logits).all()
     assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_defaults_stand_in_build_alone(name):
+    """So that the one signature says, and a checkpoint can record, what a model is."""
+    build = resolve("model", name, MODELS, allow_imports=[])
+    module = sys.modules[build.__module__]
+    required = {"image_shape", "num_classes", "rngs"}
+    options = inspect.signature(build).parameters
+    assert {n for n, p in options.items() if p.default is p.empty} == required
+    assert {p.kind for p in options.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    for kind in vars(module).values():
+        if isinstance(kind, type) and kind.__module__ == build.__module__:
+            parameters = inspect.signature(kind.__init__).parameters.values()
+            assert not [p.name for p in parameters if p.default is not p.empty]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -8,7 +8,8 @@ import threading
 import numpy as np
 import pytest
 
-from train.data import sources
+from lowrank_jax.errors import UserError
+from train.data import pipeline, sources
 from train.data.pipeline import load_dataset, prefetch
 
 
@@ -17,7 +18,15 @@ def coloured_squares(size: int = 50, classes: int = 5):
     labels = np.arange(size) % classes
     images = np.zeros((size, 4, 4, 3), np.uint8)
     images[:, 0, 0, 0] = np.arange(size)
-    return {"train": (images, labels), "test": (images[:7], labels[:7])}
+    return splits(image=images, label=labels)
+
+
+def splits(**arrays):
+    """A function's result: all examples to train on, the first seven to test on."""
+    return {
+        "train": arrays,
+        "test": {name: array[:7] for name, array in arrays.items()},
+    }
 
 
 def ids(batch):
@@ -39,6 +48,14 @@ def tfds_dir():
 @pytest.fixture
 def dataset():
     return load_dataset(coloured_squares, validation_examples=10)
+
+
+def image_facts(shape, num_classes):
+    arrays = {
+        "image": {"shape": shape, "dtype": "uint8"},
+        "label": {"shape": [], "dtype": "int32"},
+    }
+    return {"arrays": arrays, "num_classes": num_classes}
 
 
 @pytest.mark.parametrize("start_step", [0, 3, 5, 12])
@@ -101,7 +118,7 @@ def test_padding_rows_weigh_nothing(dataset, batch_size):
 def test_digits_are_the_real_ones():
     digits = load_dataset("digits", validation_examples=100)
     assert digits.sizes == {"train": 1337, "validation": 100, "test": 360}
-    assert (digits.image_shape, digits.num_classes) == ((8, 8, 1), 10)
+    assert digits.facts == image_facts([8, 8, 1], 10)
     (batch,) = digits.eval_batches("test", 360)
     assert batch["image"].dtype == np.uint8
     assert batch["image"].max() == 16
@@ -123,6 +140,7 @@ def test_digits_are_the_real_ones():
         (lambda d: load_dataset("digits", args={"a": 1}), "only a function"),
         (lambda d: load_dataset("my_package.data:build"), "resolved"),
         (lambda d: load_dataset(lambda: {"train": 1}), "'train' and 'test'"),
+        (lambda d: load_dataset(coloured_squares, args={"sise": 1}), "'size'.*'sise'"),
     ],
 )
 def test_mistakes_are_named_at_once(dataset, call, message):
@@ -138,14 +156,123 @@ def test_an_empty_validation_split_says_what_to_set():
         dataset.eval_batches("dev", 4)
 
 
-def test_wrong_arrays_are_all_reported():
-    def build():
-        images, labels = np.zeros((4, 8, 8)), np.zeros((3,))
-        return {"train": (images, labels), "test": (images, labels)}
+IMAGES, LABELS = np.zeros((9, 2, 2, 1), np.uint8), np.arange(9) % 3
+SIXTY_FOUR = {"big": np.full(9, 2**40), "word": np.array(["a"] * 9), "none": [None] * 9}
 
-    with pytest.raises(ValueError) as caught:
-        load_dataset(build)
-    assert str(caught.value).count("must be") == 4
+WRONG = {
+    "pairs without names": (
+        {"train": (IMAGES, LABELS), "test": (IMAGES, LABELS)},
+        ["train must be a dict of named arrays, got tuple", "test must be a dict"],
+    ),
+    "no arrays": (splits(), ["train must be a dict", "got none", "test must be"]),
+    "another split": (
+        splits(x=LABELS) | {"valid": {"x": LABELS}},
+        ["'train' and 'test'", "'valid'"],
+    ),
+    "several lengths": (
+        splits(x=IMAGES, y=LABELS[:8]),
+        ["train must have as many rows", "{'x': 9, 'y': 8}"],
+    ),
+    "no examples": (splits(x=IMAGES[:0]), ["train must hold at least one example"]),
+    "no numbers": (
+        splits(**SIXTY_FOUR),
+        [f"{s}['{n}'] must" for s in ("train", "test") for n in SIXTY_FOUR],
+    ),
+    "ragged": (splits(x=[[1, 2], [3]]), ["train['x'] must be an array", "Pad it"]),
+    "a single number": (
+        {"train": {"x": 1.0}, "test": {"x": 1.0}},
+        ["train['x'] must be numbers", "test['x']"],
+    ),
+    "no weight": (splits(weight=LABELS - 1, x=LABELS), ["train['weight'] must be one"]),
+    "splits apart": (
+        {
+            "train": {"a": LABELS, "b": LABELS, "c": LABELS},
+            "test": {"a": IMAGES, "b": LABELS},
+        },
+        ["'a' must be the same in both splits", "'c' must be", "none to test on"],
+    ),
+    "facts that are no JSON": (
+        splits(x=LABELS) | {"facts": {"mean": np.zeros(3)}},
+        ["'facts' must hold JSON values only"],
+    ),
+    "facts of arrays": (
+        splits(x=LABELS) | {"facts": {"arrays": {}}},
+        ["'facts' must be a dict without 'arrays'"],
+    ),
+    "too few classes": (
+        splits(label=LABELS) | {"facts": {"num_classes": 2}},
+        ["facts['num_classes'] must be", "at least 3", "got 2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arrays_are_all_reported(case):
+    result, parts = WRONG[case]
+    with pytest.raises(UserError) as caught:
+        load_dataset(lambda: result)
+    assert "<lambda>: " in str(caught.value)  # where
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_function_gives_arrays_of_any_names():
+    """In the types JAX computes in, with their facts and the function's own."""
+    rng = np.random.default_rng(0)
+    x, tokens = rng.normal(size=(20, 3)), rng.integers(0, 99, (20, 5))
+    ways = splits(x=x, tokens=tokens) | {"facts": {"vocabulary": 99, "axes": (1, 2)}}
+    dataset = load_dataset(lambda: ways, validation_examples=4)
+    assert dataset.facts == {
+        "arrays": {
+            "x": {"shape": [3], "dtype": "float32"},
+            "tokens": {"shape": [5], "dtype": "int32"},
+        },
+        "vocabulary": 99,
+        "axes": [1, 2],
+    }
+    batch = next(dataset.train_batches(16, seed=0))
+    assert {name: array.shape for name, array in batch.items()} == {
+        "x": (16, 3),
+        "tokens": (16, 5),
+    }
+    for x_row, token_row in zip(batch["x"], batch["tokens"], strict=True):
+        (row,) = np.flatnonzero((tokens == token_row).all(1))  # rows stay together
+        np.testing.assert_array_equal(x_row, x[row].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("label", "facts", "expected"),
+    [
+        (LABELS, {}, 3),
+        (LABELS.astype(np.uint8), {"num_classes": 5}, 5),
+        (LABELS - 1, {}, None),  # no class index
+        (LABELS / 2, {}, None),
+        (np.stack([LABELS] * 2, 1), {}, None),
+    ],
+)
+def test_the_number_of_classes_is_what_labels_say(label, facts, expected):
+    dataset = load_dataset(lambda: splits(label=label) | {"facts": facts})
+    assert dataset.facts.get("num_classes") == expected
+
+
+def test_examples_weigh_what_their_source_says():
+    """Training and evaluation alike; rows that pad a batch still weigh nothing."""
+    weight, number = np.arange(9) / 4, np.arange(9)
+    dataset = load_dataset(lambda: splits(number=number, weight=weight))
+    batch = next(dataset.train_batches(9, seed=0))
+    np.testing.assert_array_equal(batch["weight"], batch["number"] / 4)
+    batches = list(dataset.eval_batches("test", 5))
+    weights = np.concatenate([batch["weight"] for batch in batches])
+    np.testing.assert_array_equal(weights, [*weight[:7], 0, 0, 0])
+    assert weights.dtype == np.float32
+
+
+def test_a_function_is_imported_by_its_path_with_consent():
+    own = {"name": f"{__name__}:coloured_squares", "args": {}, "data_dir": ""}
+    own["validation_examples"] = 5
+    with pytest.raises(UserError, match="allow_imports"):
+        pipeline.load_data(own, allow_imports=[])
+    assert pipeline.load_data(own, allow_imports=None).sizes["validation"] == 5
 
 
 @pytest.mark.parametrize("name", ["mnist", "mnits", "cifar10:3.0.2"])
@@ -164,9 +291,11 @@ def test_mnist_is_decoded_once_and_streams_alike(tfds_dir, monkeypatch):
     in_memory = next(mnist.train_batches(100, seed=0, start_step=700))
     again = load_dataset("mnist", data_dir=tfds_dir)
     assert again.splits["train"].source == mnist.splits["train"].source
-    images, labels = sources._decode_all(mnist.splits["train"].source)
-    assert abs(images.mean() / 255 - 0.1307) < 1e-4  # the figure everyone normalises by
-    assert np.bincount(labels).tolist()[:2] == [5923, 6742]
+    arrays = sources._decode_all(mnist.splits["train"].source)
+    assert (
+        abs(arrays["image"].mean() / 255 - 0.1307) < 1e-4
+    )  # the figure everyone normalises by
+    assert np.bincount(arrays["label"]).tolist()[:2] == [5923, 6742]
     monkeypatch.setattr(sources, "MEMORY_LIMIT_BYTES", 0)
     streamed = next(mnist.train_batches(100, seed=0, start_step=700))
     np.testing.assert_array_equal(streamed["image"], in_memory["image"])
@@ -176,7 +305,7 @@ def test_mnist_is_decoded_once_and_streams_alike(tfds_dir, monkeypatch):
 def test_cifar10_streams_in_colour(tfds_dir, monkeypatch):
     monkeypatch.setattr(sources, "MEMORY_LIMIT_BYTES", 0)
     cifar = load_dataset("cifar10", data_dir=tfds_dir)
-    assert (cifar.image_shape, cifar.num_classes) == ((32, 32, 3), 10)
+    assert cifar.facts == image_facts([32, 32, 3], 10)
     first, second = itertools.islice(cifar.eval_batches("test", 500), 2)
     assert not np.array_equal(first["image"], second["image"])
     channels = first["image"].mean((0, 1, 2)) / 255

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num, PRNGKeyArray
 
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import UserError, raise_all
 
 Images = Num[Array, "b x y c"]
 Augment = Callable[[PRNGKeyArray, Images], Images]
@@ -45,7 +45,7 @@ AUGMENTATIONS: dict[str, Callable[..., Images]] = {
 }
 
 
-def make_augment(ops: Sequence[tuple[str, Mapping[str, Any]]]) -> Augment:
+def make_augment(ops: Sequence[Sequence[Any]]) -> Augment:
     """Chains augmentations in the order given; none at all is the identity.
 
     Args:
@@ -53,15 +53,10 @@ def make_augment(ops: Sequence[tuple[str, Mapping[str, Any]]]) -> Augment:
             `[("random_crop", {"padding": 4}), ("random_flip", {})]`.
 
     Raises:
-        ValueError: an unknown name or unfit arguments; lists every offender.
+        UserError: an unknown name or unfit arguments; lists every offender.
     """
-    problems = [
-        f"augment[{index}] {problem}"
-        for index, (name, args) in enumerate(ops)
-        if (problem := _problem(name, args))
-    ]
-    if problems:
-        raise UserError("\n".join(problems))
+    problems = [_problem(op) for op in ops]
+    raise_all([f"augment[{n}] {text}" for n, text in enumerate(problems) if text])
     steps = [functools.partial(AUGMENTATIONS[name], **args) for name, args in ops]
 
     def augment(key: PRNGKeyArray, images: Images) -> Images:
@@ -72,9 +67,12 @@ def make_augment(ops: Sequence[tuple[str, Mapping[str, Any]]]) -> Augment:
     return augment
 
 
-def _problem(name: str, args: Mapping[str, Any]) -> str:
+def _problem(op: Any) -> str:
     """Traces one augmentation on a small image, so that bad arguments show early."""
-    if name not in AUGMENTATIONS:
+    if not isinstance(op, list | tuple) or len(op) != 2:
+        return f"must be a pair of a name and its arguments, got {op!r}. Write both."
+    name, args = op
+    if not isinstance(name, str) or name not in AUGMENTATIONS:
         return f"must be one of {sorted(AUGMENTATIONS)}, got {name!r}."
     if not isinstance(args, Mapping):
         return (

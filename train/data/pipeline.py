@@ -1,7 +1,8 @@
-"""Batches of images: shuffled without end for training, in fixed order to evaluate.
+"""Batches of named arrays: shuffled without end for training, in fixed order to
+evaluate.
 
 Training batch number `step` is a pure function of (seed, step): a run resumes at any
-step with no iterator state to save. Letters: `b` batch, `x y` space, `c` channels.
+step with no iterator state to save. What the arrays mean is the task's affair.
 """
 
 import dataclasses
@@ -15,7 +16,6 @@ from typing import Any, TypeVar
 import grain
 import numpy as np
 
-from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from train import registry
 from train.data import sources
@@ -39,8 +39,7 @@ class Subset:
         return len(self.rows)
 
     def batch(self, indices: np.ndarray) -> Batch:
-        images, labels = self.source.take(self.rows[indices])
-        return {"image": images, "label": labels}
+        return self.source.take(self.rows[indices])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +48,12 @@ class Dataset:
 
     Args:
         name: as given to `load_dataset`.
-        image_shape: (x, y, c) of every image.
-        num_classes: labels are 0 to num_classes - 1.
+        facts: what the source knows, as JSON (see `sources.RawDataset`).
         splits: the examples of "train", "validation" and "test".
     """
 
     name: str
-    image_shape: tuple[int, int, int]
-    num_classes: int
+    facts: Mapping[str, Any]
     splits: Mapping[str, Subset] = dataclasses.field(repr=False)
 
     @property
@@ -84,8 +81,8 @@ class Dataset:
         """Yields batches start_step, start_step + 1, ... without end.
 
         Returns:
-            Dicts of "image" uint8 (b, x, y, c) and "label" int32 (b,); a new
-            permutation every epoch.
+            Dicts of the source's arrays, b rows of each; a new permutation every
+            epoch.
         """
         steps_per_epoch = self.steps_per_epoch(batch_size)
         if seed < 0 or start_step < 0:
@@ -107,7 +104,7 @@ class Dataset:
 
         Returns:
             Dicts as in training with "weight" float32 (b,): 0 for the rows that pad the
-            last batch, 1 elsewhere.
+            last batch; elsewhere the source's own weight, 1 if it has none.
         """
         if split not in SPLITS:
             raise KeyError(
@@ -128,7 +125,7 @@ class Dataset:
             start = step * batch_size
             stop = min(start + batch_size, len(subset))
             batch = subset.batch(np.arange(start, stop))
-            batch["weight"] = np.ones(stop - start, np.float32)
+            batch.setdefault("weight", np.ones(stop - start, np.float32))
             return {name: _pad(array, batch_size) for name, array in batch.items()}
 
         steps = -(-len(subset) // batch_size)
@@ -150,7 +147,9 @@ def load_dataset(
     Args:
         name: "digits" (ships with scikit-learn), the name of a prepared TFDS image
             classification set ("mnist", "cifar10", "cifar10:3.0.2"), or a function that
-            returns {"train": (images, labels), "test": (images, labels)}.
+            returns {"train": {name: array, ...}, "test": {...}}, a row an example, and
+            under "facts" what else it knows. Names are those that the task reads;
+            "weight" is how much an example counts.
         data_dir: where TFDS sets lie; "" means TFDS_DATA_DIR, else
             ~/tensorflow_datasets.
         validation_examples: size of the validation split; which examples it holds
@@ -158,8 +157,9 @@ def load_dataset(
         args: keyword arguments of the function.
 
     Raises:
-        FileNotFoundError: the set is not prepared in `data_dir`; says how to.
-        ValueError: the set is not images with labels, or leaves nothing to train on.
+        MissingFile: the set is not prepared in `data_dir`; says how to.
+        UserError: arrays that do not fit together, a TFDS set that is not images with
+            labels, or nothing left to train on.
     """
     raw = sources.open_dataset(name, data_dir=data_dir, args=args)
     size = len(raw.train)
@@ -177,22 +177,24 @@ def load_dataset(
         "validation": Subset(raw.train, validation),
         "test": Subset(raw.test, np.arange(len(raw.test))),
     }
-    return Dataset(raw.name, raw.image_shape, raw.num_classes, splits)
+    return Dataset(raw.name, raw.facts, splits)
 
 
 def load_data(
     spec: Mapping[str, Any], *, allow_imports: Sequence[str] | None
 ) -> Dataset:
-    """The data set of a config's `data` section.
+    """Opens the data set of a config's `data` section.
 
     Args:
         spec: The section.
         allow_imports: Packages that its name may be imported from; None for any.
+
+    Raises:
+        UserError: As `load_dataset`, or the name stands for nothing.
     """
     name = spec["name"]
     if ":" in name and not name.rpartition(":")[2][:1].isdigit():  # not "cifar10:3.0.2"
-        with errors.at("config.data"):
-            name = registry.resolve(name, {}, allow_imports=allow_imports)
+        name = registry.resolve(name, {}, allow_imports=allow_imports)
     return load_dataset(
         name,
         data_dir=spec["data_dir"],

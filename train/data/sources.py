@@ -1,8 +1,9 @@
-"""Where labelled images come from: scikit-learn's digits, TFDS, or your own function.
+"""Where examples come from: scikit-learn's digits, TFDS, or your own function.
 
 Every source answers `len(source)` and `take(indices)`, so the input pipeline never
-knows whether the pixels lie in memory or are read from disk. Images are uint8
-(n, x, y, c), labels int32 (n,); nothing is normalised or augmented here.
+knows whether the arrays lie in memory or are read from disk, nor what they hold. The
+image sets have "image" uint8 (n, x, y, c) and "label" int32 (n,); nothing is normalised
+or augmented here.
 """
 
 import dataclasses
@@ -19,7 +20,10 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from lowrank_jax import errors
 from lowrank_jax.errors import MissingFile, UserError
+from train.data import own_arrays
+from train.data.own_arrays import Arrays
 
 # A split whose decoded pixels exceed this is read from disk batch by batch.
 MEMORY_LIMIT_BYTES = 2**30
@@ -33,17 +37,25 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns images uint8 (n, x, y, c) and labels int32 (n,)."""
+    def take(self, indices: np.ndarray) -> Arrays:
+        """Returns these rows of every array."""
         ...
 
 
 class RawDataset(NamedTuple):
-    """The two splits as published, before a validation split is held out."""
+    """The two splits as published, before a validation split is held out.
+
+    Args:
+        name: For messages.
+        facts: What the source knows, as JSON: "arrays" (name -> "shape" and "dtype" of
+            one example), "num_classes" where "label" is a class index, and anything
+            else that a task may need.
+        train: Examples to train on, and to hold a validation split out of.
+        test: Examples of the same arrays.
+    """
 
     name: str
-    image_shape: tuple[int, int, int]
-    num_classes: int
+    facts: dict[str, Any]
     train: Source
     test: Source
 
@@ -52,15 +64,14 @@ class RawDataset(NamedTuple):
 class ArraySource:
     """Examples that lie decoded in memory."""
 
-    images: np.ndarray
-    labels: np.ndarray
+    arrays: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
     streams: bool = dataclasses.field(default=False, init=False)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(next(iter(self.arrays.values())))
 
-    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.images[indices], self.labels[indices]
+    def take(self, indices: np.ndarray) -> Arrays:
+        return {name: array[indices] for name, array in self.arrays.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +97,10 @@ class TfdsSource:
     def __len__(self) -> int:
         return self.size
 
-    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def take(self, indices: np.ndarray) -> Arrays:
         if self.streams:
             return _read(self, indices)
-        images, labels = _decode_all(self)
-        return images[indices], labels[indices]
+        return {name: array[indices] for name, array in _decode_all(self).items()}
 
 
 @functools.lru_cache(maxsize=16)
@@ -105,7 +115,7 @@ def _records(source: TfdsSource) -> Any:
     )
 
 
-def _read(source: TfdsSource, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _read(source: TfdsSource, indices: np.ndarray) -> Arrays:
     images = np.empty((len(indices), *source.image_shape), np.uint8)
     labels = np.empty(len(indices), np.int32)
     mode = "L" if source.image_shape[-1] == 1 else "RGB"
@@ -115,27 +125,30 @@ def _read(source: TfdsSource, indices: np.ndarray) -> tuple[np.ndarray, np.ndarr
         pixels = np.asarray(image if image.mode == mode else image.convert(mode))
         images[row] = pixels.reshape(source.image_shape)
         labels[row] = record["label"]
-    return images, labels
+    return {"image": images, "label": labels}
 
 
 @functools.lru_cache(maxsize=4)
-def _decode_all(source: TfdsSource) -> tuple[np.ndarray, np.ndarray]:
+def _decode_all(source: TfdsSource) -> Arrays:
     """Decodes a split once per process.
 
     One thread: with 28x28 and 32x32 PNGs the interpreter lock makes two threads a
     quarter slower than one (2 cores, 85 against 67 microseconds an image).
     """
     began = time.monotonic()
-    images = np.empty((source.size, *source.image_shape), np.uint8)
-    labels = np.empty(source.size, np.int32)
+    arrays = {
+        "image": np.empty((source.size, *source.image_shape), np.uint8),
+        "label": np.empty(source.size, np.int32),
+    }
     for start in range(0, source.size, _DECODE_CHUNK):
         rows = np.arange(start, min(start + _DECODE_CHUNK, source.size))
-        images[rows], labels[rows] = _read(source, rows)
-    images.setflags(write=False)
-    labels.setflags(write=False)
+        for name, chunk in _read(source, rows).items():
+            arrays[name][rows] = chunk
+    for array in arrays.values():
+        array.setflags(write=False)
     seconds = time.monotonic() - began
     logging.info("decoded %s %s in %.1f s", source.directory, source.split, seconds)
-    return images, labels
+    return arrays
 
 
 def open_dataset(
@@ -169,51 +182,28 @@ def _digits() -> RawDataset:
     train, test = model_selection.train_test_split(
         rows, test_size=0.2, stratify=labels, random_state=0
     )
-    sources = [ArraySource(images[rows], labels[rows]) for rows in (train, test)]
-    return RawDataset("digits", (8, 8, 1), 10, *sources)
+    sources = [
+        ArraySource({"image": images[rows], "label": labels[rows]})
+        for rows in (train, test)
+    ]
+    return RawDataset("digits", _image_facts((8, 8, 1), 10), *sources)
+
+
+def _image_facts(shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
+    """Facts of a set of labelled images."""
+    arrays = {
+        "image": {"shape": list(shape), "dtype": "uint8"},
+        "label": {"shape": [], "dtype": "int32"},
+    }
+    return {"arrays": arrays, "num_classes": num_classes}
 
 
 def _from_function(build: Callable[..., Mapping], args: Mapping) -> RawDataset:
     name = f"{build.__module__}:{build.__qualname__}"
-    splits = build(**args)
-    if not isinstance(splits, Mapping) or not {"train", "test"} <= set(splits):
-        got = sorted(splits) if isinstance(splits, Mapping) else type(splits).__name__
-        raise UserError(
-            f"{name}: must return a dict with 'train' and 'test', got {got}. Return "
-            "{'train': (images, labels), 'test': (images, labels)}."
-        )
-    problems, sources = [], {}
-    for split in ("train", "test"):
-        images, labels = (np.asarray(array) for array in splits[split])
-        problems += _array_problems(f"{name}: {split}", images, labels)
-        sources[split] = ArraySource(images, labels.astype(np.int32))
-    shapes = {split: source.images.shape[1:] for split, source in sources.items()}
-    if not problems and shapes["train"] != shapes["test"]:
-        problems.append(f"{name}: splits must have one image shape, got {shapes}.")
-    if problems:
-        raise UserError("\n".join(problems))
-    num_classes = 1 + max(int(source.labels.max()) for source in sources.values())
-    return RawDataset(name, shapes["train"], num_classes, **sources)
-
-
-def _array_problems(where: str, images: np.ndarray, labels: np.ndarray) -> list[str]:
-    problems = []
-    if images.dtype != np.uint8 or images.ndim != 4:
-        problems.append(
-            f"{where} images must be uint8 (n, x, y, c), got {images.dtype} "
-            f"{images.shape}. Scale to 0..255, cast, and keep the channel axis."
-        )
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        problems.append(
-            f"{where} labels must be integers ({len(images)},), got {labels.dtype} "
-            f"{labels.shape}. Give one class index per image."
-        )
-    elif labels.size == 0 or labels.min() < 0:
-        problems.append(
-            f"{where} labels must be class indices from 0, got "
-            f"{labels.min() if labels.size else 'no examples'}."
-        )
-    return problems
+    with errors.at(name):
+        splits, facts = own_arrays.read(build, args)
+    sources = {split: ArraySource(arrays) for split, arrays in splits.items()}
+    return RawDataset(name, facts, **sources)
 
 
 def resolve_data_dir(data_dir: str) -> pathlib.Path:
@@ -291,4 +281,5 @@ def _from_tfds(name: str, data_dir: str) -> RawDataset:
         TfdsSource(str(directory), split, shape, info.splits[split].num_examples)
         for split in ("train", test)
     ]
-    return RawDataset(name, shape, features["label"].num_classes, *sources)
+    facts = _image_facts(shape, features["label"].num_classes)
+    return RawDataset(name, facts, *sources)

@@ -1,0 +1,110 @@
+"""Merged kernels that foreign code reads as if they were an `nnx.Param`."""
+
+from typing import Any, NoReturn
+
+import jax
+from jaxtyping import Array, Float
+
+from lowrank_jax.errors import UserError
+from lowrank_jax.factors import Factors
+from lowrank_jax.folds import Fold
+
+_BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")
+_OPERATORS = [
+    *(f"__{side}{name}__" for name in _BINARY for side in ("", "r")),
+    *("__neg__", "__pos__", "__abs__", "__lt__", "__le__", "__gt__", "__ge__"),
+]
+
+
+class MergedReads:
+    """What reads as an `nnx.Param` with the merged kernel: `[...]`, `.value`,
+    arithmetic, and the attributes of an array.
+
+    Every read multiplies the factors at the active rank, so that gradients reach them;
+    the shape and the dtype are known without. It cannot be written to.
+    """
+
+    __array_priority__ = 100  # NumPy lets the operators below answer
+    factors: Factors
+    fold: Fold
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        stack = self.factors.stack_shape
+        lead = stack[: len(stack) - len(self.fold.stack_axes)]
+        return (*lead, *self.fold.kernel_shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.factors.u.dtype
+
+    def get_value(self) -> Float[Array, "..."]:
+        """Returns the merged kernel; where the factors are abstract, its shape."""
+        if isinstance(self.factors.u.get_value(), jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(self.shape, self.dtype)
+        return self.fold.to_kernel(self.factors.matrix())
+
+    @property
+    def value(self) -> Float[Array, "..."]:
+        return self.get_value()
+
+    @value.setter
+    def value(self, value: Any) -> NoReturn:
+        refuse_writing(type(self).__name__)
+
+    def set_value(self, value: Any) -> NoReturn:
+        refuse_writing(type(self).__name__)
+
+    def __getitem__(self, index: Any) -> Float[Array, "..."]:
+        return self.get_value()[index]
+
+    def __setitem__(self, index: Any, value: Any) -> NoReturn:
+        refuse_writing(type(self).__name__)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __jax_array__(self) -> Float[Array, "..."]:
+        return self.get_value()
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what every array has: NNX asks modules for many other names.
+        if name.startswith("_") or not hasattr(jax.Array, name):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        return getattr(self.get_value(), name)
+
+
+def _operator(name: str) -> Any:
+    def apply(self: MergedReads, *others: Any) -> Any:
+        return getattr(self.get_value(), name)(*others)
+
+    return apply
+
+
+for _name in _OPERATORS:
+    setattr(MergedReads, _name, _operator(_name))
+
+
+class MergedKernel(MergedReads):
+    """The merged kernel of a layer, as it reads itself.
+
+    Args:
+      factors: The layer's factors.
+      fold: The layer's fold.
+    """
+
+    def __init__(self, factors: Factors, fold: Fold):
+        self.factors = factors
+        self.fold = fold
+
+
+def refuse_writing(name: str) -> NoReturn:
+    """Raises the error for a write to what is merged when it is read."""
+    raise UserError(
+        f"{name}: the merged kernel is read-only, got a write. Set the factors (`u`,"
+        " `v`), or keep this layer dense in the rules."
+    )

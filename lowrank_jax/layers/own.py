@@ -1,0 +1,176 @@
+"""Low-rank layers that run their dense twin's own forward on the merged kernel.
+
+For layers whose forward this library does not know: subclasses of Flax's layers that
+change it, and classes of the user's. The low-rank type is a subclass of the twin's, so
+that every method of it runs as written and reads the merged kernel where it reads
+the kernel.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lowrank_jax.cost import LayerCost
+from lowrank_jax.errors import UserError
+from lowrank_jax.folds import Fold
+from lowrank_jax.layers.base import LowRankLayer
+from lowrank_jax.ranks import RankValue
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedCost(LayerCost):
+    """The cost of a layer that always multiplies by its merged kernel."""
+
+    def factored_macs(self, rank: RankValue) -> int:
+        """Returns the dense MACs for each matrix whose rank is above 0."""
+        per_matrix = self.in_size * self.out_size * self.dense_positions
+        return sum(per_matrix for number in self._ranks(rank) if number)
+
+    def macs(self, rank: RankValue) -> int:
+        return self.factored_macs(rank)
+
+
+class OwnForward(LowRankLayer):
+    """A layer with the forward function of its dense twin, whatever that is."""
+
+    @classmethod
+    def cost_of(
+        cls,
+        layer: nnx.Module,
+        fold: Fold,
+        inputs: jax.ShapeDtypeStruct,
+        outputs: jax.ShapeDtypeStruct,
+    ) -> LayerCost:
+        """Counts one multiplication by the kernel for each row of the input."""
+        matrices = math.prod(fold.stack_shape)
+        rows = math.prod(inputs.shape) // (matrices * fold.input_size)
+        return MergedCost(fold.input_size, fold.output_size, matrices, rows, rows, rows)
+
+
+def own_forward(
+    dense_type: type[nnx.Module],
+    kernel: str,
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    stack: Sequence[int],
+) -> type[LowRankLayer]:
+    """Makes the low-rank type of a class whose Param `kernel` is a matrix.
+
+    Args:
+      dense_type: The class.
+      kernel: Name of the Param.
+      inputs: Axes of the Param that are the rows of the matrix.
+      outputs: Axes that are its columns.
+      stack: Axes with one matrix each.
+    """
+    axes = len(inputs) + len(outputs) + len(stack)
+    if sorted((*inputs, *outputs, *stack)) != list(range(axes)) or not (
+        inputs and outputs
+    ):
+        raise UserError(
+            f"register({dense_type.__name__}): inputs, outputs and stack must share the"
+            f" axes 0, 1, ... of {kernel!r} between them, got {tuple(inputs)},"
+            f" {tuple(outputs)} and {tuple(stack)}. Name each axis once."
+        )
+
+    def fold_of(cls: type[LowRankLayer], dense: nnx.Module) -> Fold:
+        shape = getattr(dense, kernel).shape
+        if len(shape) < axes:
+            raise UserError(
+                f"{dense_type.__name__}: {kernel!r} must have {axes} axes, as it was"
+                f" registered, got shape {shape}. Keep this layer dense."
+            )
+        shape = tuple(shape[len(shape) - axes :])
+        return Fold(shape, shape, tuple(stack), tuple(inputs), tuple(outputs))
+
+    return _subclass((OwnForward,), dense_type, kernel, {"fold_of": fold_of})
+
+
+@functools.cache
+def subclass_of(
+    low_rank: type[LowRankLayer], dense_type: type[nnx.Module]
+) -> type[LowRankLayer]:
+    """Makes the low-rank type of a subclass of the class that `low_rank` stands for.
+
+    It multiplies by the factors where the subclass leaves the forward as it is.
+    """
+    if not _changes(dense_type, low_rank.dense_type):
+        return _subclass((low_rank,), dense_type, low_rank.kernel_name, {})
+
+    def fold_of(cls: type[LowRankLayer], dense: nnx.Module, **options: Any) -> Fold:
+        return low_rank.fold_of(dense, **options)
+
+    def cost_of(cls: type[LowRankLayer], *call: Any) -> LayerCost:
+        cost = low_rank.cost_of(*call)
+        return MergedCost(
+            **{x.name: getattr(cost, x.name) for x in dataclasses.fields(cost)}
+        )
+
+    methods = {"fold_of": fold_of, "cost_of": cost_of}
+    options = {"fold_options": low_rank.fold_options}
+    return _subclass(
+        (OwnForward,), dense_type, low_rank.kernel_name, methods, **options
+    )
+
+
+def _changes(dense_type: type, base: type) -> bool:
+    """Whether a class between the two defines anew what the base defines or runs."""
+    known = {name for parent in base.__mro__ for name in vars(parent)} - {"__init__"}
+    between = dense_type.__mro__[: dense_type.__mro__.index(base)]
+    return any(
+        name in known and not _is_bookkeeping(name)
+        for parent in between
+        for name in vars(parent)
+    )
+
+
+def _is_bookkeeping(name: str) -> bool:
+    """Whether every class body has this name, or NNX sets it."""
+    return name in _EVERY_CLASS or name.startswith("_pytree")
+
+
+_EVERY_CLASS = {*vars(type("_", (nnx.Module,), {}))} | {
+    "__annotations__",
+    "__annotate__",
+    "__annotate_func__",
+    "__annotations_cache__",
+    "__firstlineno__",
+    "__static_attributes__",
+    "__doc__",
+    "__module__",
+    "__qualname__",
+    "__parameters__",
+    "__signature__",
+}
+
+
+def _subclass(
+    bases: tuple[type, ...],
+    dense_type: type[nnx.Module],
+    kernel: str,
+    methods: dict[str, Any],
+    **attributes: Any,
+) -> type[LowRankLayer]:
+    """A class of ours that is a subclass of a dense one."""
+
+    def __init__(self, *args: Any, max_rank: int | None = None, **options: Any):
+        self._adopt(dense_type(*args, **options), max_rank=max_rank)
+
+    return type(
+        f"LowRank{dense_type.__name__}",
+        (*bases, dense_type),
+        {
+            "__init__": __init__,
+            "__module__": dense_type.__module__,
+            "__doc__": f"`{dense_type.__name__}` with a factored `{kernel}`.",
+            "dense_type": dense_type,
+            "kernel_name": kernel,
+            **attributes,
+            **{name: classmethod(method) for name, method in methods.items()},
+        },
+    )

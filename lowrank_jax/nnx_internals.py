@@ -1,0 +1,60 @@
+"""All that this library knows of the inside of Flax NNX, in one file.
+
+A module keeps its attributes in `vars(module)`, beside bookkeeping of its own under
+names that begin with `_pytree`. A change of Flax there is mended here alone.
+"""
+
+import functools
+from collections.abc import Collection
+from typing import Any
+
+from flax import nnx
+
+_BOOKKEEPING = "_pytree"
+
+
+def attributes(module: nnx.Module) -> dict[str, Any]:
+    """Returns the attributes of a module, without NNX's bookkeeping."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith(_BOOKKEEPING)
+    }
+
+
+def blank(cls: type[nnx.Module]) -> Any:
+    """Returns an instance of an NNX class whose own `__init__` has not run."""
+    instance = _blank_type(cls)()
+    change_type(instance, cls)
+    return instance
+
+
+@functools.cache
+def _blank_type(cls: type[nnx.Module]) -> type[nnx.Module]:
+    return type(cls.__name__, (cls,), {"__init__": lambda self: None})
+
+
+def change_type(module: nnx.Module, cls: type[nnx.Module]) -> None:
+    """Makes a module an instance of another class, in place."""
+    object.__setattr__(module, "__class__", cls)
+
+
+def copy_attributes(
+    source: nnx.Module, target: nnx.Module, *, without: Collection[str]
+) -> None:
+    """Sets the target's attributes to the source's; data stay data (a None too)."""
+    is_data = getattr(source, "_pytree__nodes", {"bias": True})
+    for name, value in attributes(source).items():
+        if name not in without:
+            data = name in is_data and is_data[name]
+            setattr(target, name, nnx.data(value) if data else value)
+
+
+def view_as(cls: type[nnx.Module], module: nnx.Module, **changes: Any) -> Any:
+    """Returns an object of a class with the module's attributes, some replaced.
+
+    It shares everything with the module and is meant for one call of a method.
+    """
+    view = object.__new__(cls)
+    vars(view).update({**vars(module), **changes})
+    return view

@@ -1,0 +1,113 @@
+"""The active rank in a model: a traced array beside the factors, and its mask."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lowrank_jax.errors import UserError
+from lowrank_jax.ranks import Limits, RankValue
+
+
+class Rank(nnx.Variable):
+    """The active rank of a `Factors`: int32, `(*stack)`, or `(*stack, b)` per
+    example."""
+
+
+class Ranked(nnx.Module):
+    """What holds a rank axis of which the first `rank` columns act.
+
+    A subclass sets `rank` to a `Rank` and `per_example` to whether that one has a
+    trailing axis for examples, and says what its stack and allocated rank are.
+
+    Attributes:
+      nested: Whether a lower rank of it is a model.
+    """
+
+    nested: ClassVar[bool] = True
+
+    rank: Rank
+    per_example: bool
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def max_rank(self) -> int:
+        """The allocated rank: how many columns there are."""
+        raise NotImplementedError
+
+    def mask(self) -> Bool[Array, "*stack r"]:
+        """True for the columns that act; a further axis `b` before `r` per example."""
+        rank = self.rank[...]
+        expected = len(self.stack_shape) + self.per_example
+        if rank.ndim != expected:
+            raise UserError(
+                f"rank: must have {expected} axes for a stack {self.stack_shape}"
+                f" (per_example={self.per_example}), got shape {rank.shape}. Under"
+                " nnx.scan or nnx.vmap map the Rank variables over the layer axis, as"
+                " the parameters: nnx.StateAxes({(nnx.Param, Rank): 0, ...: None})."
+            )
+        shape = (*rank.shape, self.max_rank)
+        return jax.lax.broadcasted_iota(jnp.int32, shape, rank.ndim) < rank[..., None]
+
+    def mask_hidden(self, hidden: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Applies per-example ranks to `x u`; with a common rank `u` is masked
+        already."""
+        if not self.per_example:
+            return hidden
+        mask = self.mask()
+        stack = len(self.stack_shape)
+        batch = hidden.shape[stack] if hidden.ndim >= mask.ndim else None
+        if batch != mask.shape[stack]:
+            raise UserError(
+                "rank: one rank per example needs as many ranks as examples, got"
+                f" {mask.shape[stack]} for a batch of {batch}. Sample ranks for this"
+                " batch size, and keep the batch as the first axis."
+            )
+        between = hidden.ndim - mask.ndim
+        mask = mask.reshape(*mask.shape[:-1], *[1] * between, mask.shape[-1])
+        return jnp.where(mask, hidden, 0)
+
+    def set_rank(self, rank: RankValue | Int[Array, "..."]) -> None:
+        """Sets the active rank, in place: one number, one per stacked matrix, or an
+        array.
+
+        A traced or concrete array of shape `(*stack, b)` sets one rank per example.
+        Values are not checked here (they may be traced); `set_ranks` does.
+        """
+        value = jnp.asarray(rank, jnp.int32)
+        stack = self.stack_shape
+        per_example = value.ndim == len(stack) + 1
+        if value.ndim and value.shape[: value.ndim - per_example] != stack:
+            raise UserError(
+                f"rank: must be one number, or an array of shape {stack} (a rank for"
+                f" each matrix) or {(*stack, 'batch')}, got shape {value.shape}. Give"
+                " one of these."
+            )
+        self.per_example = per_example
+        if not per_example:
+            value = jnp.broadcast_to(value, stack)
+        self.rank.set_value(value)
+
+    def limits(self) -> Limits:
+        """What bounds the rank: the active one to cut, the allocated one to set."""
+        return Limits(self._known_rank(), self.max_rank, self.nested)
+
+    def _known_rank(self) -> RankValue:
+        """The active rank, the highest of a batch; the allocated one where it is
+        abstract or traced."""
+        rank = self.rank.get_value()
+        if isinstance(rank, jax.core.Tracer | jax.ShapeDtypeStruct):
+            return np.full(self.stack_shape, self.max_rank).tolist()
+        if self.per_example:
+            return np.max(rank, axis=-1, initial=0).tolist()
+        return self.get_rank()
+
+    def get_rank(self) -> RankValue:
+        """The active rank as plain Python numbers (nested lists for a stack)."""
+        return np.asarray(self.rank[...]).tolist()

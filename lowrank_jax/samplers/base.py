@@ -1,0 +1,131 @@
+"""What a rank sampler is, and what several samplers are made of."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from lowrank_jax.active import rank_limits
+from lowrank_jax.errors import UserError
+from lowrank_jax.paths import find_factors
+from lowrank_jax.ranks import Limits, Ranks, at_fraction, largest
+
+SampledRanks: TypeAlias = dict[str, Int[Array, "..."]]
+
+ModelOrRanks: TypeAlias = nnx.Module | Ranks
+"""A model, which stands for its active ranks, or the ranks themselves."""
+
+
+class RankSampler(NamedTuple):
+    """Ranks for each step.
+
+    Args:
+      init: Makes the state, a pytree of arrays, for a model or its ranks.
+      sample: Draws the ranks of one step from the state, a key and the step, an int32
+        array that counts from the start of the phase. Traced.
+      keep: Carries the state over a cut, to the model or the ranks after it; called
+        outside jit. None: the state is made anew by `init`.
+      check: Refuses arguments that do not fit the model that training starts from,
+        before step 0. None where there are none such.
+      passes: Forward passes per step; more than one puts a leading axis on the ranks.
+      full_first: Whether the first pass always runs at the full ranks.
+      per_example: Whether the ranks carry a trailing batch axis.
+    """
+
+    init: Callable[[ModelOrRanks], Any]
+    sample: Callable[
+        [Any, PRNGKeyArray, Int[Array, ""] | int], tuple[SampledRanks, Any]
+    ]
+    keep: Callable[[Any, ModelOrRanks], Any] | None = None
+    check: Callable[[ModelOrRanks], None] | None = None
+    passes: int = 1
+    full_first: bool = False
+    per_example: bool = False
+
+
+class LimitsState(NamedTuple):
+    """The full ranks, for samplers that remember nothing else."""
+
+    limits: dict[str, Int[Array, "*stack"]]
+
+
+class TableState(NamedTuple):
+    """Ranks of each layer at each of a list of levels."""
+
+    tables: dict[str, Int[Array, "..."]]  # (level, *stack)
+
+
+def carry(sampler: RankSampler, state: Any, model: ModelOrRanks) -> Any:
+    """Returns a sampler's state for the model after a cut, kept where it can be."""
+    return sampler.init(model) if sampler.keep is None else sampler.keep(state, model)
+
+
+def limits_of(model: ModelOrRanks) -> dict[str, Limits]:
+    """Reads what bounds the ranks: of a model, or given ranks as they are."""
+    if not isinstance(model, nnx.Module):  # before Mapping, which nnx.Dict is as well
+        return {path: Limits(rank, largest(rank)) for path, rank in model.items()}
+    if sampled := [
+        p for p, factors in find_factors(model).items() if factors.per_example
+    ]:
+        raise UserError(
+            f"{', '.join(sampled)}: a sampler needs one rank a matrix to start from,"
+            " got one per example. Set ranks with set_ranks first."
+        )
+    return rank_limits(model)
+
+
+def init_limits(model: ModelOrRanks) -> LimitsState:
+    """Makes the state that is the full ranks alone."""
+    return LimitsState(
+        {
+            path: jnp.asarray(limits.active, jnp.int32)
+            for path, limits in limits_of(model).items()
+        }
+    )
+
+
+def table_at(fractions: Sequence[float], model: ModelOrRanks) -> TableState:
+    """Makes the table of exact ranks at each fraction: no rounding happens in jit."""
+    ranks = {path: limits.active for path, limits in limits_of(model).items()}
+    levels = [at_fraction(ranks, fraction) for fraction in fractions]
+    return TableState(
+        {
+            path: jnp.asarray([level[path] for level in levels], jnp.int32)
+            for path in ranks
+        }
+    )
+
+
+def is_cut(
+    limits: Mapping[str, Int[Array, "*stack"]],
+    before: Mapping[str, Int[Array, "*stack"]],
+) -> bool:
+    """Tells whether full ranks are of the same layers as before, and nowhere higher."""
+    return limits.keys() == before.keys() and all(
+        np.shape(limit) == np.shape(before[path]) and np.all(limit <= before[path])
+        for path, limit in limits.items()
+    )
+
+
+def ranks_at(
+    fraction: Float[Array, ""], limits: Mapping[str, Int[Array, "*stack"]]
+) -> SampledRanks:
+    """Takes one random fraction of all ranks, rounded up."""
+    return {path: round_up(fraction, limit) for path, limit in limits.items()}
+
+
+def round_up(
+    fraction: Float[Array, "..."], limit: Int[Array, "..."]
+) -> Int[Array, "..."]:
+    """Returns ceil(fraction * limit), at least 1 where there is a rank."""
+    rank = jnp.ceil(fraction * limit).astype(jnp.int32)
+    return jnp.clip(rank, jnp.minimum(limit, 1), limit)
+
+
+def layer_keys(key: PRNGKeyArray, paths: Mapping[str, Any]) -> dict[str, PRNGKeyArray]:
+    """Makes a key of its own for each layer."""
+    return {path: jax.random.fold_in(key, n) for n, path in enumerate(paths)}

@@ -1,0 +1,338 @@
+"""The contract of every selector, and `ranks_for`."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lowrank_jax.active import get_ranks, rank_limits, set_ranks
+from lowrank_jax.counting import count
+from lowrank_jax.errors import UserError
+from lowrank_jax.factorization import factorize
+from lowrank_jax.factors import Rank
+from lowrank_jax.paths import find_factors
+from lowrank_jax.ranks import Ranks, check_lower, flatten_rank
+from lowrank_jax.selection import curves
+from lowrank_jax.selection.selectors import (
+    SELECTORS,
+    Context,
+    choose,
+    context_of,
+    ranks_for,
+)
+from lowrank_jax.surgery import truncate
+
+
+class Net(nnx.Module):
+    """A layer, a stack of three run one after the other, and a head."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs: nnx.Rngs) -> nnx.Linear:
+            return nnx.Linear(6, 6, use_bias=False, rngs=rngs)
+
+        self.first = nnx.Linear(5, 6, rngs=rngs)
+        self.blocks = stack(rngs.split(3))
+        self.head = nnx.Linear(6, 4, rngs=rngs)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        axes = nnx.StateAxes({(nnx.Param, Rank): 0, ...: None})
+
+        @nnx.scan(in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)
+        def run(block: nnx.Linear, hidden: jax.Array) -> jax.Array:
+            return block(hidden)
+
+        return self.head(run(self.blocks, self.first(inputs)))
+
+
+ACTIVE: dict[str, Ranks] = {
+    "full": {},
+    "masked": {"first": 2, "head": 3},
+    "ragged stack": {"blocks": [1, 2, 5]},
+    "masked to nothing": {"first": 0, "blocks": [0, 3, 6]},
+}
+"""What is masked in the models of the table; the rest is at its allocated rank."""
+
+
+class Row:
+    """A selector's arguments, from the least to the most."""
+
+    def __init__(self, *args: Mapping[str, Any], bad: Sequence[tuple[Any, str]]):
+        self.args, self.bad = args, bad
+
+
+def values(*numbers: Any) -> list[dict[str, Any]]:
+    return [{"value": number} for number in numbers]
+
+
+def budgets(measure: str, *fractions: float, **more: Any) -> list[dict[str, Any]]:
+    return [{"measure": measure, "fraction": f, **more} for f in fractions]
+
+
+BUDGET_ERRORS = [
+    ({"fraction": float("nan"), "measure": "macs"}, r"macs_fraction: must be in \(0"),
+    ({"fraction": 1.5, "measure": "params"}, r"params_fraction: must be in \(0, 1\]"),
+    ({"fraction": 1e-3, "measure": "params"}, "params_fraction: must be at least"),
+    ({"fraction": 0.5, "measure": "bytes"}, "measure: must be 'params' or 'macs'"),
+    ({"fraction": 0.5, "measure": 3}, "measure: must be a string, got 3"),
+    ({"fraction": 0.5}, "must be given the arguments .*missing.*'measure'"),
+]
+BEAM = {"width": 100_000, "steps": 100_000}  # all there are, one rank at a time
+
+ROWS: dict[str, Row] = {
+    "rank": Row(
+        *values(0, 1, 2, 4, 6, 99),
+        bad=[
+            ({"value": -1}, "rank: must be at least 0, got -1"),
+            ({"value": 2.5}, "rank: must be a whole number, got 2.5"),
+            ({"value": float("nan")}, "rank: must be a whole number, got nan"),
+            ({"value": "8"}, "rank: must be a whole number, got '8'"),
+            ({"value": True}, "rank: must be a whole number, got True"),
+            ({"valu": 8}, "rank: must be given the arguments .'value'., got .*valu"),
+        ],
+    ),
+    "rank_fraction": Row(
+        *values(0.01, 0.3, 0.5, 0.9, 1.0),
+        bad=[
+            ({"value": bad}, r"rank fraction: must be in \(0, 1\], got")
+            for bad in (0, 1.01, -0.5, float("nan"), float("inf"))
+        ]
+        + [({"value": None}, "rank_fraction: must be a number, got None")],
+    ),
+    "ranks": Row(
+        *values({"head": 0}, {"head": 1}, {"head": 2}, {}),
+        bad=[
+            ({"value": {"head": 99}}, r"^head: rank must be in \[0, "),
+            ({"value": {"blocks": [1, 2]}}, r"nested lists of shape \(3,\), got \[1"),
+            ({"value": {"blocks": 7}}, "blocks: rank must be in .*got 7"),
+            ({"value": {"head": float("nan")}}, "head: rank must be a whole number"),
+            ({"value": {"had": 1}}, r"must name low-rank layers, got \['had'\]"),
+            ({"value": [1, 2]}, "ranks: must be a mapping of paths to ranks"),
+        ],
+    ),
+    "energy": Row(
+        *values(0.01, 0.3, 0.8, 0.99, 1.0),
+        bad=[
+            ({"value": bad}, r"energy: must be in \(0, 1\], got")
+            for bad in (0, 1.01, float("nan"))
+        ],
+    ),
+    "params_fraction": Row(
+        *values(0.4, 0.6, 0.9, 1.0),
+        bad=[({"value": bad}, "params_fraction: must") for bad in (0, 2, float("nan"))],
+    ),
+    "macs_fraction": Row(
+        *values(0.4, 0.6, 0.9, 1.0),
+        bad=[({"value": bad}, "macs_fraction: must") for bad in (0, 2, float("nan"))],
+    ),
+    "energy_budget": Row(*budgets("params", 0.4, 0.6, 0.9, 1.0), bad=BUDGET_ERRORS),
+    "beam": Row(
+        *budgets("macs", 0.6, 0.8, 1.0, **BEAM),
+        bad=[({**BEAM, **args}, message) for args, message in BUDGET_ERRORS]
+        + [
+            (
+                {"measure": "macs", "fraction": 0.5, "width": 0, "steps": 1},
+                "beam: width and steps must be at least 1",
+            ),
+            (
+                {"measure": "macs", "fraction": 0.5, "width": 1.5, "steps": 1},
+                "beam.width: must be a whole number, got 1.5",
+            ),
+        ],
+    ),
+}
+
+
+def score(candidates: Sequence[Ranks]) -> list[float]:
+    """Rises with every rank, with an interaction."""
+    return [
+        sum(flatten_rank(r["blocks"])) + 3 * r["first"] ** 0.5 * r["head"] ** 0.5
+        for r in candidates
+    ]
+
+
+@functools.cache
+def model_of(name: str) -> nnx.Module:
+    model = factorize(Net(nnx.Rngs(0)))
+    set_ranks(model, ACTIVE[name])
+    return model
+
+
+@functools.cache
+def context(name: str) -> Context:
+    model = model_of(name)
+    cost = count(model, jax.ShapeDtypeStruct((1, 5), jnp.float32))
+    return context_of(model, cost, score=score)
+
+
+def run(selector: str, name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    return choose(SELECTORS[selector].function, context(name), args)
+
+
+def test_every_selector_has_a_row():
+    """A new selector is put into the table above."""
+    assert SELECTORS.keys() == ROWS.keys()
+    assert all(len(row.args) > 2 and row.bad for row in ROWS.values())
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+@pytest.mark.parametrize("selector", ROWS)
+def test_ranks_are_legal_and_never_raised(selector, name):
+    """One for each layer in the shape of its stack, plain numbers, at most the active
+    one; the model takes them, and a second time nothing changes."""
+    active, limits = get_ranks(model_of(name)), rank_limits(model_of(name))
+    for args in ROWS[selector].args:
+        found = run(selector, name, args)
+        assert found.keys() == active.keys()
+        check_lower(found, limits)
+        for path, rank in found.items():
+            assert np.shape(rank) == np.shape(active[path])
+            assert all(type(number) is int for number in flatten_rank(rank))
+            assert np.all(np.less_equal(rank, active[path]))
+        assert run(selector, name, args) == found
+    assert get_ranks(truncate(model_of(name), found)) == found
+    assert found == active  # the most of each row is everything
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+@pytest.mark.parametrize("selector", ROWS)
+def test_more_is_never_less(selector, name):
+    """No rank falls as the value rises; of a search over all ranks, the score."""
+    found = [run(selector, name, args) for args in ROWS[selector].args]
+    assert name != "full" or found[0] != found[-1]
+    for small, large in zip(found, found[1:], strict=False):
+        if selector == "beam":
+            assert score([small])[0] <= score([large])[0]
+        else:
+            assert all(np.all(np.less_equal(small[p], large[p])) for p in small)
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+@pytest.mark.parametrize(
+    "selector", ["params_fraction", "macs_fraction", "energy_budget", "beam"]
+)
+def test_budgets_are_kept(selector, name):
+    """Counted by the model's cost, less what is not factored."""
+    cost = context(name).cost
+    for args in ROWS[selector].args:
+        found = run(selector, name, args)
+        measure = args.get("measure", selector.removesuffix("_fraction"))
+        share = args.get("fraction", args.get("value"))
+        fixed, dense = (getattr(cost, f"{x}_{measure}") for x in ("fixed", "dense"))
+        assert getattr(cost, measure)(found) - fixed <= share * (dense - fixed)
+
+
+@pytest.mark.parametrize("selector", ROWS)
+def test_bad_values_are_refused_by_name(selector):
+    """Out of bounds, NaN, other types, other names."""
+    for args, message in ROWS[selector].bad:
+        with pytest.raises(UserError, match=message):
+            run(selector, "masked", args)
+    with pytest.raises(UserError, match=f"{selector}: must be given the arguments"):
+        run(selector, "masked", {})
+
+
+def test_weights_that_are_not_finite_are_refused_by_the_layer():
+    """By what reads them."""
+    model = factorize(Net(nnx.Rngs(0)))
+    factors = find_factors(model)["head"]
+    factors.u.set_value(factors.u[...].at[0, 0].set(jnp.nan))
+    for choice in (
+        {"energy": 0.9},
+        {"energy_budget": {"measure": "params", "fraction": 0.5}},
+    ):
+        with pytest.raises(UserError, match="^head: importances must be finite"):
+            ranks_for(model, **choice)
+    assert ranks_for(model, rank=1)["head"] == 1
+
+
+def test_rows_say_what_a_command_line_needs():
+    """Help from the docstring; the type of the single value, None for several."""
+    types = {name: row.value_type for name, row in SELECTORS.items()}
+    singles = {name: kind for name, kind in types.items() if kind is not None}
+    assert [name for name, kind in types.items() if kind is None] == [
+        "energy_budget",
+        "beam",
+    ]
+    assert singles.pop("rank") is int and singles.pop("ranks") is Mapping
+    assert set(singles.values()) == {float}
+    for name, row in SELECTORS.items():
+        assert row.help.endswith(".") and len(row.help) > 20, name
+
+
+def test_selectors_of_ones_own_are_checked_as_well():
+    """Ranks above the active one, unknown paths, nothing at all; a part is enough."""
+
+    def greedy(context: Context, *, rank: int):
+        return {"head": rank}
+
+    masked = context("masked")
+    assert choose(greedy, masked, {"rank": np.int64(1)}) == {**masked.ranks, "head": 1}
+    with pytest.raises(UserError, match=r"^head: rank must be in \[0, 3\], got 4"):
+        choose(greedy, masked, {"rank": 4})
+    with pytest.raises(UserError, match=r"greedy: must be given .*\['rank'\], got \{"):
+        choose(greedy, masked, {"value": 4})
+    with pytest.raises(UserError, match="<lambda>: must return a mapping"):
+        choose(lambda context: [1], masked, {})
+    with pytest.raises(UserError, match=r"must name low-rank layers, got \['x'\]"):
+        choose(lambda context: {"x": 1}, masked, {})
+
+
+def test_shared_factors_may_be_named_by_any_path():
+    """As `set_ranks` and `truncate` take them."""
+    model = nnx.Module()
+    model.a = model.b = factorize(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    assert ranks_for(model, ranks={"b": 2}) == {"a": 2}
+
+
+def test_ranks_for_is_the_selector():
+    """The same as through a context; without an example where no MACs are asked for."""
+    model, example = model_of("masked"), jax.ShapeDtypeStruct((1, 5), jnp.float32)
+    for name, row in SELECTORS.items():
+        for args in ROWS[name].args:
+            value = args["value"] if row.value_type else args
+            found = ranks_for(model, example, score=score, **{name: value})
+            assert found == run(name, "masked", args)
+            macs = name == "macs_fraction" or args.get("measure") == "macs"
+            if not macs:
+                assert ranks_for(model, score=score, **{name: value}) == found
+            else:
+                with pytest.raises(UserError, match="needs an example input"):
+                    ranks_for(model, score=score, **{name: value})
+    assert ranks_for(model, jnp.ones((1, 5)), macs_fraction=0.6) == ranks_for(
+        model, example, macs_fraction=0.6
+    )
+
+
+def test_ranks_for_refuses_what_it_cannot_do():
+    """No choice, two, unknown ones, no layers, no score, no mapping."""
+    model = model_of("full")
+    for choice in ({}, {"rank": 2, "energy": 0.5}, {"ranke": 2}):
+        with pytest.raises(UserError, match="exactly one of rank, rank_fraction, .*"):
+            ranks_for(model, **choice)
+    with pytest.raises(UserError, match="model: must have low-rank layers"):
+        ranks_for(Net(nnx.Rngs(0)), rank=2)
+    with pytest.raises(UserError, match="beam: needs held-out training data"):
+        ranks_for(model, beam=ROWS["beam"].args[0])
+    with pytest.raises(UserError, match="beam: must be given the arguments"):
+        ranks_for(model, beam=0.5, score=score)
+
+
+def test_the_mask_is_what_energy_sees():
+    """Of {2, 3} of 6 active columns 99 % of the energy is at most {2, 3}: bug 3."""
+    model = factorize(
+        nnx.Sequential(
+            nnx.Linear(6, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 6, rngs=nnx.Rngs(1))
+        )
+    )
+    paths = list(get_ranks(model))
+    set_ranks(model, dict(zip(paths, (2, 3), strict=True)))
+    found = curves.column_importances(find_factors(model))
+    assert [np.count_nonzero(found[path]) for path in paths] == [2, 3]
+    assert list(ranks_for(model, energy=0.99).values()) == [2, 3]
+    assert list(ranks_for(model, energy=1.0).values()) == [2, 3]

@@ -1,0 +1,126 @@
+"""What actions may ask about a model: in the run, and before its first step."""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from lowrank_jax import active, calibration, factorization, paths
+from lowrank_jax.ranks import Ranks
+from lowrank_jax.selection import curves, selectors
+from train import evaluation, selecting
+from train.actions import Context
+from train.run import Run
+from train.state import split_model
+
+
+def in_run(
+    run: Run,
+    initial_stable_ranks: Mapping[str, Any] | None,
+    target_ranks: Mapping[str, Any] | None,
+) -> Context:
+    """Answers from the model's values and the data.
+
+    Args:
+      run: What it is about; a search scores on its validation split.
+      initial_stable_ranks: As in `Context`.
+      target_ranks: As in `Context`.
+    """
+
+    def select(model: nnx.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
+        score = make_score(model, run) if run.holds_out else None
+        context = selectors.context_of(model, run.cost(model), score=score)
+        return selecting.select(spec, context)
+
+    def batch_statistics(model: nnx.Module, batches: int) -> nnx.State:
+        examples = run.training_batches(batches)
+        calibrated = calibration.recalibrate_batch_norm(
+            model, examples, lambda model, batch: model(*run.task.inputs(batch, None))
+        )
+        return nnx.state(calibrated, nnx.BatchStat)
+
+    return Context(
+        run.cost,
+        select,
+        lambda model: curves.stable_ranks(factorization.kernel_matrices(model)),
+        batch_statistics,
+        initial_stable_ranks,
+        target_ranks,
+    )
+
+
+def before_run(run: Run) -> Context:
+    """Answers what can be known of an abstract model: shapes, and no more.
+
+    Every column counts as much as every other, every choice scores the same, and the
+    stable ranks are those of a fresh model, so that nothing is found to be smaller than
+    it may turn out to be.
+
+    Args:
+      run: What it is about.
+    """
+
+    def importances(model: nnx.Module) -> dict[str, Any]:
+        return {
+            path: np.ones((*limits.stack, limits.allocated))
+            for path, limits in active.rank_limits(model).items()
+        }
+
+    def select(model: nnx.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
+        context = selectors.Context(
+            {path: at.active for path, at in active.rank_limits(model).items()},
+            run.cost(model),
+            functools.partial(importances, model),
+            (lambda candidates: [0.0] * len(candidates)) if run.holds_out else None,
+            paths.find_aliases(model),
+        )
+        return selecting.select(spec, context)
+
+    def stable_ranks(model: nnx.Module) -> dict[str, Any]:
+        matrices = nnx.eval_shape(factorization.kernel_matrices, model)
+        return {path: np.ones(m.shape[:-2]) for path, m in matrices.items()}
+
+    return Context(
+        run.cost,
+        select,
+        stable_ranks,
+        lambda model, batches: nnx.state(model, nnx.BatchStat),
+        _Ones(),
+        None,
+    )
+
+
+class _Ones(dict):
+    """A stable rank of 1 for every layer."""
+
+    def __missing__(self, path: str) -> float:
+        return 1.0
+
+
+def make_score(model: nnx.Module, run: Run) -> Callable[[Sequence[Ranks]], list[float]]:
+    """Makes a function that scores rank vectors by minus the loss on held-out examples.
+
+    The model is normalized by the batches' own statistics. One compilation serves all
+    rank vectors.
+
+    Args:
+      model: The model to score.
+      run: What it is about: `config.scoring_batches` validation batches are used.
+    """
+    structure, params, model_state = split_model(model)
+    evaluate = evaluation.make_evaluator(structure, run.task, batch_statistics=True)
+    validation = run.eval_batches("validation")
+    batches = list(itertools.islice(validation, run.config["scoring_batches"]))
+    whole = [batch for batch in batches if batch["weight"].all()]
+    batches = whole or batches  # padding would enter the statistics
+
+    def score(candidates: Sequence[Ranks]) -> list[float]:
+        return [
+            -evaluate(params, model_state, ranks, batches)["loss"]
+            for ranks in candidates
+        ]
+
+    return score

@@ -1,0 +1,130 @@
+"""The model of a config, of a checkpoint, and what it costs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lowrank_jax import checkpoint, counting, errors, factorization
+from lowrank_jax.errors import UserError
+from lowrank_jax.ranks import Ranks
+from train import registry, schema
+from train.models import MODELS
+from train.state import seed_rngs
+from train.tasks import TASKS
+from train.tasks.base import Task
+
+
+def build_task(
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    allow_imports: Sequence[str] | None,
+) -> Task:
+    """Builds the config's task for data with these facts.
+
+    Args:
+      config: The whole config as plain values.
+      facts: What the data source knows, as JSON values.
+      allow_imports: Packages that names may import from, None for all.
+    """
+    with errors.at("config.task"):
+        return registry.build(config["task"], TASKS, facts, allow_imports=allow_imports)
+
+
+def build_model(
+    config: Mapping[str, Any], task: Task, *, allow_imports: Sequence[str] | None
+) -> nnx.Module:
+    """Builds the config's model, factorized by its rules, from the config's seed.
+
+    Args:
+      config: The whole config as plain values.
+      task: What the model is for.
+      allow_imports: Packages that names may import from, None for all.
+    """
+    return factorize(_dense_model(config, task, allow_imports), config)
+
+
+def factorize(model: nnx.Module, config: Mapping[str, Any]) -> nnx.Module:
+    """Returns the model with its dense layers made low-rank by the config's rules."""
+    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config["seed"]), 1))
+    with errors.at("config.rank_rules"):
+        rules = schema.pairs(config["rank_rules"])
+        return factorization.factorize(model, rules, rngs=rngs)
+
+
+def load_model(
+    saved: checkpoint.Saved,
+    *,
+    ranks: Ranks | None = None,
+    allow_imports: Sequence[str] | None,
+) -> nnx.Module:
+    """Loads the model of a checkpoint of this application, at its ranks or lower ones.
+
+    The checkpoint says itself what model it is of.
+    """
+    model = abstract_checkpoint_model(saved, allow_imports=allow_imports)
+    return checkpoint.load(saved, model, ranks=ranks)
+
+
+def checkpoint_task(
+    saved: checkpoint.Saved, *, allow_imports: Sequence[str] | None
+) -> Task:
+    """Builds the task that a checkpoint's model was trained for."""
+    config, facts, _ = _about(saved)
+    return build_task(config, facts, allow_imports=allow_imports)
+
+
+def abstract_checkpoint_model(
+    saved: checkpoint.Saved, *, allow_imports: Sequence[str] | None
+) -> nnx.Module:
+    """Builds the structure of a checkpoint's model, made low-rank as it is."""
+    config, facts, rules = _about(saved)
+    task = build_task(config, facts, allow_imports=allow_imports)
+
+    def build() -> nnx.Module:
+        model = _dense_model(config, task, allow_imports)
+        with errors.at(f"checkpoint {saved.path}: rank_rules"):
+            return factorization.factorize(model, rules)
+
+    return abstract_model(build)
+
+
+def abstract_model(build: Callable[[], nnx.Module]) -> nnx.Module:
+    """Builds a model without its arrays; random keys are real, unused ones."""
+    model = nnx.eval_shape(build)
+    graphdef, rngs, rest = nnx.split(model, nnx.RngState, ...)
+    return nnx.merge(graphdef, seed_rngs(nnx.as_pure(rngs), jax.random.key(0)), rest)
+
+
+def model_cost(model: nnx.Module, task: Task) -> counting.ModelCost:
+    """Counts the parameters and MACs of a model for one example of a task."""
+    return counting.count(model, *task.example)
+
+
+def _about(saved: checkpoint.Saved) -> tuple[Any, Any, list[tuple[str, Any]]]:
+    """A checkpoint's config, the facts of its data, and the rules of its structure."""
+    try:
+        config, facts = saved.metadata["config"], saved.metadata["facts"]
+        rules = [tuple(pair) for pair in saved.metadata["rank_rules"]]
+        return config, facts, rules
+    except KeyError as error:
+        raise UserError(
+            f"checkpoint {saved.path}: metadata must hold config, facts and rank_rules,"
+            f" got no {error}. It was not written by train.main or train.truncate of"
+            " this version."
+        ) from error
+
+
+def _dense_model(
+    config: Mapping[str, Any], task: Task, allow_imports: Sequence[str] | None
+) -> nnx.Module:
+    with errors.at("config.model"):
+        return registry.build(
+            config["model"],
+            MODELS,
+            allow_imports=allow_imports,
+            rngs=nnx.Rngs(config["seed"]),
+            **task.model_args,
+        )

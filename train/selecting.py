@@ -1,0 +1,105 @@
+"""Rank selectors by name: from configs, and from the flags of `train.truncate`."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from lowrank_jax import errors
+from lowrank_jax.errors import UserError
+from lowrank_jax.selection import selectors
+from train import registry
+
+TABLE = {name: row.function for name, row in selectors.SELECTORS.items()}
+
+NEEDS_SCORE = "score"
+
+
+def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes out the default arguments of a selector, given by name and arguments."""
+    return registry.complete(spec, TABLE, positional=1)
+
+
+def select(
+    spec: Mapping[str, Any], context: selectors.Context, **options: Any
+) -> dict[str, Any]:
+    """Returns the ranks that a selector, given by name and arguments, chooses."""
+    function = registry.resolve(spec["name"], TABLE, allow_imports=None)
+    with errors.at(f"selector {spec['name']}"):
+        return selectors.choose(function, context, spec["args"])
+
+
+def define_flags() -> dict[str, flags.FlagHolder[Any]]:
+    """Defines a flag for each selector of one value, and one for all by name."""
+    holders: dict[str, flags.FlagHolder[Any]] = {
+        "select": flags.DEFINE_string(
+            "select", None, "Any selector, by name or import path."
+        ),
+        "select_args": flags.DEFINE_string(
+            "select_args", "{}", "With --select: its arguments, a JSON object."
+        ),
+    }
+    makers: dict[Any, Callable[..., flags.FlagHolder[Any]]] = {
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        Mapping: flags.DEFINE_string,  # a JSON file
+    }
+    for name, row in selectors.SELECTORS.items():
+        if row.value_type is not None:
+            help_text = row.help
+            if row.value_type is Mapping:
+                help_text += " A JSON file {path: rank}."
+            holders[name] = makers[row.value_type](name, None, help_text)
+    return holders
+
+
+def from_flags(holders: Mapping[str, flags.FlagHolder[Any]]) -> dict[str, Any]:
+    """Returns the one selector that the flags give, as name and arguments.
+
+    Raises:
+      UserError: None or several are given, or a rank file is not there.
+    """
+    values = {name: holder.value for name, holder in holders.items()}
+    args = values.pop("select_args")
+    given = {name: value for name, value in values.items() if value is not None}
+    if len(given) != 1:
+        raise UserError(
+            f"flags: exactly one of {', '.join('--' + name for name in values)} must be"
+            f" given, got {['--' + name for name in given]}. Keep one."
+        )
+    ((name, value),) = given.items()
+    if name == "select":
+        return {"name": value, "args": _read_object(args, "--select_args")}
+    if selectors.SELECTORS[name].value_type is Mapping:
+        value = read_rank_file(value, f"--{name}")
+    return {"name": name, "args": {"value": value}}
+
+
+def read_rank_file(path: str | Path, where: str) -> dict[str, Any]:
+    """Reads ranks by path from a JSON file.
+
+    Raises:
+      UserError: It is not there or not a JSON object.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UserError(
+            f"{where}: must be a JSON file of {{path: rank}}, got {path} ({error})."
+            " Check the path."
+        ) from error
+    return _read_object(text, f"{where}: {path}")
+
+
+def _read_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(
+            f"{where}: must be JSON, got {text[:80]!r} ({error}). Mend it."
+        ) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: must be a JSON object, got {value!r}. Mend it.")
+    return value

@@ -1,0 +1,11 @@
+"""Tasks by name: what is learned of a data set, and how it is judged.
+
+`train.registry` turns a name into its factory, which is called as `factory(facts,
+**args)` with the facts of the data set and the config's arguments, and returns a
+`train.tasks.base.Task`. The table holds import paths, so that listing the names imports
+no task.
+"""
+
+TASKS: dict[str, str] = {
+    "classification": "train.tasks.classification:classification",
+}
