@@ -1,6 +1,7 @@
 """Who may import whom, what the library keeps out, and that the README maps it all."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -221,6 +222,60 @@ def test_only_its_task_knows_what_a_batch_means():
                 wrong.append(f"{name}:{line}: {text.strip()}")
     assert inside >= 100  # the walk sees them
     assert not wrong, "\n".join(wrong)
+
+
+MOST_LINES, MOST_LINES_OF_FUNCTION, MOST_OWN_IMPORTS = 400, 60, 7
+LONG_ON_PURPOSE = {"train_and_evaluate"}
+"""The training loop reads top to bottom."""
+
+
+def test_files_and_functions_are_short():
+    """What must be read to change one thing."""
+    wrong = []
+    for path in files(*TREES):
+        text, name = path.read_text(), path.relative_to(ROOT)
+        if len(text.splitlines()) > MOST_LINES:
+            wrong.append(f"{name}: {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > MOST_LINES_OF_FUNCTION and node.name not in LONG_ON_PURPOSE:
+                    wrong.append(f"{name}:{node.lineno}: {node.name}, {lines} lines")
+    assert not wrong, "\n".join(wrong)
+
+
+def own_imports(path: Path) -> set[str]:
+    """The modules of ours that a file imports."""
+    return {module for module, _ in imports(path) if is_ours(module)}
+
+
+def test_no_import_goes_in_a_circle():
+    """Neither in the library nor in the application, nor from one to the other."""
+    graph = {name_of(path): own_imports(path) for path in files(*TREES)}
+    assert "lowrank_jax.errors" in graph["train.registry"]  # the walk sees them
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+def test_a_file_of_the_application_needs_few_others():
+    wrong = {
+        str(path.relative_to(ROOT)): sorted(own_imports(path))
+        for path in files("train")
+        if len(own_imports(path)) > MOST_OWN_IMPORTS
+    }
+    assert not wrong, "\n".join(
+        f"{name} imports {len(modules)}: {', '.join(modules)}"
+        for name, modules in wrong.items()
+    )
+
+
+def test_orbax_lives_in_one_file():
+    users = {
+        str(path.relative_to(ROOT))
+        for path in files(*TREES)
+        for module, _ in imports(path)
+        if module.split(".")[0] == "orbax"
+    }
+    assert len(users) == 1, sorted(users)
 
 
 @pytest.mark.parametrize("tree", TREES)

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -38,12 +37,6 @@ def _noise(shape: tuple[int, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     images = rng.integers(0, 256, (50, *shape), dtype=np.uint8)
     labels = np.arange(50) % 10
     return {"train": (images[:40], labels[:40]), "test": (images[40:], labels[40:])}
-
-
-def test_there_are_configs():
-    methods = {"bsr", "cuttlefish", "dense", "fjord", "khodak", "lorita", "maestro"}
-    methods |= {"nested", "pufferfish", "sequential_freezing", "svd_training"}
-    assert methods | {"digits_mlp", "digits_vit"} <= set(NAMES)
 
 
 VARIANTS = [(name, "") for name in NAMES] + [
@@ -128,19 +121,10 @@ def test_its_head_tells_how_to_run_it(name):
     assert f"Command: {command}" in text
 
 
-@pytest.fixture
-def quick_compilation():
-    """Three steps need no fast code: XLA's optimizations are most of the time."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.parametrize(
     "name, arg", [(name, "smoke") for name in NAMES] + [("svd_training", "smoke,l1")]
 )
-def test_it_trains_end_to_end(quick_compilation, tmp_path, name, arg):
+def test_it_trains_end_to_end(tmp_path, name, arg):
     """Three steps of its smoke form, of each phase, one block deep, without MNIST; what
     comes out is low-rank, and is cut, saved, loaded and evaluated like any other."""
     config = plain(name, arg)
@@ -175,7 +159,7 @@ def test_it_trains_end_to_end(quick_compilation, tmp_path, name, arg):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["maestro", "svd_training", "khodak"])
-def test_the_published_recipes_train(quick_compilation, tmp_path, name):
+def test_the_published_recipes_train(tmp_path, name):
     """One step of each phase on noise of CIFAR-10's shape."""
     config = plain(name, "cifar10,smoke")
     data = config["data"]

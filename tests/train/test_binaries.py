@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import support
 from flax import nnx
 from reference import relative_error
 
@@ -34,29 +34,14 @@ FIGURES = {"accuracy", "loss", "params", "macs", "ranks"}
 
 
 def make_config(model: str, args: dict[str, Any], epochs: int) -> Any:
-    config = common.base(seed=1)
-    config.data = common.digits(batch_size=65)
-    config.data.validation_examples = 1177  # 260 to train on
-    config.model = {"name": model, "args": args}
-    config.phases = (
-        common.phase(
-            name="only",
-            until={"epochs": epochs},
-            sampler={"name": "matryoshka", "args": {"fractions": (1.0, 0.25)}},
-            optimizer=common.optimizer("adam", learning_rate=1e-2),
-        ),
+    phase = common.phase(
+        name="only",
+        until={"epochs": epochs},
+        sampler={"name": "matryoshka", "args": {"fractions": (1.0, 0.25)}},
+        optimizer=common.optimizer("adam", learning_rate=1e-2),
     )
-    config.eval_every_epochs, config.checkpoint_every_epochs = 0, 0
-    return config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """A few steps need no fast code: XLA's optimizations are most of the time."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    choice = {"name": model, "args": args}
+    return support.make_config(phase, model=choice, checkpoint_every_epochs=0)
 
 
 @pytest.fixture(scope="module")

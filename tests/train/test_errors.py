@@ -1,12 +1,14 @@
 """A mistake in a config or workdir: one clear error before any work, nothing
 changed."""
 
-import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import support
+from support import contents, put
 
 from configs import common
 from lowrank_jax import checkpoint
@@ -16,33 +18,14 @@ from train.state import load_model
 
 def make_config() -> dict[str, Any]:
     """A good config of one phase, as plain values."""
-    config = common.base(seed=0)
-    config.data = common.digits(batch_size=65)
-    config.data.validation_examples = 1177
-    config.model = {"name": "mlp", "args": {"hidden": (4,)}}
     phase = common.phase(
         name="only",
         until={"steps": 4},
         sampler={"name": "full", "args": {}},
         optimizer=common.optimizer("sgd", learning_rate=0.1),
     )
-    config.phases = (phase,)
-    config.eval_every_epochs = 0
-    config.checkpoint_every_epochs = 2
-    return json.loads(json.dumps(config.to_dict()))
-
-
-def put(config: dict[str, Any], place: str, value: Any) -> None:
-    """Sets `place`, such as "phases/0/until"; deletes it if the value is `...`."""
-    *parents, last = place.split("/")
-    node = config
-    for part in parents:
-        node = node[int(part)] if isinstance(node, list) else node[part]
-    key = int(last) if isinstance(node, list) else last
-    if value is ...:
-        del node[key]
-    else:
-        node[key] = value
+    model = {"name": "mlp", "args": {"hidden": (4,)}}
+    return support.make_config(phase, model=model, checkpoint_every_epochs=2, seed=0)
 
 
 def named(name: str, **args: Any) -> dict[str, Any]:
@@ -593,14 +576,6 @@ def test_a_kernel_that_is_not_finite(tmp_path):
 # Workdirs that are there already.
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A finished run of the good config."""
@@ -644,8 +619,6 @@ def test_a_workdir_that_is_taken(tmp_path, make: Callable[[Path], Any], message:
 
 def damaged_copy(finished: Path, target: Path, step: int) -> Path:
     """A run whose only complete checkpoint is 4, with a half-written one beside it."""
-    import shutil
-
     shutil.copytree(finished, target)
     half = target / "checkpoints" / str(step)
     shutil.copytree(target / "checkpoints/4", half)
@@ -657,8 +630,6 @@ def damaged_copy(finished: Path, target: Path, step: int) -> Path:
 def test_a_half_written_checkpoint_alone(finished, tmp_path):
     """Named as such; nothing is deleted."""
     workdir = damaged_copy(finished, tmp_path / "run", 2)
-    import shutil
-
     shutil.rmtree(workdir / "checkpoints/4")
     before = contents(workdir)
     with pytest.raises(FileNotFoundError, match="--workdir: .*complete.*half-written"):

@@ -5,9 +5,7 @@
 
 import contextlib
 import io
-import json
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import support
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from reference import relative_error
+from support import (
+    DIGITS,
+    assert_same_checkpoints,
+    at_step,
+    compiled_anew,
+    interrupt,
+    metric_lines,
+    put,
+    stop_after,
+    stored_arrays,
+)
 
 from configs import common
 from lowrank_jax import checkpoint, penalties, samplers
@@ -26,7 +35,6 @@ from lowrank_jax.active import max_ranks, set_ranks
 from train import checkpoints, evaluation, loop, optim, phases
 from train.config import to_json
 from train.data import pipeline
-from train.report import logs
 from train.state import build_model, model_state_of, new_state
 from train.step import make_train_step, normalize
 
@@ -47,29 +55,6 @@ MODELS = {
 SGD = common.optimizer("sgd", learning_rate=0.1, args={"momentum": 0.5})
 
 
-@contextlib.contextmanager
-def compilation_cache_in(folder: Path | None):
-    """XLA's results kept in a folder, and made in less time: most of a tiny run's."""
-    wanted = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": folder and str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in wanted}
-
-    def use(values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-    use(wanted)
-    try:
-        yield
-    finally:
-        use(before)
-
-
 def phase(until: int, *, name: str = "only", **changes: Any) -> dict[str, Any]:
     """A phase of so many steps; plain training of the factors unless changed."""
     values = {"sampler": {"name": "full", "args": {}}, "optimizer": SGD, **changes}
@@ -77,70 +62,10 @@ def phase(until: int, *, name: str = "only", **changes: Any) -> dict[str, Any]:
 
 
 def make_config(*of_phases: dict[str, Any], model: str = "mlp", **changes: Any):
-    config = common.base(seed=3)
-    config.data = common.digits(batch_size=BATCH_SIZE)
-    config.data.validation_examples = 1437 - STEPS_PER_EPOCH * BATCH_SIZE
-    config.data.eval_batch_size = 600
-    config.model = {"name": model, "args": MODELS[model]}
-    config.phases = of_phases
-    config.eval_fractions = (1.0, 0.5)
-    config.log_every_steps = 2
-    config.keep_checkpoints = 100
-    config.update(changes)
-    return config
-
-
-def stored_arrays(step_folder: Path) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by item and path."""
-    saved = checkpoint.open_checkpoint(step_folder)
-    templates = {
-        item: {
-            key: jax.ShapeDtypeStruct(tuple(shape), dtype)
-            for key, (shape, dtype) in leaves.items()
-        }
-        for item, leaves in saved.metadata["arrays"].items()
-    }
-    items = checkpoint.restore(saved, templates)
-    return {
-        f"{item}/{key}": np.asarray(array)
-        for item, arrays in items.items()
-        for key, array in arrays.items()
-    }
-
-
-def assert_same_checkpoints(one: Path, other: Path) -> None:
-    """Parameters, model, optimizer and sampler state, ranks: equal in every bit."""
-    left, right = stored_arrays(one), stored_arrays(other)
-    assert left.keys() == right.keys()
-    for key in left:
-        assert left[key].dtype == right[key].dtype, key
-        np.testing.assert_array_equal(left[key], right[key], err_msg=key)
-    ranks = [checkpoint.open_checkpoint(p).metadata["ranks"] for p in (one, other)]
-    assert ranks[0] == ranks[1]
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Sends a real SIGTERM to this process once the step is done."""
-    add = logs.StepMetrics.add
-
-    def add_and_stop(self, done: int, metrics: Any) -> None:
-        add(self, done, metrics)
-        if done == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(logs.StepMetrics, "add", add_and_stop)
-
-
-def interrupt(config: Any, workdir: Path, step: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, step)
-        with pytest.raises(loop.Interrupted, match=f"stopped at step {step};"):
-            loop.train_and_evaluate(config, workdir)
-
-
-def metric_lines(workdir: Path) -> list[dict[str, Any]]:
-    text = (workdir / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    """A config that is evaluated each epoch."""
+    choice = {"name": model, "args": MODELS[model]}
+    changes = {"eval_every_epochs": 1, **changes}
+    return support.make_config(*of_phases, model=choice, **changes)
 
 
 # Two phases, both with shrinking in reach: Maestro's, then a nested one.
@@ -196,12 +121,6 @@ def two_phases(weight: float = 0.05) -> Any:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with compilation_cache_in(tmp_path_factory.mktemp("xla")):
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
 def counting_penalty():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(penalties.PENALTIES, "count_traces", count_traces)
@@ -242,8 +161,8 @@ def stopped_run(tmp_path_factory) -> Path:
 class TestResume:
     @pytest.mark.parametrize("step", [4, 8, 12])
     def test_stopping_leaves_no_trace_in_the_state(self, whole_run, stopped_run, step):
-        folders = whole_run["checkpoints"], stopped_run / "checkpoints"
-        assert_same_checkpoints(*(folder / str(step) for folder in folders))
+        workdirs = stopped_run, whole_run["workdir"]
+        assert_same_checkpoints(*(at_step(workdir, step) for workdir in workdirs))
 
     def test_every_stop_saved_where_it_was(self, stopped_run):
         saved = {int(p.name) for p in (stopped_run / "checkpoints").iterdir()}
@@ -275,11 +194,11 @@ class TestResume:
             with pytest.raises(KeyError, match="plug"):
                 loop.train_and_evaluate(two_phases(), workdir)
         assert checkpoint.open_checkpoint(workdir).step == 4
-        with compilation_cache_in(None):  # compiled anew, as by another process
+        with compiled_anew():  # as by another process
             loop.train_and_evaluate(two_phases(), workdir)
-        for step in ("8", "12"):
-            other = whole_run["checkpoints"] / step
-            assert_same_checkpoints(workdir / "checkpoints" / step, other)
+        for step in (8, 12):
+            whole = at_step(whole_run["workdir"], step)
+            assert_same_checkpoints(at_step(workdir, step), whole)
         steps_logged = [x["step"] for x in metric_lines(workdir) if "train/loss" in x]
         assert steps_logged == sorted(set(steps_logged))
 
@@ -305,13 +224,13 @@ class TestResume:
     )
     def test_models_with_a_state_of_their_own(self, tmp_path, model, sampler):
         config = make_config(phase(3, sampler=sampler), model=model)
-        config.data.validation_examples = 1437 - 2 * BATCH_SIZE  # an epoch of 2 steps
-        config.eval_every_epochs = 0
+        put(config, "data/validation_examples", DIGITS - 2 * BATCH_SIZE)  # 2 steps
+        put(config, "eval_every_epochs", 0)
         loop.train_and_evaluate(config, tmp_path / "whole")
         interrupt(config, tmp_path / "stopped", 1)
         loop.train_and_evaluate(config, tmp_path / "stopped")
-        folders = [tmp_path / n / "checkpoints/3" for n in ("whole", "stopped")]
-        assert_same_checkpoints(*folders)
+        saved = [at_step(tmp_path / name, 3) for name in ("stopped", "whole")]
+        assert_same_checkpoints(*saved)
 
 
 class TestOrder:
@@ -340,7 +259,6 @@ class TestOrder:
             config, data.image_shape, data.num_classes, allow_imports=None
         )
         structure, state = new_state(model, first.optimizer, first.sampler, 0)
-        prepare = normalize(config["data"]["mean"], config["data"]["std"])
         step = make_train_step(
             structure,
             first.optimizer,
@@ -352,17 +270,17 @@ class TestOrder:
         batches = data.train_batches(BATCH_SIZE, seed=config["seed"])
         for _ in range(3):
             state, _ = step(state, next(batches))
-        stored = stored_arrays(stopped_run / "checkpoints/3")
+        stored = stored_arrays(at_step(stopped_run, 3))
         for key, array in checkpoint.flatten(state.params).items():
             np.testing.assert_array_equal(stored[f"params/{key}"], array, err_msg=key)
         assert int(stored["sampler/position"]) == 3
 
     def test_the_optimizer_starts_anew_with_a_phase(self, whole_run):
         """The checkpoint between two phases is the start of the second one."""
-        between = stored_arrays(whole_run["checkpoints"] / "8")
+        between = stored_arrays(at_step(whole_run["workdir"], 8))
         counts = [array for key, array in between.items() if key.endswith("count")]
         assert counts and not any(counts)
-        last = stored_arrays(whole_run["checkpoints"] / "12")
+        last = stored_arrays(at_step(whole_run["workdir"], 12))
         counts = [array for key, array in last.items() if key.endswith("count")]
         assert all(count == 4 for count in counts)
 
@@ -409,7 +327,7 @@ class TestShrinking:
         assert ranks[3] == ranks[2]  # the second phase does not shrink
 
     def test_optimizer_and_sampler_state_are_cut_with_the_parameters(self, whole_run):
-        arrays = stored_arrays(whole_run["checkpoints"] / "4")
+        arrays = stored_arrays(at_step(whole_run["workdir"], 4))
         ranks = checkpoint.open_checkpoint(whole_run["checkpoints"] / "4").metadata[
             "ranks"
         ]
@@ -451,7 +369,7 @@ class TestShrinking:
 
     def test_control_without_the_lasso_no_rank_falls(self, tmp_path):
         config = two_phases(weight=0.0)
-        config.phases = ({**config.phases[0], "until": {"steps": 5}},)
+        config["phases"] = [{**config["phases"][0], "until": {"steps": 5}}]
         loop.train_and_evaluate(config, tmp_path / "run")
         metadata = checkpoint.open_checkpoint(tmp_path / "run").metadata
         assert metadata["ranks"] == {"head": 10, "hidden/0": 16}
@@ -650,7 +568,7 @@ class TestNonFiniteLoss:
                 loop.train_and_evaluate(config, tmp_path / "run")
             saved = checkpoint.open_checkpoint(tmp_path / "run")
             assert saved.step == 4
-            arrays = stored_arrays(saved.path).values()
+            arrays = stored_arrays(saved).values()
             assert all(np.isfinite(a).all() for a in arrays if a.dtype.kind == "f")
 
     def test_a_stop_does_not_save_it(self, tmp_path, monkeypatch):
@@ -770,10 +688,10 @@ class TestOwnCode:
         (tmp_path / "own_h7_code.py").write_text(OWN_CODE)
         monkeypatch.syspath_prepend(tmp_path)
         config = make_config(phase(4))
-        config.data.name, config.data.args = "own_h7_code:data", {"examples": 40}
-        config.data.batch_size, config.data.validation_examples = 10, 10
-        config.data.mean, config.data.std = (128.0,), (74.0,)
-        config.model = {"name": "own_h7_code:net", "args": {}}
+        config["data"] |= {"name": "own_h7_code:data", "args": {"examples": 40}}
+        config["data"] |= {"batch_size": 10, "validation_examples": 10}
+        config["data"] |= {"mean": [128.0], "std": [74.0]}
+        config["model"] = {"name": "own_h7_code:net", "args": {}}
         workdir = tmp_path / "run"
         interrupt(config, workdir, 2)
         result = loop.train_and_evaluate(config, workdir)

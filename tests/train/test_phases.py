@@ -3,8 +3,6 @@
 The real loop on digits, in epochs of 4 steps, with models of a few hundred numbers.
 """
 
-import json
-import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import support
 from flax import nnx
 from reference import relative_error
+from support import (
+    assert_same_checkpoints,
+    at_step,
+    interrupt,
+    stored_arrays,
+    train,
+)
 
 from configs import common
 from lowrank_jax import checkpoint, factorization, surgery
@@ -23,7 +29,6 @@ from lowrank_jax.active import get_ranks
 from lowrank_jax.paths import find_factors
 from lowrank_jax.selection import curves
 from train import actions, checkpoints, evaluation, loop, phases
-from train.report import logs
 from train.state import build_model, load_model, model_cost
 
 BATCH_SIZE, STEPS_PER_EPOCH = 65, 4
@@ -35,15 +40,6 @@ RESTLESS = named("stable_ranks_stand_still", every_steps=2, points=3, tolerance=
 SVD = {"with_s": True}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Few steps need no fast code."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def phase(steps: int = 4, **changes: Any) -> dict[str, Any]:
     values = {"name": "only", "until": {"steps": steps}, "optimizer": SGD, **changes}
     return common.phase(**values)
@@ -52,47 +48,12 @@ def phase(steps: int = 4, **changes: Any) -> dict[str, Any]:
 def make_config(
     *of_phases: Mapping[str, Any], rule: Any = "dense", **changes: Any
 ) -> dict[str, Any]:
-    config = common.base(seed=3)
-    config.data = common.digits(batch_size=BATCH_SIZE)
-    config.data.validation_examples = 1437 - STEPS_PER_EPOCH * BATCH_SIZE
-    config.data.eval_batch_size = 600
-    config.model = named("mlp", hidden=(16,))
-    config.rank_rules = ((".*", rule),)
-    config.phases = of_phases
-    config.eval_every_epochs = 0
-    config.eval_fractions = (1.0, 0.5)
-    config.log_every_steps = 2
-    config.keep_checkpoints = 100
-    for key, value in changes.items():
-        config[key] = value
-    return json.loads(json.dumps(config.to_dict()))
-
-
-def train(config: Mapping[str, Any], workdir: Path) -> checkpoint.Saved:
-    loop.train_and_evaluate(config, workdir)
-    return checkpoint.open_checkpoint(workdir)
+    rules = {"rank_rules": ((".*", rule),), "model": named("mlp", hidden=(16,))}
+    return support.make_config(*of_phases, **{**rules, **changes})
 
 
 def load(saved: checkpoint.Saved) -> nnx.Module:
     return load_model(saved, allow_imports=None)
-
-
-def at_step(workdir: Path, step: int) -> checkpoint.Saved:
-    return checkpoint.open_checkpoint(workdir / "checkpoints" / str(step))
-
-
-def arrays(saved: checkpoint.Saved) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint."""
-    templates = {
-        item: {k: jax.ShapeDtypeStruct(tuple(s), d) for k, (s, d) in leaves.items()}
-        for item, leaves in saved.metadata["arrays"].items()
-    }
-    items = checkpoint.restore(saved, templates)
-    return {
-        f"{item}/{key}": np.asarray(x)
-        for item in items
-        for key, x in items[item].items()
-    }
 
 
 def logits(model: nnx.Module) -> jax.Array:
@@ -202,31 +163,13 @@ class TestEveryMethod:
 
     @pytest.mark.parametrize("name", METHODS)
     @pytest.mark.parametrize("stop", [3, 6])
-    def test_resuming_equals_not_stopping(
-        self, runs, tmp_path, monkeypatch, name, stop
-    ):
+    def test_resuming_equals_not_stopping(self, runs, tmp_path, name, stop):
         """Through every change of the model, in every bit; what is remembered too."""
         whole = checkpoint.open_checkpoint(runs(name))
         if stop >= whole.step:
             pytest.skip(f"the run has only {whole.step} steps")
-        add = logs.StepMetrics.add
-
-        def add_and_stop(self, step: int, metrics: Any) -> None:
-            add(self, step, metrics)
-            if step == stop:
-                signal.raise_signal(signal.SIGTERM)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(logs.StepMetrics, "add", add_and_stop)
-            with pytest.raises(loop.Interrupted):
-                train(METHODS[name](), tmp_path / "run")
-        resumed = train(METHODS[name](), tmp_path / "run")
-        one, other = arrays(whole), arrays(resumed)
-        assert one.keys() == other.keys()
-        for key in one:
-            np.testing.assert_array_equal(one[key], other[key], err_msg=key)
-        for key in ("run", "ranks", "rank_rules", "step"):
-            assert whole.metadata[key] == resumed.metadata[key]
+        interrupt(METHODS[name](), tmp_path / "run", stop)
+        assert_same_checkpoints(train(METHODS[name](), tmp_path / "run"), whole)
 
 
 class TestActions:
@@ -277,7 +220,7 @@ class TestActions:
                 rule="full",
                 model=named("convnet", widths=(4, 4)),
             )
-            stored = arrays(train(config, tmp_path / name))
+            stored = stored_arrays(train(config, tmp_path / name))
             return {k: x for k, x in stored.items() if not k.startswith("opt_state")}
 
         plain = run("plain", ())
@@ -354,8 +297,8 @@ class TestOptimizerState:
         dense = make_config(phase(4, optimizer=optimizer))
         dense["phases"][0]["name"] = "dense"
         return (
-            arrays(train(dense, tmp_path / "dense")),
-            arrays(at_step(tmp_path / "run", 4)),
+            stored_arrays(train(dense, tmp_path / "dense")),
+            stored_arrays(at_step(tmp_path / "run", 4)),
         )
 
     def test_momentum_goes_over_by_the_chain_rule(self, tmp_path):
@@ -389,7 +332,7 @@ class TestOptimizerState:
         new = make_config(phase(4, name="a"), phase(4, name="b"), rule="full")
         one = make_config(phase(8), rule="full")
         results = [
-            arrays(train(c, tmp_path / n))
+            stored_arrays(train(c, tmp_path / n))
             for n, c in (("two", two), ("one", one), ("new", new))
         ]
         key = "params/head/factors/u"
@@ -427,7 +370,10 @@ class TestTrainable:
                 checkpoint.model_items(fresh)["params"]
             ).items()
         }
-        points = [first, *(arrays(at_step(workdir, step)) for step in (4, 8, 12))]
+        points = [
+            first,
+            *(stored_arrays(at_step(workdir, step)) for step in (4, 8, 12)),
+        ]
         for epoch in range(3):
             for key in first:
                 same = np.array_equal(points[epoch][key], points[epoch + 1][key])
