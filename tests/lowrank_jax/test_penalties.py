@@ -354,13 +354,14 @@ def keeps_a_tracer() -> Callable[..., Any]:
     return penalty
 
 
-def keeps_the_last_tracer() -> Callable[..., Any]:
-    """Written at each call, never read."""
+def returns_the_last_value() -> Callable[..., Any]:
+    """Read before it is written, and given out as it is."""
     memory = {}
 
     def penalty(model, step=0):
-        memory["last"] = sum(jnp.sum(f.u[...]) for f in find_factors(model).values())
-        return memory["last"]
+        value = sum(jnp.sum(f.u[...]) for f in find_factors(model).values())
+        last, memory["last"] = memory.get("last", value), value
+        return last
 
     return penalty
 
@@ -391,7 +392,7 @@ class KeepsAnArray:
 
 
 @pytest.mark.parametrize(
-    "make_penalty", [keeps_a_tracer, keeps_the_last_tracer, counts_calls, KeepsAnArray]
+    "make_penalty", [keeps_a_tracer, returns_the_last_value, counts_calls, KeepsAnArray]
 )
 def test_a_penalty_that_keeps_something_is_refused(make_penalty):
     """In jit it runs without error and does nothing; concrete and abstract models."""
@@ -401,7 +402,8 @@ def test_a_penalty_that_keeps_something_is_refused(make_penalty):
             check_stateless(make_penalty(), given)
     used = make_penalty()
     run = getattr(used, "apply", lambda model, state, step: used(model, step))
-    jax.jit(lambda step: run(model, jnp.float32(0), step))(0)  # no error: the control
+    layer = single(arrays(0, False))  # in a step no error: the control
+    jax.jit(lambda layer: run(Factors(**layer), jnp.float32(0), 0))(layer)
     with pytest.raises(UserError, match="penalty: .*keeps"):
         check_stateless(used, model)
 
