@@ -3,6 +3,7 @@
 The functions for one's own training loop; everything else is in the modules.
 """
 
+from lowrank_jax import penalties, projections, samplers
 from lowrank_jax.active import get_ranks, max_ranks, set_ranks
 from lowrank_jax.counting import count
 from lowrank_jax.factorization import factorize
@@ -21,6 +22,9 @@ __all__ = [
     "get_ranks",
     "max_ranks",
     "merge",
+    "penalties",
+    "projections",
+    "samplers",
     "set_ranks",
     "shrink",
     "tail_ranks",
