@@ -13,7 +13,7 @@ from support import contents, put
 from configs import common
 from lowrank_jax import checkpoint
 from train import loop
-from train.state import load_model
+from train.model import load_model
 
 
 def make_config() -> dict[str, Any]:
@@ -564,7 +564,7 @@ def test_a_kernel_that_is_not_finite(tmp_path):
     saved = checkpoint.open_checkpoint(source)
     model = load_model(saved, allow_imports=None)
     model.head.kernel[...] = model.head.kernel[...].at[0, 0].set(float("nan"))
-    metadata = {key: saved.metadata[key] for key in ("config", "inputs")}
+    metadata = {key: saved.metadata[key] for key in ("config", "facts")}
     checkpoint.save(tmp_path / "broken", model, metadata=metadata)
     config = make_config()
     put(config, "init_from", str(tmp_path / "broken"))
