@@ -65,8 +65,10 @@ def make_config(method: str, seed: int) -> Any:
 
 
 def seconds_per_step(method: str) -> float:
-    """Returns the time of a training step, the phases weighed by their epochs; from a short run of
-    each phase, the median of its logged rates."""
+    """Returns the time of a training step, the phases weighed by their epochs.
+
+    From a short run of each phase, the median of its logged rates.
+    """
     config = make_config(method, seed=0)
     config.log_every_steps = WINDOW
     epochs = [phase["until"].get("epochs") for phase in config.phases]

@@ -121,22 +121,21 @@ def save(
     writer.close()
 
 
-def check_new_folder(directory: str | Path, *, flag: str = "directory") -> None:
+def check_new_folder(directory: str | Path) -> None:
     """Raises FileExistsError where an output folder exists already."""
     if Path(directory).exists():
         raise ExistingFile(
-            f"{flag}: must not exist yet, got {directory}. Nothing is overwritten;"
+            f"must not exist yet, got {directory}. Nothing is overwritten;"
             " name a new folder, or move this one away."
         )
 
 
-def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
+def open_checkpoint(path: str | Path) -> Saved:
     """Finds a checkpoint and reads its metadata.
 
     Args:
       path: A step's folder, a folder of steps, or a workdir with a folder
         `checkpoints`; of several steps the latest that is complete.
-      flag: What to call the argument in errors.
 
     Raises:
       MissingFile: There is no (complete) checkpoint.
@@ -145,7 +144,7 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
     root = Path(path).absolute()
     if not root.is_dir():
         raise MissingFile(
-            f"{flag}: must be a folder with a checkpoint, got {path}, which is not"
+            f"must be a folder with a checkpoint, got {path}, which is not"
             " there. Check the path."
         )
     if (root / "checkpoints").is_dir():
@@ -156,9 +155,9 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
     complete = [p for p in complete if (p / "_CHECKPOINT_METADATA").is_file()]
     if not complete:
         raise MissingFile(
-            f"{flag}: must hold a complete checkpoint of this library, got {path},"
+            f"must hold a complete checkpoint of this library, got {path},"
             f" which has {sorted(p.name for p in root.iterdir())}. A save that was cut"
-            " off leaves a temporary or half-written folder; use another step or workdir."
+            " off leaves a temporary or half-written folder; use another one."
         )
     try:
         text = (complete[0] / "metadata" / "metadata").read_text()
@@ -167,12 +166,12 @@ def open_checkpoint(path: str | Path, *, flag: str = "checkpoint") -> Saved:
         missing = {"step", "ranks", "max_ranks", "rank_axes", "arrays"} - set(metadata)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{flag}: metadata must be JSON of this library, got {complete[0]}"
+            f"metadata must be JSON of this library, got {complete[0]}"
             f" ({error!r}). The file is damaged, or from another program."
         ) from error
     if version != FORMAT_VERSION or missing:
         raise UserError(
-            f"{flag}: must be of format {FORMAT_VERSION}, got {version} in"
+            f"must be of format {FORMAT_VERSION}, got {version} in"
             f" {complete[0]} (missing: {sorted(missing)}). Use the library version"
             f" {metadata.get('library_version')} that wrote it."
         )

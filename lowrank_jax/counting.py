@@ -20,6 +20,7 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.layers import LowRankLayer, LowRankParam, low_rank_type
 from lowrank_jax.nnx_internals import change_type
 from lowrank_jax.paths import (
+    factors_of_layers,
     find_factors,
     find_layers,
     find_own_matrices,
@@ -96,21 +97,23 @@ def count(
     unseen = {
         path: sizes[id(param)] for path, (param, _) in find_own_matrices(model).items()
     }
-    for path, (layer, _) in find_layers(model).items():
+    layers = find_layers(model)
+    of_layers = factors_of_layers(layers)
+    for path, (layer, _) in layers.items():
         try:
             cost = _layer_cost(layer, recorders[path])
         except UserError:  # it has no low-rank form, such as a masked kernel
             kernel = getattr(layer, low_rank_type(type(layer)).kernel_name)
             unseen[path] = sizes[id(kernel)]
             continue
-        if isinstance(layer, LowRankParam):
-            unseen[path] = cost.dense_params
-        if isinstance(layer, LowRankLayer):
-            owner = owners[id(layer.factors)]
-            known = factored.get(owner)
-            factored[owner] = _add_positions(known, cost) if known else cost
-        else:
+        if not isinstance(layer, LowRankLayer):
             fixed_macs += cost.dense_macs
+            continue
+        owner = owners[id(layer.factors)]
+        if isinstance(layer, LowRankParam) and id(layer.factors) not in of_layers:
+            unseen[path] = cost.dense_params
+        known = factored.get(owner)
+        factored[owner] = _add_positions(known, cost) if known else cost
     in_factors = {
         id(node)
         for factors in find_factors(model).values()
@@ -179,11 +182,12 @@ def _layer_cost(layer: nnx.Module, recorder: _Recorder) -> LayerCost:
         kernel = getattr(layer, kind.kernel_name)
         stacked = math.prod(kernel.shape) // math.prod(fold.kernel_shape)
     calls = recorder.calls[:1] if stacked > 1 else recorder.calls  # a scan's one body
-    never = LayerCost(
-        fold.input_size, fold.output_size, math.prod(fold.stack_shape), 0, 0, 0
-    )
-    costs = [kind.cost_of(layer, fold, *shapes) for shapes in calls]
-    total = functools.reduce(_add_positions, costs, never)
+    costs = [kind.cost_of(layer, fold, *shapes) for shapes in calls] or [
+        LayerCost(
+            fold.input_size, fold.output_size, math.prod(fold.stack_shape), 0, 0, 0
+        )
+    ]
+    total = functools.reduce(_add_positions, costs)
     total = dataclasses.replace(total, matrices=total.matrices * stacked)
     return layer.factors.cost(total) if isinstance(layer, LowRankLayer) else total
 

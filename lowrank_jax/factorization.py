@@ -16,7 +16,13 @@ from lowrank_jax.factors import Factors
 from lowrank_jax.folds import ConvFold
 from lowrank_jax.forms import FORMS
 from lowrank_jax.layers import LAYERS, LowRankLayer, LowRankParam, low_rank_type
-from lowrank_jax.paths import find_layers, find_own_matrices, param_sizes, replace
+from lowrank_jax.paths import (
+    factors_of_layers,
+    find_layers,
+    find_own_matrices,
+    param_sizes,
+    replace,
+)
 from lowrank_jax.ranks import fraction_of
 from lowrank_jax.rules import match_rules
 
@@ -173,17 +179,13 @@ def rules_of(model: nnx.Module) -> list[tuple[str, LayerRule]]:
     rules: list[tuple[str, LayerRule]] = []
     dense = False
     layers = find_layers(model)
-    owners = {  # a Param that is a layer's kernel too follows the layer's rule
-        id(layer.factors)
-        for layer, _ in layers.values()
-        if isinstance(layer, LowRankLayer) and not isinstance(layer, LowRankParam)
-    }
+    of_layers = factors_of_layers(layers)
     for path, (layer, _) in layers.items():
         if not isinstance(layer, LowRankLayer):
             dense = True
             continue
-        if isinstance(layer, LowRankParam) and id(layer.factors) in owners:
-            continue
+        if isinstance(layer, LowRankParam) and id(layer.factors) in of_layers:
+            continue  # a Param that is a layer's kernel too follows the layer's rule
         rule = layer.factors.rule()
         if isinstance(layer.fold, ConvFold):
             rule["scheme"] = layer.fold.scheme

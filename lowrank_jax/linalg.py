@@ -18,7 +18,7 @@ def truncated_svd(
 ) -> tuple[
     Float[Array, "*stack i r"], Float[Array, "*stack r"], Float[Array, "*stack r o"]
 ]:
-    """The leading `rank` singular triplets, computed in float32 or better."""
+    """Returns the leading `rank` singular triplets, computed in float32 or better."""
     wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
     u, s, v = jnp.linalg.svd(wide, full_matrices=False)
     kept = (u[..., :, :rank], s[..., :rank], v[..., :rank, :])
@@ -32,7 +32,7 @@ def canonical_form(
 ) -> tuple[
     Float[Array, "*stack i r"], Float[Array, "*stack r"], Float[Array, "*stack r o"]
 ]:
-    """The singular value decomposition of `u diag(|s|) v`, without forming the product.
+    """Returns the singular value decomposition of `u diag(|s|) v`, never formed.
 
     QR of both factors, then an SVD of the small matrix `R_u diag(|s|) R_v^T`: O((i + o)
     r^2 + r^3). Every prefix of the result is the best approximation of its rank
@@ -64,7 +64,7 @@ def singular_values(
     s: Float[Array, "*stack r"] | None,
     v: Float[Array, "*stack r o"],
 ) -> Float[Array, "*stack n"]:
-    """The n = min(i, r, o) singular values of `u diag(|s|) v`, falling.
+    """Returns the n = min(i, r, o) singular values of `u diag(|s|) v`, falling.
 
     A factor that is longer than r is first reduced to r rows by QR, so the SVD is of a
     matrix `(min(i, r), min(o, r))`; the product itself is formed only where neither is
@@ -120,7 +120,7 @@ _singular_values.defvjp(_singular_values_forward, _singular_values_backward)
 def _reduced(
     side: Float[Array, "*stack i r"],
 ) -> tuple[Float[Array, "*stack i r"] | None, Float[Array, "*stack k r"]]:
-    """Q (None for the identity) and R of a factor, k = min(i, r)."""
+    """Returns Q (None for the identity) and R of a factor, k = min(i, r)."""
     if side.shape[-2] <= side.shape[-1]:
         return None, side
     return tuple(jnp.linalg.qr(side))
@@ -153,7 +153,7 @@ def random_factors(
     stack: tuple[int, ...] = (),
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "*stack i r"], Float[Array, "*stack r o"]]:
-    """Normal factors whose product has entries of this variance.
+    """Draws normal factors whose product has entries of this variance.
 
     With deviations a of `u` and b of `v`: `r a^2 b^2 = variance`, and `i a^2 = o b^2`,
     so that the columns of both have the same norm in expectation, as in the balanced
@@ -177,7 +177,7 @@ def column_norms(
     s: Float[Array, "*stack r"] | None,
     v: Float[Array, "*stack r o"],
 ) -> tuple[Float[Array, "*stack r"], Float[Array, "*stack r"]]:
-    """Squared norms of the columns of `u diag(|s|)` and of the rows of `v`."""
+    """Returns squared norms of the columns of `u diag(|s|)` and of the rows of `v`."""
     left = jnp.sum(jnp.square(u), axis=-2)
     if s is not None:
         left = left * jnp.square(s)
@@ -185,7 +185,7 @@ def column_norms(
 
 
 def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Square root whose gradient at 0 is 0 instead of infinite.
+    """Takes the square root, with gradient 0 at 0 instead of an infinite one.
 
     A norm that is zero sits at its minimum; 0 is a subgradient there. The usual NaN
     (0 times infinity) would reach every column through the reverse sums of the lasso.
@@ -198,12 +198,12 @@ def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def exact_product(
     left: Float[Array, "*stack a b"], right: Float[Array, "*stack b c"]
 ) -> Float[Array, "*stack a c"]:
-    """A matrix product at the full precision of its arrays on every device."""
+    """Multiplies matrices at the full precision of their arrays on every device."""
     return jnp.matmul(left, right, precision="highest")
 
 
 def tail_norms(squares: Float[Array, "*stack r"]) -> Float[Array, "*stack r"]:
-    """`||X_{>=b}||_F` for every b, from the squared norms of the columns of X.
+    """Returns `||X_{>=b}||_F` for every b, from squared norms of the columns of X.
 
     Entry b (from 0) is the norm of columns b to the last; entry 0 is that of the whole
     X.

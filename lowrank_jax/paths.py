@@ -14,7 +14,7 @@ from flax import nnx
 
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
-from lowrank_jax.layers import LowRankLayer, low_rank_type
+from lowrank_jax.layers import LowRankLayer, LowRankParam, low_rank_type
 from lowrank_jax.nnx_internals import attributes
 
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
@@ -69,6 +69,15 @@ def param_sizes(model: nnx.Module) -> dict[int, int]:
         id(node): math.prod(_shape(node))
         for _, node in walk(model)
         if isinstance(node, nnx.Param)
+    }
+
+
+def factors_of_layers(layers: Mapping[str, tuple[nnx.Module, list[str]]]) -> set[int]:
+    """Returns the `id` of all factors that are a layer's kernel, not a Param alone."""
+    return {
+        id(layer.factors)
+        for layer, _ in layers.values()
+        if isinstance(layer, LowRankLayer) and not isinstance(layer, LowRankParam)
     }
 
 
@@ -163,6 +172,8 @@ def replace(
         if new is not None:
             return new
         children = [(key, child, visit(child)) for key, child in _children(node)]
+        if all(new is child for _, child, new in children):
+            return node
         if isinstance(node, tuple):
             done[id(node)] = tuple(new for _, _, new in children)
             return done[id(node)]

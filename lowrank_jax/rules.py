@@ -42,7 +42,8 @@ def match_rules(
     unused = [rules[n][0] for n, hit in enumerate(used) if not hit]
     if uncovered:
         raise UserError(
-            f"every layer must be covered by a rule, got none for {uncovered}. Add a rule, such as ('.*', 'dense') at the end."
+            f"every layer must be covered by a rule, got none for {uncovered}. Add a"
+            " rule, such as ('.*', 'dense') at the end."
         )
     if unused:
         raise UserError(

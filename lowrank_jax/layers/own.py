@@ -46,9 +46,9 @@ class OwnForward(LowRankLayer):
         inputs: jax.ShapeDtypeStruct,
         outputs: jax.ShapeDtypeStruct,
     ) -> LayerCost:
-        """Counts one multiplication by the kernel for each row of the input."""
+        """Counts one multiplication by each matrix for each row of the input."""
         matrices = math.prod(fold.stack_shape)
-        rows = math.prod(inputs.shape) // (matrices * fold.input_size)
+        rows = math.prod(inputs.shape) // fold.input_size
         return MergedCost(fold.input_size, fold.output_size, matrices, rows, rows, rows)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from lowrank_jax.active import get_ranks
+from lowrank_jax.active import check_ranks, get_ranks
 from lowrank_jax.counting import ModelCost, count
 from lowrank_jax.errors import UserError
 from lowrank_jax.paths import find_aliases, find_factors
@@ -245,7 +245,8 @@ def ranks_for(
     args = value if SELECTORS[name].value_type is None else {"value": value}
     # A model that is not run is counted all the same: its parameters, and no MACs.
     cost = count(model, *example, **({} if example else {"forward": lambda model: ()}))
-    return choose(SELECTORS[name].function, context_of(model, cost, score=score), args)
+    context = context_of(model, cost, score=score)
+    return check_ranks(model, choose(SELECTORS[name].function, context, args))
 
 
 def _check_args(

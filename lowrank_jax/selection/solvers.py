@@ -109,8 +109,6 @@ def by_energy_budget(
 
 def total_cost(costs: Mapping[str, LayerCost], ranks: Ranks, measure: str) -> int:
     """Sums what layers cost at these ranks, in "params" or "macs"."""
-    if measure not in ("params", "macs"):
-        raise UserError(f"measure: must be 'params' or 'macs', got {measure!r}.")
     return sum(getattr(costs[path], measure)(rank) for path, rank in ranks.items())
 
 
@@ -123,19 +121,21 @@ def check_budget(
     """Returns the budget that a share of the dense cost is.
 
     Raises:
-      UserError: The share is out of bounds, rank 1 everywhere costs more, or MACs are
-        asked for of layers that were counted without running them.
+      UserError: The measure is another one, the share is out of bounds, rank 1
+        everywhere costs more, or MACs are asked for of layers that were never run.
     """
+    if measure not in ("params", "macs"):
+        raise UserError(f"measure: must be 'params' or 'macs', got {measure!r}.")
     if not 0 < fraction <= 1:
         raise UserError(f"{measure}_fraction: must be in (0, 1], got {fraction}.")
-    least = total_cost(costs, at_most(max_ranks, 1), measure)
     dense = sum(getattr(costs[path], f"dense_{measure}") for path in max_ranks)
     if measure == "macs" and max_ranks and not dense:
         raise UserError(
-            "macs_fraction: needs an example input to count the MACs on, got none, or a"
-            " forward pass that runs no low-rank layer. Give the model's inputs for a"
-            " batch of one."
+            "macs_fraction: needs an example input that runs the low-rank layers, to"
+            " count their MACs on, got none. Give the model's inputs for a batch of"
+            " one."
         )
+    least = total_cost(costs, at_most(max_ranks, 1), measure)
     if least > fraction * dense:
         raise UserError(
             f"{measure}_fraction: must be at least {least / dense:.4g} here (rank 1 in"
@@ -150,7 +150,7 @@ def scaled_stable_ranks(
     initial: Mapping[str, Float[np.ndarray, "*stack"]],
     full_ranks: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Cuttlefish's rule: the stable rank, scaled so that it is full at the start.
+    """Scales stable ranks so that they are full at the start: Cuttlefish's rule.
 
     `r = min(R, ceil(xi * sr))` with `xi = R / sr(init)` (Wang et al., 2023).
 
@@ -180,7 +180,7 @@ def stands_still(
     points: int = 11,
     tolerance: float = 0.1,
 ) -> bool:
-    """Cuttlefish's detector: whether the moving average of every series is flat.
+    """Tells whether the moving average of every series is flat, as Cuttlefish does.
 
     Exponential moving averages with weight 2 / (window + 1); flat is a mean absolute
     gradient of at most the tolerance over the last points (Wang et al., 2023, their

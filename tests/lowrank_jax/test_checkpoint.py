@@ -14,8 +14,10 @@ import pytest
 import tensorstore
 from flax import nnx
 
+import lowrank_jax
 from lowrank_jax import checkpoint
 from lowrank_jax.active import get_ranks, max_ranks, set_ranks
+from lowrank_jax.errors import UserError
 from lowrank_jax.factorization import factorize
 from lowrank_jax.surgery import truncate
 
@@ -59,7 +61,8 @@ class Scanned(nnx.Module):
 
 INPUTS = jnp.sin(jnp.arange(40.0)).reshape(2, 5, 4)
 FULL = {"again": 8, "conv": [3, 3], "first": 6, "half": 5}
-LOWER = {"again": 3, "conv": [2, 1], "first": 0, "half": 2}
+LOWER = {"again": 3, "conv": [0, 2], "first": 0, "half": 2}
+ACTIVE = {"again": 4, "conv": [1, 3]}
 
 
 @functools.cache
@@ -128,7 +131,7 @@ def test_loading_gives_back_what_was_saved(case, tmp_path):
 def folder(tmp_path_factory) -> Path:
     """A masked model, saved once for the tests that only read."""
     model = low_rank()
-    set_ranks(model, {"again": 4, "conv": [1, 3]})
+    set_ranks(model, ACTIVE)
     path = tmp_path_factory.mktemp("saved") / "model"
     checkpoint.save(path, model, step=5)
     return path
@@ -140,11 +143,15 @@ def folder(tmp_path_factory) -> Path:
     ids=["lower", "alias", "one number", "nothing", "as saved"],
 )
 def test_loading_at_lower_ranks_equals_truncating(ranks, folder):
-    """(7) Bit for bit; layers that are not named keep what is allocated, all active."""
+    """(7) Bit for bit; layers that are not named are cut to their active rank."""
     found = checkpoint.load(
         checkpoint.open_checkpoint(folder), structure(), ranks=ranks
     )
-    expected = truncate(low_rank(), ranks)
+    masked = low_rank()
+    set_ranks(masked, ACTIVE)
+    aliases = {"tied": "again"}
+    named = {aliases.get(path, path): rank for path, rank in ranks.items()}
+    expected = truncate(masked, {**get_ranks(masked), **named})
     assert_same(found, expected)
     np.testing.assert_array_equal(found(INPUTS), expected(INPUTS))
 
@@ -162,8 +169,10 @@ def test_the_given_model_does_not_matter_but_for_its_structure(folder):
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        ({"again": 9, "half": 6}, r"(?s)again: .*\[0, 8\].*half: .*\[0, 5\]"),
-        ({"conv": [1, 4]}, r"conv: .*\[0, 3\]"),
+        ({"again": 9, "half": 6}, r"(?s)again: .*\[0, 4\].*half: .*\[0, 5\]"),
+        ({"again": 5}, r"again: .*\[0, 4\].*masked do not come back"),
+        ({"conv": [1, 4]}, r"conv: .*\[0, \[1, 3\]\]"),
+        ({"conv": [2, 1]}, r"conv: .*\[0, \[1, 3\]\]"),
         ({"again": True}, "again: rank must be a whole number, got True"),
         ({"body": 1}, r"got \['body'\]"),
     ],
@@ -181,6 +190,65 @@ def test_a_rank_cannot_be_loaded_back_after_a_cut(tmp_path):
     saved = checkpoint.open_checkpoint(tmp_path / "cut")
     with pytest.raises(ValueError, match=r"again: rank must be in \[0, 2\], got 3"):
         checkpoint.load(saved, structure(), ranks={"again": 3})
+
+
+def test_the_ranks_of_the_given_model_do_not_bound_what_is_loaded(folder):
+    """Masked or cut below the checkpoint's, with a stack: its ranks come back."""
+    saved = checkpoint.open_checkpoint(folder)
+    given = truncate(low_rank(), {"again": 1, "conv": [1, 0]})
+    set_ranks(given, {"again": 0, "half": 1, "conv": 0})
+    assert_same(checkpoint.load(saved, given), checkpoint.load(saved, structure()))
+    ranks = {"again": 3, "half": 4}
+    found = checkpoint.load(saved, given, ranks=ranks)
+    assert_same(found, checkpoint.load(saved, structure(), ranks=ranks))
+    assert get_ranks(found) == {"again": 3, "conv": [1, 3], "first": 6, "half": 4}
+
+
+class Odd(nnx.Module):
+    """A module of somebody's own that is named like ours and holds a `u`."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.factors = nnx.Dict(
+            u=nnx.Param(jnp.arange(6.0).reshape(2, 3)),
+            layer=nnx.Linear(4, 3, rngs=rngs),
+        )
+        self.block = nnx.Dict(factors=nnx.Linear(3, 4, rngs=rngs))
+
+    def __call__(self, inputs):
+        return self.block["factors"](
+            self.factors["layer"](inputs) + self.factors["u"][0]
+        )
+
+
+@pytest.mark.parametrize("ranks", [None, {"factors/layer": 2, "block/factors": 1}])
+def test_a_module_named_like_ours_is_saved_and_loaded(ranks, tmp_path):
+    """(bug 8) What is a factor's comes from the structure, not from a name."""
+    model = factorize(Odd(nnx.Rngs(0)))
+    checkpoint.save(tmp_path / "odd", model)
+    saved = checkpoint.open_checkpoint(tmp_path / "odd")
+    assert sorted(saved.metadata["rank_axes"]) == [
+        *("block/factors/factors/u", "block/factors/factors/v"),
+        *("factors/layer/factors/u", "factors/layer/factors/v"),
+    ]
+    abstract = nnx.eval_shape(lambda: factorize(Odd(nnx.Rngs(1))))
+    found = checkpoint.load(saved, abstract, ranks=ranks)
+    assert_same(found, truncate(model, ranks or {}))
+
+
+def test_two_arrays_with_one_path_are_refused_by_name(tmp_path):
+    """(bug 8) "x/y" next to "x" that holds "y": nothing is lost in silence."""
+    inner = nnx.Dict(y=nnx.LayerNorm(2, rngs=nnx.Rngs(0)))
+    model = nnx.Dict({"x": inner, "x/y": nnx.LayerNorm(2, rngs=nnx.Rngs(0))})
+    with pytest.raises(UserError, match=r"got several for \['x/y/bias', 'x/y/scale'\]"):
+        checkpoint.save(tmp_path / "new", model)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_version_is_the_packages_own(folder):
+    """(bug 26) Also where the project itself was never installed."""
+    metadata = checkpoint.open_checkpoint(folder).metadata
+    assert metadata["library_version"] == lowrank_jax.__version__
+    assert metadata["format_version"] == 2
 
 
 class Longer(Net):
@@ -369,9 +437,14 @@ BROKEN = {
         "format_version",
     ),
     "newer": (
-        lambda f: edit(f, format_version=2, library_version="9.9"),
+        lambda f: edit(f, format_version=3, library_version="9.9"),
         ValueError,
-        r"must be of format 1, got 2(.|\n)*9\.9",
+        r"must be of format 2, got 3(.|\n)*9\.9",
+    ),
+    "older": (
+        lambda f: edit(f, format_version=1, library_version="0.1", rank_axes=None),
+        ValueError,
+        r"must be of format 2, got 1(.|\n)*0\.1",
     ),
     "no ranks": (lambda f: edit(f, ranks=None), ValueError, r"missing: \['ranks'\]"),
 }

@@ -15,9 +15,10 @@ from flax import nnx
 from reference import relative_error
 
 from lowrank_jax.active import get_ranks, max_ranks, set_ranks
+from lowrank_jax.errors import UserError
 from lowrank_jax.factorization import factorize
 from lowrank_jax.factors import Factors
-from lowrank_jax.optimizer_state import cut_opt_state
+from lowrank_jax.optimizer_state import Cut, cut_opt_state
 from lowrank_jax.paths import find_factors
 from lowrank_jax.shrinking import shrink, tail_ranks
 from lowrank_jax.surgery import truncate
@@ -136,6 +137,26 @@ def by_path(tree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
+def acting(path: str, shape: tuple[int, ...]) -> np.ndarray:
+    """False for what a cut to `RANKS` makes zero: column 1 of the first group."""
+    mask = np.ones(shape, bool)
+    if len(shape) < 2 or not shape[0] == 2:  # a vector of a factored state
+        return mask
+    if "groups" in path and "['u']" in path:
+        mask[0, :, 1] = False
+    elif "groups" in path and ("['v']" in path or "['s']" in path):
+        mask[0, 1] = False
+    return mask
+
+
+def heads(state, like):
+    """The leading part of each array, of those of `like` its zeros as well."""
+    full = by_path(state)
+    for path, leaf in by_path(like).items():
+        head = full[path][tuple(slice(size) for size in leaf.shape)]
+        yield path, np.where(acting(path, leaf.shape), head, leaf)
+
+
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_the_cut_run_continues_the_masked_one(name):
     """(6) 10 masked steps, or 5, a cut and 5 more: the same parameters on the head.
@@ -151,10 +172,9 @@ def test_the_cut_run_continues_the_masked_one(name):
     small, small_state, restarted = shrink(model, RANKS, state, optimizer)
     assert restarted == [] and get_ranks(small) == RANKS
     assert jax.tree.structure(small_state) == jax.tree.structure(state)
-    before = by_path(state)
-    for path, leaf in by_path(small_state).items():
-        head = before[path][tuple(slice(size) for size in leaf.shape)]
-        np.testing.assert_array_equal(leaf, head, path, strict=True)
+    cut = by_path(small_state)
+    for path, head in heads(state, optimizer.init(pure_params(small))):
+        np.testing.assert_array_equal(cut[path], head, path, strict=True)
     small, small_state = train(small, small_state, optimizer, range(5, 10))
 
     expected = by_path(pure_params(truncate(masked, RANKS)))
@@ -165,10 +185,9 @@ def test_the_cut_run_continues_the_masked_one(name):
     assert any(relative_error(found[k], x) > 1e-4 for k, x in by_path(start).items())
     shapes = jax.tree.map(jnp.shape, optimizer.init(pure_params(small)))
     assert jax.tree.map(jnp.shape, small_state) == shapes
-    ends = by_path(masked_state)
-    for path, leaf in by_path(small_state).items():
-        head = ends[path][tuple(slice(size) for size in leaf.shape)]
-        np.testing.assert_allclose(leaf, head, rtol=1e-3, atol=1e-6, err_msg=path)
+    cut = by_path(small_state)
+    for path, head in heads(masked_state, small_state):
+        np.testing.assert_allclose(cut[path], head, rtol=1e-3, atol=1e-6, err_msg=path)
 
 
 @pytest.mark.parametrize("name", RESTARTED)
@@ -182,12 +201,12 @@ def test_what_couples_numbers_starts_anew_and_is_named(name):
     fresh = optimizer.init(pure_params(small))
     assert jax.tree.structure(small_state) == jax.tree.structure(fresh)
     assert jax.tree.map(jnp.shape, small_state) == jax.tree.map(jnp.shape, fresh)
-    found, new, old = by_path(small_state), by_path(fresh), by_path(state)
+    found, new = by_path(small_state), by_path(fresh)
     same = {path for path in new if np.array_equal(found[path], new[path])}
     assert same  # the restarted part
-    for path in found.keys() - same:  # all else is cut
-        head = old[path][tuple(slice(size) for size in found[path].shape)]
-        np.testing.assert_array_equal(found[path], head, path)
+    for path, head in heads(state, fresh):  # all else is cut
+        if path not in same:
+            np.testing.assert_array_equal(found[path], head, path)
     if name != "adafactor":
         assert found.keys() - same
     train(small, small_state, optimizer, range(3, 4))
@@ -217,7 +236,7 @@ def test_states_of_variables_and_of_arrays_both_work(pure):
     params = nnx.as_pure(params) if pure else params
     state = optimizer.init(params)
     state = jax.tree.map(lambda x: x + 1, state)
-    small, cut, _ = shrink(model, RANKS, state, optimizer)
+    small, cut, _ = shrink(model, {"first": 2, "groups": 1}, state, optimizer)
     own = nnx.state(small, nnx.Param)
     own = nnx.as_pure(own) if pure else own
     expected = optimizer.init(own)
@@ -230,16 +249,50 @@ def test_states_of_variables_and_of_arrays_both_work(pure):
     assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, expected)
 
 
+def test_an_nnx_optimizer_is_cut_like_a_state():
+    """`shrink(model, ranks, optimizer)`: its moments, its step; the old one stays."""
+    model = masked_net()
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    state = optimizer.tx.init(pure_params(model))
+    ones = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    optimizer.update(model, ones)
+    _, state = optimizer.tx.update(nnx.as_pure(ones), state, pure_params(model))
+    small, cut, restarted = shrink(model, RANKS, optimizer)
+    _, expected, _ = shrink(model, RANKS, state, optimizer.tx)
+    assert restarted == [] and isinstance(cut, nnx.Optimizer)
+    found = by_path(nnx.as_pure(cut.opt_state))
+    assert found.keys() == by_path(expected).keys()
+    for path, leaf in by_path(expected).items():
+        np.testing.assert_array_equal(found[path], leaf, path)
+    assert cut.step[...] == optimizer.step[...] == 1
+    assert optimizer.opt_state[0].mu["first"]["factors"]["u"].shape == (6, 6)
+    cut.update(small, jax.tree.map(jnp.ones_like, nnx.state(small, nnx.Param)))
+    assert cut.step[...] == 2
+
+
+def test_a_ragged_stack_keeps_nothing_past_its_ranks():
+    """What a cut makes zero stays zero, momentum and weight decay or not."""
+    model = nnx.merge(*net(), copy=True)
+    optimizer = optax.adamw(1e-2, weight_decay=0.1)
+    model, state = train(model, optimizer.init(pure_params(model)), optimizer, range(3))
+    small, state, _ = shrink(model, RANKS, state, optimizer)
+    after, _ = train(small, state, optimizer, range(3, 5))
+    for path, leaf in by_path(pure_params(after)).items():
+        tail = ~acting(path, leaf.shape)
+        assert not leaf[tail].any() and leaf[~tail].all(), path
+
+
 def test_unchanged_ranks_change_nothing():
     """No cut, the same optimizer state, a model equal to the one given."""
     model, optimizer = masked_net(), optax.adam(1e-2)
     state = optimizer.init(pure_params(model))
-    for ranks in ({}, max_ranks(model), {"groups": [3, 1]}):
-        small, same, restarted = shrink(model, ranks, state, optimizer)
+    full = nnx.merge(*net(), copy=True)
+    for given, ranks in ((model, {}), (full, max_ranks(full)), (full, {"groups": 3})):
+        small, same, restarted = shrink(given, ranks, state, optimizer)
         assert same is state and restarted == []
-        assert get_ranks(small) == {**RANKS, **ranks}
-        assert nnx.graphdef(small) == nnx.graphdef(model) and small is not model
-        for path, leaf in by_path(pure_params(model)).items():
+        assert get_ranks(small) == get_ranks(given)
+        assert nnx.graphdef(small) == nnx.graphdef(given) and small is not given
+        for path, leaf in by_path(pure_params(given)).items():
             np.testing.assert_array_equal(by_path(pure_params(small))[path], leaf)
     assert get_ranks(model) == RANKS
 
@@ -270,26 +323,61 @@ def test_shrinking_to_rank_zero_leaves_a_bias_to_train():
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        ({"first": 7, "groups": -1}, r"(?s)first: .*\[0, 6\].*groups: "),
+        ({"first": 7, "groups": -1}, r"(?s)first: .*\[0, 2\].*groups: "),
+        ({"first": 6, "groups": [1, 3]}, r"(?s)first: .*\[0, 2\].*groups: .*\[1, 2\]"),
         ({"x": 1}, "'x'"),
     ],
 )
 def test_wrong_ranks_are_refused(ranks, message):
-    """As `truncate` refuses them, all at once."""
+    """As `truncate` refuses them, all at once; no mask is taken off again."""
     model, optimizer = masked_net(), optax.sgd(0.1)
     with pytest.raises(ValueError, match=message):
         shrink(model, ranks, optimizer.init(pure_params(model)), optimizer)
 
 
+CUTS = {"['u']": Cut((4, 3), (4, 2))}
+
+
 def test_an_unknown_state_starts_anew_and_is_named():
-    """Somebody's own transformation is never cut by guess."""
+    """Somebody's own transformation is never cut by guess, a bare dict neither."""
     Norms = collections.namedtuple("Norms", ["norms"])
-    old = (optax.TraceState({"u": jnp.ones((4, 3))}), Norms({"u": jnp.ones((4, 3))}))
-    new = (optax.TraceState({"u": jnp.zeros((4, 2))}), Norms({"u": jnp.zeros((4, 2))}))
-    cut, restarted = cut_opt_state(old, new)
-    assert restarted == ["Norms"]
+
+    def state(width, number):
+        moment = {"u": jnp.full((4, width), number)}
+        return optax.TraceState(moment), Norms(moment), {"moment": moment}
+
+    cut, restarted = cut_opt_state(state(3, 1.0), state(2, 0.0), CUTS)
+    assert restarted == ["Norms", "dict"]
     np.testing.assert_array_equal(cut[0].trace["u"], np.ones((4, 2)))
     np.testing.assert_array_equal(cut[1].norms["u"], np.zeros((4, 2)))
+    np.testing.assert_array_equal(cut[2]["moment"]["u"], np.zeros((4, 2)))
+
+
+@pytest.mark.parametrize(
+    "moment", [{"v": jnp.ones((4, 3))}, {"u": jnp.ones((3, 4))}, jnp.ones(12)]
+)
+def test_a_moment_of_another_shape_or_place_starts_anew(moment):
+    """Only what stands where the parameter stood, in its shape, is sliced."""
+    fresh = jax.tree.map(lambda x: jnp.zeros(8), moment)
+    cut, restarted = cut_opt_state(
+        optax.TraceState(moment), optax.TraceState(fresh), CUTS
+    )
+    assert restarted == ["TraceState"]
+    np.testing.assert_array_equal(*map(jax.tree.leaves, (cut.trace, fresh)))
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum"])
+def test_flattened_moments_are_not_cut_as_a_prefix(name):
+    """`optax.flatten`: one long vector, whose prefix belongs to other parameters."""
+    optimizer = optax.chain(optax.ema(0.9), optax.flatten(ELEMENTWISE[name]))
+    model = masked_net()
+    model, state = train(model, optimizer.init(pure_params(model)), optimizer, range(2))
+    small, cut, restarted = shrink(model, RANKS, state, optimizer)
+    assert restarted == ["ScaleByAdamState" if name == "adam" else "TraceState"]
+    for leaf in jax.tree.leaves(cut[1]):
+        assert not np.any(leaf)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(cut[0]))
+    train(small, cut, optimizer, range(2, 3))
 
 
 def numpy_tail_rank(left: np.ndarray, right: np.ndarray, threshold: float) -> int:
@@ -328,19 +416,46 @@ def test_tail_ranks_equal_numpy(with_s, multiple):
     assert {0, 7} < seen
 
 
-def test_tail_ranks_see_allocated_columns_and_small_ones_inside():
-    """Masked columns count while they are there; a small column before a large
-    stays."""
+def test_tail_ranks_see_active_columns_and_small_ones_inside():
+    """Masked columns are not read; a small column before a large one stays."""
     u = jnp.diag(jnp.asarray([1.0, 1e-9, 1.0, 1e-9]))
     model = nnx.Dict(one=Factors(u, jnp.eye(4)))
     assert tail_ranks(model, threshold=1e-5) == {"one": 3}
-    set_ranks(model, {"one": 1})
-    assert tail_ranks(model, threshold=1e-5) == {"one": 3}
+    for active in (3, 2, 1, 0):
+        set_ranks(model, {"one": active})
+        expected = min(active, 1 if active < 3 else 3)
+        assert tail_ranks(model, threshold=1e-5) == {"one": expected}
+        assert tail_ranks(model, threshold=0, multiple=4) == {"one": active}
     none = nnx.Dict(one=Factors(jnp.zeros((4, 0)), jnp.zeros((0, 3))))
     assert tail_ranks(none, threshold=1e-5) == {"one": 0}
     assert tail_ranks(nnx.Dict(one=Factors(0 * u, jnp.eye(4))), threshold=1e-5) == {
         "one": 0
     }
+
+
+def test_shrinking_by_the_rule_never_raises_a_rank():
+    """(bug 1) A masked model and a stack that was cut keep their function."""
+    model = masked_net()
+    inputs, optimizer = jnp.ones((2, 6)), optax.sgd(0.1)
+    for given in (model, truncate(model, {"groups": [1, 2]})):
+        ranks = tail_ranks(given, threshold=1e-9, multiple=2)
+        assert ranks == get_ranks(given) == RANKS
+        state = optimizer.init(pure_params(given))
+        small, _, _ = shrink(given, ranks, state, optimizer)
+        assert get_ranks(small) == RANKS
+        assert relative_error(small(inputs), given(inputs)) <= 1e-6
+
+
+def test_tail_ranks_refuse_nan_by_name():
+    """(bug 21) All layers with one; what is masked is not asked."""
+    model = masked_net()
+    factors = find_factors(model)
+    factors["first"].u.set_value(factors["first"].u[...].at[0, 5].set(jnp.nan))
+    assert tail_ranks(model, threshold=1e-9) == RANKS
+    for matrix in factors.values():
+        matrix.v.set_value(matrix.v[...].at[..., 0, 0].set(jnp.nan))
+    with pytest.raises(UserError, match=r"(?s)first: .*NaN.*groups: .*NaN"):
+        tail_ranks(model, threshold=1e-9)
 
 
 def test_tail_ranks_go_into_shrink():

@@ -61,7 +61,7 @@ def test_maps_images_to_finite_float32_logits_with_gradients(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_defaults_stand_in_build_alone(name):
     """So that the one signature says, and a checkpoint can record, what a model is."""
-    build = resolve("model", name, MODELS, allow_imports=[])
+    build = resolve(name, MODELS, allow_imports=[])
     module = sys.modules[build.__module__]
     required = {"image_shape", "num_classes", "rngs"}
     options = inspect.signature(build).parameters
