@@ -42,7 +42,7 @@ def make_config(
       **changes: Other keys of the config.
     """
     config = common.base(seed=3)
-    config.data = common.digits(batch_size=batch_size)
+    common.digits(config, batch_size=batch_size)
     config.data.validation_examples = DIGITS - steps_per_epoch * batch_size
     config.data.eval_batch_size = 600
     config.model = model

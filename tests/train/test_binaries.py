@@ -23,7 +23,7 @@ from configs import common
 from lowrank_jax import checkpoint
 from lowrank_jax.active import max_ranks, set_ranks
 from lowrank_jax.paths import find_factors
-from train import checkpoints, evaluation, loop
+from train import checkpoints, loop, selecting
 from train import evaluate as evaluate_binary
 from train.data import pipeline
 from train.model import load_model
@@ -71,7 +71,7 @@ def load(path: Path) -> nnx.Module:
 
 
 def images(count: int = 32) -> jnp.ndarray:
-    config = common.digits(batch_size=count).to_dict()
+    config = common.data("digits", batch_size=count, validation_examples=137)
     data = pipeline.load_data(config, allow_imports=[])
     batch = next(data.eval_batches("test", count))
     return (jnp.asarray(batch["image"], jnp.float32) - 4.88) / 6.02
@@ -90,9 +90,10 @@ def masked(path: Path, ranks: dict[str, int]) -> nnx.Module:
 
 def cut_to(source: Path, output: Path, selector: str, value: Any, **options: Any):
     """Cuts by a selector that has a flag, as `train.truncate` does."""
-    with errors.at(f"--{selector}"):
-        choice = {"name": selector, "args": {"value": value}}
-        return checkpoints.truncate_checkpoint(source, output, choice, **options)
+    if selector == "ranks":
+        value = selecting.read_rank_file(value, "--ranks")
+    choice = {"name": selector, "args": {"value": value}}
+    return checkpoints.truncate_checkpoint(source, output, choice, **options)
 
 
 class TestTruncate:
@@ -120,9 +121,7 @@ class TestTruncate:
         """By file; a layer that is not named keeps its rank."""
         (tmp_path / "ranks.json").write_text('{"hidden/0": 5}')
         output = tmp_path / "cut"
-        result = cut_to(
-            run, output, "ranks", str(tmp_path / "ranks.json")
-        )
+        result = cut_to(run, output, "ranks", str(tmp_path / "ranks.json"))
         assert result["ranks"] == {"head": 10, "hidden/0": 5}
 
     def test_energy(self, run, tmp_path):
@@ -234,13 +233,17 @@ class TestTruncateRefuses:
     @pytest.mark.parametrize(
         "selector, value, parts",
         [
-            ("rank", -1, ("--rank:", "-1")),
-            ("rank_fraction", 0.0, ("--rank_fraction:", "(0, 1]", "0.0")),
-            ("rank_fraction", 1.5, ("--rank_fraction:", "1.5")),
-            ("energy", 0.0, ("--energy:", "(0, 1]", "0.0")),
-            ("energy", 1.5, ("--energy:", "1.5")),
-            ("params_fraction", 2.0, ("--params_fraction:", "2.0")),
-            ("params_fraction", 1e-4, ("--params_fraction:", "at least", "0.0001")),
+            ("rank", -1, ("selector rank: ", "-1")),
+            ("rank_fraction", 0.0, ("selector rank_fraction: ", "(0, 1]", "0.0")),
+            ("rank_fraction", 1.5, ("selector rank_fraction: ", "1.5")),
+            ("energy", 0.0, ("selector energy: ", "(0, 1]", "0.0")),
+            ("energy", 1.5, ("selector energy: ", "1.5")),
+            ("params_fraction", 2.0, ("selector params_fraction: ", "2.0")),
+            (
+                "params_fraction",
+                1e-4,
+                ("selector params_fraction: ", "at least", "0.0001"),
+            ),
         ],
     )
     def test_values_out_of_bounds(self, run, tmp_path, selector, value, parts):
@@ -253,8 +256,8 @@ class TestTruncateRefuses:
     @pytest.mark.parametrize(
         "text, parts",
         [
-            ("{", ("--ranks: must be a JSON file", "ranks.json")),
-            ("[3]", ("--ranks: must be a JSON object", "[3]")),
+            ("{", ("--ranks: ", "ranks.json: must be JSON, got '{'")),
+            ("[3]", ("--ranks: ", "must be a JSON object, got [3]")),
             ('{"hiden/0": 3, "tail": 1}', ("['hiden/0', 'tail']", "'hidden/0'")),
             (
                 '{"head": 11, "hidden/0": -1}',
@@ -268,9 +271,7 @@ class TestTruncateRefuses:
     def test_rank_files(self, run, tmp_path, text, parts):
         (tmp_path / "ranks.json").write_text(text)
         with pytest.raises(ValueError) as caught:
-            cut_to(
-                run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json")
-            )
+            cut_to(run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json"))
         for part in parts:
             assert part in str(caught.value)
         assert not (tmp_path / "cut").exists()
@@ -278,26 +279,20 @@ class TestTruncateRefuses:
     def test_all_bad_ranks_at_once(self, run, tmp_path):
         (tmp_path / "ranks.json").write_text('{"head": 11, "hidden/0": -1, "tail": 1}')
         with pytest.raises(ValueError) as caught:
-            cut_to(
-                run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json")
-            )
+            cut_to(run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json"))
         for part in ("got 11", "got -1", "'tail'"):
             assert part in str(caught.value)
 
     def test_a_rank_file_that_is_not_there(self, run, tmp_path):
         with pytest.raises(ValueError, match="--ranks: .*nothing.json"):
-            cut_to(
-                run, tmp_path / "cut", "ranks", str(tmp_path / "nothing.json")
-            )
+            cut_to(run, tmp_path / "cut", "ranks", str(tmp_path / "nothing.json"))
 
     def test_a_rank_above_that_of_a_truncated_one(self, run, tmp_path):
         """Columns that were cut away do not come back."""
         cut_to(run, tmp_path / "a", "rank", 4)
         (tmp_path / "ranks.json").write_text('{"head": 5}')
         with pytest.raises(ValueError, match=r"head: rank must be in \[0, 4\], got 5"):
-            cut_to(
-                tmp_path / "a", tmp_path / "b", "ranks", tmp_path / "ranks.json"
-            )
+            cut_to(tmp_path / "a", tmp_path / "b", "ranks", tmp_path / "ranks.json")
 
     def test_a_half_written_checkpoint(self, run, tmp_path):
         shutil.copytree(run / "checkpoints", tmp_path / "half")
@@ -313,9 +308,7 @@ class TestTruncateRefuses:
         (file,) = (tmp_path / "bad").glob("*/metadata/metadata")
         file.write_text("{")
         with pytest.raises(ValueError, match="--checkpoint: metadata must be JSON"):
-            cut_to(
-                tmp_path / "bad", tmp_path / "cut", "rank", 4
-            )
+            cut_to(tmp_path / "bad", tmp_path / "cut", "rank", 4)
 
     def test_a_newer_format(self, run, tmp_path):
         shutil.copytree(run / "checkpoints", tmp_path / "new")
@@ -338,7 +331,7 @@ class TestTruncateRefuses:
 class TestEvaluate:
     def test_figures_by_numpy(self, run):
         """Accuracy and loss on all 360 test images, from the logits."""
-        config = common.digits(batch_size=1).to_dict()
+        config = common.data("digits", batch_size=1, validation_examples=137)
         data = pipeline.load_data(config, allow_imports=[])
         batch = next(data.eval_batches("test", 360))
         logits = np.asarray(

@@ -52,12 +52,12 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "unknown key of an optimizer": (
         "phases/0/optimizer/momentum",
         0.9,
-        ("config.phases[0].optimizer: keys must be", "'momentum'"),
+        ("config.phases[0] (only)", "optimizer: keys must be", "'momentum'"),
     ),
     "unknown key of a schedule": (
         "phases/0/optimizer/schedule/warmup",
         1,
-        ("config.phases[0].optimizer.schedule: keys must be", "'warmup'"),
+        ("config.phases[0] (only)", "schedule: keys must be", "'warmup'"),
     ),
     "missing key": ("seed", ..., ("config: must have", "'seed'")),
     "missing key of a phase": (
@@ -92,25 +92,32 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
         ["1"],
         ("config.eval_fractions", "'1'"),
     ),
-    "deviation of zero": ("data/std", [0.0], ("config.data.std", "[0.0]")),
-    "deviation that is text": ("data/std", ["a"], ("config.data.std", "['a']")),
+    "deviation of zero": ("task/args/std", [0.0], ("config.task: ", "[0.0]")),
+    "deviation that is text": ("task/args/std", ["a"], ("config.task: ", "['a']")),
     "mean of three channels": (
-        "data/mean",
+        "task/args/mean",
         [1.0, 2.0, 3.0],
-        ("config.data.mean", "3.0"),
+        ("config.task: ", "3.0"),
     ),
-    "deviation of three channels": ("data/std", [1.0, 2.0, 3.0], ("config.data.std",)),
-    "mean that is text": ("data/mean", ["a"], ("config.data.mean", "'a'")),
+    "deviation of three channels": (
+        "task/args/std",
+        [1.0, 2.0, 3.0],
+        ("config.task: ",),
+    ),
+    "mean that is text": ("task/args/mean", ["a"], ("config.task: ", "'a'")),
     "no phases": ("phases", [], ("config.phases: must hold at least one",)),
     "phase without length": (
         "phases/0/until",
         {},
-        ("config.phases[0] (only).until", "{}"),
+        ("config.phases[0] (only)", "until", "{}"),
     ),
     "phase of two lengths": (
         "phases/0/until",
         {"steps": 3, "epochs": 1},
-        ("config.phases[0] (only).until",),
+        (
+            "config.phases[0] (only)",
+            "until",
+        ),
     ),
     "phase of no steps": ("phases/0/until", {"steps": 0}, ("(only).until", "0")),
     "phase of half a step": ("phases/0/until", {"steps": 0.5}, ("(only).until", "0.5")),
@@ -118,22 +125,22 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "incomplete shrink": (
         "phases/0/shrink",
         {"every_epochs": 1},
-        ("config.phases[0] (only).shrink", "threshold"),
+        ("config.phases[0] (only)", "shrink", "threshold"),
     ),
     "shrink never": (
         "phases/0/shrink",
         {**SHRINK, "every_epochs": 0},
-        ("config.phases[0] (only).shrink", "at least 1"),
+        ("config.phases[0] (only)", "shrink", "at least 1"),
     ),
     "shrink of text": (
         "phases/0/shrink",
         {**SHRINK, "threshold": "small"},
-        ("config.phases[0] (only).shrink", "'small'"),
+        ("config.phases[0] (only)", "shrink", "'small'"),
     ),
     "shrink every half epoch": (
         "phases/0/shrink",
         {**SHRINK, "every_epochs": "1"},
-        ("config.phases[0] (only).shrink", "'1'"),
+        ("config.phases[0] (only)", "shrink", "'1'"),
     ),
     "rule that is no pair": ("rank_rules", [".*"], ("config.rank_rules", "'.*'")),
     "rule that matches nothing": (
@@ -185,22 +192,28 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "unknown sampler": (
         "phases/0/sampler/name",
         "sandwhich",
-        ("config.phases[0].sampler: name", "'sandwhich'", "sandwich", "single_layer"),
+        (
+            "config.phases[0] (only)",
+            "sampler: name",
+            "'sandwhich'",
+            "sandwich",
+            "single_layer",
+        ),
     ),
     "unknown argument of a sampler": (
         "phases/0/sampler",
         named("sandwich", pases=3),
-        ("config.phases[0].sampler: args", "'pases'", "'passes'"),
+        ("config.phases[0] (only)", "sampler: args", "'pases'", "'passes'"),
     ),
     "bad argument of a sampler": (
         "phases/0/sampler",
         named("sandwich", passes=1),
-        ("config.phases[0].sampler", "passes must be at least 2", "1"),
+        ("config.phases[0] (only)", "sampler", "passes must be at least 2", "1"),
     ),
     "missing argument of a sampler": (
         "phases/0/sampler",
         named("geometric"),
-        ("config.phases[0].sampler: args", "decay"),
+        ("config.phases[0] (only)", "sampler: args", "decay"),
     ),
     "bad fraction of a sampler": (
         "phases/0/sampler",
@@ -225,65 +238,65 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "unknown teacher": (
         "phases/0/teacher/name",
         "me",
-        ("config.phases[0].teacher: name", "'me'", "full", "none"),
+        ("config.phases[0] (only)", "teacher: name", "'me'", "full", "none"),
     ),
     "bad label weight": (
         "phases/0/teacher",
         named("full", label_weight=2.0),
-        ("config.phases[0].teacher", "label_weight", "2.0"),
+        ("config.phases[0] (only)", "teacher", "label_weight", "2.0"),
     ),
     "unknown penalty": (
         "phases/0/penalties",
         [named("laso", weight=1.0)],
-        ("config.phases[0].penalties", "'laso'", "hierarchical_group_lasso"),
+        ("config.phases[0] (only)", "penalties", "'laso'", "hierarchical_group_lasso"),
     ),
     "negative penalty": (
         "phases/0/penalties",
         [named("group_lasso", weight=-1.0)],
-        ("config.phases[0].penalties", "-1.0"),
+        ("config.phases[0] (only)", "penalties", "-1.0"),
     ),
     "penalty without arguments": (
         "phases/0/penalties",
         [{"name": "group_lasso"}],
-        ("config.phases[0] (only).penalties", "'args'"),
+        ("config.phases[0] (only)", "penalties", "'args'"),
     ),
     "unknown optimizer": (
         "phases/0/optimizer/name",
         "sdg",
-        ("config.phases[0].optimizer: name", "'sdg'", "adamw", "sgd"),
+        ("config.phases[0] (only)", "optimizer: name", "'sdg'", "adamw", "sgd"),
     ),
     "unknown argument of an optimizer": (
         "phases/0/optimizer/args",
         {"momentun": 0.9},
-        ("config.phases[0].optimizer: args", "'momentun'", "'momentum'"),
+        ("config.phases[0] (only)", "optimizer: args", "'momentun'", "'momentum'"),
     ),
     "unknown schedule": (
         "phases/0/optimizer/schedule/name",
         "linear",
-        ("config.phases[0].optimizer.schedule: name", "'linear'", "cosine"),
+        ("config.phases[0] (only)", "schedule: name", "'linear'", "cosine"),
     ),
     "missing argument of a schedule": (
         "phases/0/optimizer/schedule",
         named("cosine", warmup_steps=1),
-        ("config.phases[0].optimizer.schedule: args", "final_fraction"),
+        ("config.phases[0] (only)", "schedule: args", "final_fraction"),
     ),
     "decayed that is no pattern": (
         "phases/0/optimizer/decayed",
         "(",
-        ("config.phases[0].optimizer.decayed", "'('"),
+        ("config.phases[0] (only)", "optimizer: decayed", "'('"),
     ),
     "unknown augmentation": (
-        "data/augment",
+        "task/args/augment",
         [["random_crob", {"padding": 1}]],
         ("augment[0]", "'random_crob'", "random_crop", "random_flip"),
     ),
     "bad argument of an augmentation": (
-        "data/augment",
+        "task/args/augment",
         [["random_flip", {}], ["random_crop", {"padding": 0}]],
         ("augment[1]", "padding", "0"),
     ),
     "augmentation without mapping": (
-        "data/augment",
+        "task/args/augment",
         [["random_crop", 3]],
         ("augment", "random_crop", "3"),
     ),
@@ -300,7 +313,7 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
 # What phases can get wrong; the model is low-rank by "full", without `s`.
 
 FIRST = "config.phases (only)"
-KEPT = "config.phases[1].optimizer_state"
+KEPT = "config.phases[1] (only)", "optimizer_state"
 
 
 def penalties(name: str, **args: Any) -> list[dict[str, Any]]:
@@ -330,22 +343,22 @@ MISTAKES |= {
     "targets that nobody selects": (
         "phases/0/penalties",
         penalties("modified_stable_rank", weight=1.0, target_ranks="selected"),
-        ("config.phases[0].penalties", "'selected'", "'select'"),
+        ("config.phases[0] (only)", "penalties", "'selected'", "'select'"),
     ),
     "unknown projection": (
         "phases/0/projections",
         penalties("spectral_norm"),
-        ("config.phases[0].projections: name", "stable_rank_normalization"),
+        ("config.phases[0] (only)", "projections: name", "stable_rank_normalization"),
     ),
     "unknown condition": (
         "phases/0/until",
         {"steps": 4, "condition": named("bored")},
-        ("until.condition: name", "stable_ranks_stand_still", "'bored'"),
+        ("until: name", "stable_ranks_stand_still", "'bored'"),
     ),
     "arguments of a condition": (
         "phases/0/until",
         {"steps": 4, "condition": named("stable_ranks_stand_still", every_steps=0)},
-        ("until.condition", "every_steps", "0"),
+        ("until", "every_steps", "0"),
     ),
     "a condition without a limit": (
         "phases/0/until",
@@ -355,7 +368,7 @@ MISTAKES |= {
     "to an epoch that is over": (
         "phases/1/until",
         {"to_epoch": 1},
-        ("config.phases[1] (only).until", "step 4", "Raise it"),
+        ("config.phases[1] (only)", "until", "step 4", "Raise it"),
     ),
     "another optimizer that is kept": (
         {"phases/1/optimizer_state": "kept", "phases/1/optimizer/clip_norm": 1.0},
@@ -365,12 +378,12 @@ MISTAKES |= {
     "a state that is kept from nothing": (
         "phases/0/optimizer_state",
         "kept",
-        ("config.phases[0].optimizer_state", "'new'"),
+        ("config.phases[0] (only)", "optimizer_state", "'new'"),
     ),
     "an optimizer state of another word": (
         "phases/0/optimizer_state",
         "old",
-        ("(only).optimizer_state", "'new' or 'kept'", "'old'"),
+        ("(only).optimizer_state", "('new', 'kept')", "'old'"),
     ),
     "no parameter to train": (
         "phases/0/trainable",
@@ -380,13 +393,13 @@ MISTAKES |= {
     "a pattern that is none": (
         "phases/0/trainable",
         ["("],
-        ("config.phases[0].trainable", "regular expression", "'('"),
+        ("config.phases[0] (only)", "trainable", "regular expression", "'('"),
     ),
     "nothing to train": ("phases/0/trainable", [], ("(only).trainable", "[]")),
     "unknown action": (
         "phases/0/on_end",
         ends_with("distil"),
-        ("config.phases[0].on_end: name", "canonicalize", "'distil'"),
+        ("config.phases[0] (only)", "on_end: name", "canonicalize", "'distil'"),
     ),
     "rules of an action without a layer": (
         "phases/0/on_end",
@@ -476,7 +489,7 @@ MISTAKES |= {
             "phases/0/optimizer/decayed": "kernel",
         },
         None,
-        (FIRST, "optimizer.decayed", "'kernel'", "head/factors/u"),
+        (FIRST, "optimizer: decayed", "'kernel'", "head/factors/u"),
     ),
     "a stable rank of another fold": (
         {
@@ -486,7 +499,7 @@ MISTAKES |= {
             "rank_rules": [[".*", "dense"]],
         },
         None,
-        ("config.phases[0].on_end", "scheme"),
+        ("config.phases[0] (only)", "on_end", "scheme"),
     ),
     "a stable rank of what is low-rank": (
         "phases/0/on_end",
@@ -525,7 +538,7 @@ def test_a_mistake_in_the_config(tmp_path, mistake):
 def test_all_mistakes_of_a_kind_at_once(tmp_path):
     config = make_config()
     put(config, "sede", 1)
-    put(config, "data/std", ...)
+    put(config, "task/args/std", ...)
     put(config, "model/name", 3)
     with pytest.raises(ValueError) as caught:
         loop.train_and_evaluate(config, tmp_path / "run")
