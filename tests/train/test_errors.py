@@ -52,12 +52,12 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "unknown key of an optimizer": (
         "phases/0/optimizer/momentum",
         0.9,
-        ("config.phases[0] (only)", "optimizer: keys must be", "'momentum'"),
+        ("config.phases[0].", "optimizer: keys must be", "'momentum'"),
     ),
     "unknown key of a schedule": (
         "phases/0/optimizer/schedule/warmup",
         1,
-        ("config.phases[0] (only)", "schedule: keys must be", "'warmup'"),
+        ("config.phases[0].", "schedule: keys must be", "'warmup'"),
     ),
     "missing key": ("seed", ..., ("config: must have", "'seed'")),
     "missing key of a phase": (
@@ -242,8 +242,8 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     ),
     "bad label weight": (
         "phases/0/teacher",
-        named("full", label_weight=2.0),
-        ("config.phases[0] (only)", "teacher", "label_weight", "2.0"),
+        named("full", target_weight=2.0),
+        ("config.phases[0] (only)", "teacher", "target_weight", "2.0"),
     ),
     "unknown penalty": (
         "phases/0/penalties",
@@ -253,7 +253,7 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "negative penalty": (
         "phases/0/penalties",
         [named("group_lasso", weight=-1.0)],
-        ("config.phases[0] (only)", "penalties", "-1.0"),
+        ("(only)", "penalties", "-1.0"),
     ),
     "penalty without arguments": (
         "phases/0/penalties",
@@ -312,8 +312,8 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
 
 # What phases can get wrong; the model is low-rank by "full", without `s`.
 
-FIRST = "config.phases (only)"
-KEPT = "config.phases[1] (only)", "optimizer_state"
+FIRST = "(only)"
+KEPT = "config.phases[1] (only): optimizer_state"
 
 
 def penalties(name: str, **args: Any) -> list[dict[str, Any]]:
@@ -343,7 +343,7 @@ MISTAKES |= {
     "targets that nobody selects": (
         "phases/0/penalties",
         penalties("modified_stable_rank", weight=1.0, target_ranks="selected"),
-        ("config.phases[0] (only)", "penalties", "'selected'", "'select'"),
+        ("(only)", "penalties", "'selected'", "'select'"),
     ),
     "unknown projection": (
         "phases/0/projections",
@@ -368,7 +368,7 @@ MISTAKES |= {
     "to an epoch that is over": (
         "phases/1/until",
         {"to_epoch": 1},
-        ("config.phases[1] (only)", "until", "step 4", "Raise it"),
+        ("(only)", "until", "step 4", "Raise it"),
     ),
     "another optimizer that is kept": (
         {"phases/1/optimizer_state": "kept", "phases/1/optimizer/clip_norm": 1.0},
@@ -419,12 +419,12 @@ MISTAKES |= {
     "unknown selector": (
         "phases/0/on_end",
         ends_with("select", selector=named("best")),
-        (FIRST, "on_end (select)", "beam", "'best'"),
+        (FIRST, "on_end", "beam", "'best'"),
     ),
     "a selector that is no mapping": (
         "phases/0/on_end",
         ends_with("select", selector="beam"),
-        (FIRST, "on_end (select)", "'name' and 'args'"),
+        (FIRST, "on_end", "'name' and 'args'"),
     ),
     "a budget below rank 1": (
         "phases/0/on_end",
@@ -442,7 +442,7 @@ MISTAKES |= {
             "data/validation_examples": 0,
         },
         None,
-        (FIRST, "on_end (select)", "beam", "validation_examples"),
+        (FIRST, "on_end (select)", "beam", "held-out training data"),
     ),
     "a sampler for a dense model": (
         {
@@ -489,7 +489,7 @@ MISTAKES |= {
             "phases/0/optimizer/decayed": "kernel",
         },
         None,
-        (FIRST, "optimizer: decayed", "'kernel'", "head/factors/u"),
+        (FIRST, "optimizer.decayed", "'kernel'", "head/factors/u"),
     ),
     "a stable rank of another fold": (
         {
@@ -538,11 +538,12 @@ def test_a_mistake_in_the_config(tmp_path, mistake):
 def test_all_mistakes_of_a_kind_at_once(tmp_path):
     config = make_config()
     put(config, "sede", 1)
-    put(config, "task/args/std", ...)
+    put(config, "data/batch_size", ...)
     put(config, "model/name", 3)
     with pytest.raises(ValueError) as caught:
         loop.train_and_evaluate(config, tmp_path / "run")
-    for part in ("'sede'", "config.data: must have ['std']", "config.model.name"):
+    missing = "config.data: must have ['batch_size']"
+    for part in ("'sede'", missing, "config.model.name"):
         assert part in str(caught.value)
 
 
