@@ -15,7 +15,8 @@ TREES = ("lowrank_jax", "train", "configs", "benchmarks")
 
 LAYERS = (
     {"errors", "version"},
-    {"linalg", "rules", "ranks", "folds", "optimizer_state", "purity", "storage"},
+    {"linalg", "rules", "ranks", "folds", "optimizer_state", "purity", "storage"}
+    | {"nnx_internals"},
     {"cost", "ranked"},
     {"factors"},
     {"forms"},

@@ -23,10 +23,10 @@ from configs import common
 from lowrank_jax import checkpoint
 from lowrank_jax.active import max_ranks, set_ranks
 from lowrank_jax.paths import find_factors
-from train import checkpoints, evaluation, loop
+from train import checkpoints, loop, selecting
 from train import evaluate as evaluate_binary
 from train.data import pipeline
-from train.state import load_model
+from train.model import load_model
 
 ROOT = Path(__file__).parents[2]
 FULL = {"head": 10, "hidden/0": 64}
@@ -71,7 +71,7 @@ def load(path: Path) -> nnx.Module:
 
 
 def images(count: int = 32) -> jnp.ndarray:
-    config = common.digits(batch_size=count).to_dict()
+    config = common.data("digits", batch_size=count, validation_examples=137)
     data = pipeline.load_data(config, allow_imports=[])
     batch = next(data.eval_batches("test", count))
     return (jnp.asarray(batch["image"], jnp.float32) - 4.88) / 6.02
@@ -88,39 +88,45 @@ def masked(path: Path, ranks: dict[str, int]) -> nnx.Module:
     return model
 
 
+def cut_to(source: Path, output: Path, selector: str, value: Any, **options: Any):
+    """Cuts by a selector that has a flag, as `train.truncate` does."""
+    if selector == "ranks":
+        value = selecting.read_rank_file(value, "--ranks")
+    choice = {"name": selector, "args": {"value": value}}
+    return checkpoints.truncate_checkpoint(source, output, choice, **options)
+
+
 class TestTruncate:
     def test_rank(self, run, tmp_path):
         """Every layer at most at it."""
-        result = checkpoints.truncate_checkpoint(run, tmp_path / "cut", "rank", 16)
+        result = cut_to(run, tmp_path / "cut", "rank", 16)
         assert result["ranks"] == {"head": 10, "hidden/0": 16}
         assert set(result) == {"output", "params", "macs", "ranks"}
 
     def test_rank_of_zero(self, run, tmp_path):
         """What is left is the biases: one answer for all images."""
-        checkpoints.truncate_checkpoint(run, tmp_path / "cut", "rank", 0)
+        cut_to(run, tmp_path / "cut", "rank", 0)
         logits = np.asarray(load(tmp_path / "cut")(images()))
         assert np.ptp(logits, axis=0).max() == 0
-        row = evaluation.evaluate_checkpoint(tmp_path / "cut")
+        row = checkpoints.open_model(tmp_path / "cut").figures()
         assert row["ranks"] == {"head": 0, "hidden/0": 0}
 
     def test_rank_fraction(self, run, tmp_path):
         """Of each layer's rank, rounded up."""
         output = tmp_path / "cut"
-        result = checkpoints.truncate_checkpoint(run, output, "rank_fraction", 0.23)
+        result = cut_to(run, output, "rank_fraction", 0.23)
         assert result["ranks"] == {"head": 3, "hidden/0": 15}
 
     def test_ranks(self, run, tmp_path):
         """By file; a layer that is not named keeps its rank."""
         (tmp_path / "ranks.json").write_text('{"hidden/0": 5}')
         output = tmp_path / "cut"
-        result = checkpoints.truncate_checkpoint(
-            run, output, "ranks", str(tmp_path / "ranks.json")
-        )
+        result = cut_to(run, output, "ranks", str(tmp_path / "ranks.json"))
         assert result["ranks"] == {"head": 10, "hidden/0": 5}
 
     def test_energy(self, run, tmp_path):
         """The least prefix with the share of the squared importances, by NumPy."""
-        result = checkpoints.truncate_checkpoint(run, tmp_path / "cut", "energy", 0.8)
+        result = cut_to(run, tmp_path / "cut", "energy", 0.8)
         for path, factors in find_factors(load(run)).items():
             u, v = (np.asarray(x[...], np.float64) for x in (factors.u, factors.v))
             importance = np.linalg.norm(u, axis=0) * np.linalg.norm(v, axis=1)
@@ -132,7 +138,7 @@ class TestTruncate:
     def test_params_fraction(self, run, tmp_path, budget):
         """The largest common fraction within the budget of the factored layers."""
         output = tmp_path / "cut"
-        result = checkpoints.truncate_checkpoint(run, output, "params_fraction", budget)
+        result = cut_to(run, output, "params_fraction", budget)
         kept = sum(
             r * s
             for r, s in zip(
@@ -154,7 +160,7 @@ class TestTruncate:
     def test_the_output_is_that_of_the_masked_model(self, run, tmp_path, ranks):
         (tmp_path / "ranks.json").write_text(json.dumps(ranks))
         output = tmp_path / "cut"
-        checkpoints.truncate_checkpoint(run, output, "ranks", tmp_path / "ranks.json")
+        cut_to(run, output, "ranks", tmp_path / "ranks.json")
         small, inputs = load(output), images()
         assert max_ranks(small) == ranks
         assert relative_error(small(inputs), masked(run, ranks)(inputs)) < 1e-6
@@ -163,7 +169,7 @@ class TestTruncate:
         sizes = [size_on_disk(run)]
         for rank in (32, 8, 1):
             output = tmp_path / str(rank)
-            checkpoints.truncate_checkpoint(run, output, "rank", rank)
+            cut_to(run, output, "rank", rank)
             sizes.append(size_on_disk(output))
         assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
         assert sizes[1] < 0.75 * sizes[0]
@@ -175,12 +181,12 @@ class TestTruncate:
             (tmp_path / "a", "b", 3),
             (run, "c", 3),
         ):
-            checkpoints.truncate_checkpoint(source, tmp_path / name, "rank", rank)
+            cut_to(source, tmp_path / name, "rank", rank)
         twice, once = (load(tmp_path / name)(images()) for name in "bc")
         np.testing.assert_array_equal(twice, once)
 
     def test_the_table(self, run, tmp_path, capsys):
-        result = checkpoints.truncate_checkpoint(run, tmp_path / "cut", "rank", 2)
+        result = cut_to(run, tmp_path / "cut", "rank", 2)
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].split() == "path rank cut to params cut to MACs cut to".split()
         assert lines[2].split()[:3] == ["head", "10", "2"]
@@ -190,7 +196,7 @@ class TestTruncate:
     def test_recalibration_changes_the_statistics_alone(self, norm_run, tmp_path):
         """The convolutions' statistics become those of the cut model's activations."""
         for name, batches in (("plain", 0), ("new", 4)):
-            checkpoints.truncate_checkpoint(
+            cut_to(
                 norm_run,
                 tmp_path / name,
                 "rank",
@@ -209,7 +215,7 @@ class TestTruncate:
             other = checkpoint.flatten(new["model_state"])[key]
             assert relative_error(other, array) > 1e-3, key
         losses = [
-            evaluation.evaluate_checkpoint(tmp_path / n, split="train")["loss"]
+            checkpoints.open_model(tmp_path / n).figures("train")["loss"]
             for n in ("plain", "new")
         ]
         assert losses[1] < losses[0]
@@ -227,18 +233,22 @@ class TestTruncateRefuses:
     @pytest.mark.parametrize(
         "selector, value, parts",
         [
-            ("rank", -1, ("--rank:", "-1")),
-            ("rank_fraction", 0.0, ("--rank_fraction:", "(0, 1]", "0.0")),
-            ("rank_fraction", 1.5, ("--rank_fraction:", "1.5")),
-            ("energy", 0.0, ("--energy:", "(0, 1]", "0.0")),
-            ("energy", 1.5, ("--energy:", "1.5")),
-            ("params_fraction", 2.0, ("--params_fraction:", "2.0")),
-            ("params_fraction", 1e-4, ("--params_fraction:", "at least", "0.0001")),
+            ("rank", -1, ("selector rank: ", "-1")),
+            ("rank_fraction", 0.0, ("selector rank_fraction: ", "(0, 1]", "0.0")),
+            ("rank_fraction", 1.5, ("selector rank_fraction: ", "1.5")),
+            ("energy", 0.0, ("selector energy: ", "(0, 1]", "0.0")),
+            ("energy", 1.5, ("selector energy: ", "1.5")),
+            ("params_fraction", 2.0, ("selector params_fraction: ", "2.0")),
+            (
+                "params_fraction",
+                1e-4,
+                ("selector params_fraction: ", "at least", "0.0001"),
+            ),
         ],
     )
     def test_values_out_of_bounds(self, run, tmp_path, selector, value, parts):
         with pytest.raises(ValueError) as caught:
-            checkpoints.truncate_checkpoint(run, tmp_path / "cut", selector, value)
+            cut_to(run, tmp_path / "cut", selector, value)
         for part in parts:
             assert part in str(caught.value)
         assert not list(tmp_path.iterdir())
@@ -246,8 +256,8 @@ class TestTruncateRefuses:
     @pytest.mark.parametrize(
         "text, parts",
         [
-            ("{", ("--ranks: must be a JSON file", "ranks.json")),
-            ("[3]", ("--ranks: must be a JSON object", "[3]")),
+            ("{", ("--ranks: ", "ranks.json: must be JSON, got '{'")),
+            ("[3]", ("--ranks: ", "must be a JSON object, got [3]")),
             ('{"hiden/0": 3, "tail": 1}', ("['hiden/0', 'tail']", "'hidden/0'")),
             (
                 '{"head": 11, "hidden/0": -1}',
@@ -261,9 +271,7 @@ class TestTruncateRefuses:
     def test_rank_files(self, run, tmp_path, text, parts):
         (tmp_path / "ranks.json").write_text(text)
         with pytest.raises(ValueError) as caught:
-            checkpoints.truncate_checkpoint(
-                run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json")
-            )
+            cut_to(run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json"))
         for part in parts:
             assert part in str(caught.value)
         assert not (tmp_path / "cut").exists()
@@ -271,26 +279,20 @@ class TestTruncateRefuses:
     def test_all_bad_ranks_at_once(self, run, tmp_path):
         (tmp_path / "ranks.json").write_text('{"head": 11, "hidden/0": -1, "tail": 1}')
         with pytest.raises(ValueError) as caught:
-            checkpoints.truncate_checkpoint(
-                run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json")
-            )
+            cut_to(run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json"))
         for part in ("got 11", "got -1", "'tail'"):
             assert part in str(caught.value)
 
     def test_a_rank_file_that_is_not_there(self, run, tmp_path):
         with pytest.raises(ValueError, match="--ranks: .*nothing.json"):
-            checkpoints.truncate_checkpoint(
-                run, tmp_path / "cut", "ranks", str(tmp_path / "nothing.json")
-            )
+            cut_to(run, tmp_path / "cut", "ranks", str(tmp_path / "nothing.json"))
 
     def test_a_rank_above_that_of_a_truncated_one(self, run, tmp_path):
         """Columns that were cut away do not come back."""
-        checkpoints.truncate_checkpoint(run, tmp_path / "a", "rank", 4)
+        cut_to(run, tmp_path / "a", "rank", 4)
         (tmp_path / "ranks.json").write_text('{"head": 5}')
         with pytest.raises(ValueError, match=r"head: rank must be in \[0, 4\], got 5"):
-            checkpoints.truncate_checkpoint(
-                tmp_path / "a", tmp_path / "b", "ranks", tmp_path / "ranks.json"
-            )
+            cut_to(tmp_path / "a", tmp_path / "b", "ranks", tmp_path / "ranks.json")
 
     def test_a_half_written_checkpoint(self, run, tmp_path):
         shutil.copytree(run / "checkpoints", tmp_path / "half")
@@ -298,7 +300,7 @@ class TestTruncateRefuses:
         (step / "_CHECKPOINT_METADATA").unlink()
         for path in (tmp_path / "half", step):
             with pytest.raises(FileNotFoundError, match="--checkpoint: .*complete"):
-                checkpoints.truncate_checkpoint(path, tmp_path / "cut", "rank", 4)
+                cut_to(path, tmp_path / "cut", "rank", 4)
         assert not (tmp_path / "cut").exists()
 
     def test_damaged_metadata(self, run, tmp_path):
@@ -306,9 +308,7 @@ class TestTruncateRefuses:
         (file,) = (tmp_path / "bad").glob("*/metadata/metadata")
         file.write_text("{")
         with pytest.raises(ValueError, match="--checkpoint: metadata must be JSON"):
-            checkpoints.truncate_checkpoint(
-                tmp_path / "bad", tmp_path / "cut", "rank", 4
-            )
+            cut_to(tmp_path / "bad", tmp_path / "cut", "rank", 4)
 
     def test_a_newer_format(self, run, tmp_path):
         shutil.copytree(run / "checkpoints", tmp_path / "new")
@@ -318,20 +318,20 @@ class TestTruncateRefuses:
         with pytest.raises(
             ValueError, match="--checkpoint: must be of format 1, got 99"
         ):
-            evaluation.evaluate_checkpoint(tmp_path / "new")
+            checkpoints.open_model(tmp_path / "new").figures()
 
     def test_a_checkpoint_of_another_program(self, run, tmp_path):
         """One without a config, as someone's own loop writes it, is named as such."""
         model = load(run)
         checkpoint.save(tmp_path / "own", model)
         with pytest.raises(ValueError, match="must hold config, inputs and rank_rules"):
-            evaluation.evaluate_checkpoint(tmp_path / "own")
+            checkpoints.open_model(tmp_path / "own").figures()
 
 
 class TestEvaluate:
     def test_figures_by_numpy(self, run):
         """Accuracy and loss on all 360 test images, from the logits."""
-        config = common.digits(batch_size=1).to_dict()
+        config = common.data("digits", batch_size=1, validation_examples=137)
         data = pipeline.load_data(config, allow_imports=[])
         batch = next(data.eval_batches("test", 360))
         logits = np.asarray(
@@ -340,29 +340,29 @@ class TestEvaluate:
         )
         chosen = logits[np.arange(360), batch["label"]]
         losses = np.log(np.exp(logits).sum(axis=-1)) - chosen
-        row = evaluation.evaluate_checkpoint(run)
+        row = checkpoints.open_model(run).figures()
         assert set(row) == FIGURES
         assert row["accuracy"] == (logits.argmax(axis=-1) == batch["label"]).mean()
         assert row["loss"] == pytest.approx(losses.mean(), rel=1e-5)
 
     def test_a_moved_checkpoint_stands_alone(self, run, tmp_path):
         """Neither the run nor the first checkpoint is needed; nor its name."""
-        checkpoints.truncate_checkpoint(run, tmp_path / "cut", "rank", 8)
-        before = evaluation.evaluate_checkpoint(tmp_path / "cut")
+        cut_to(run, tmp_path / "cut", "rank", 8)
+        before = checkpoints.open_model(tmp_path / "cut").figures()
         (tmp_path / "far").mkdir()
         shutil.move(tmp_path / "cut", tmp_path / "far" / "moved")
-        assert evaluation.evaluate_checkpoint(tmp_path / "far/moved") == before
+        assert checkpoints.open_model(tmp_path / "far/moved").figures() == before
         (step,) = (p for p in (run / "checkpoints").iterdir() if p.name.isdigit())
         shutil.copytree(step, tmp_path / "alone")
-        expected = evaluation.evaluate_checkpoint(run)
-        assert evaluation.evaluate_checkpoint(tmp_path / "alone") == expected
+        expected = checkpoints.open_model(run).figures()
+        assert checkpoints.open_model(tmp_path / "alone").figures() == expected
 
     def test_fractions_are_those_of_truncated_checkpoints(self, run, tmp_path):
-        rows = evaluation.evaluate_checkpoint(run, fractions=[1.0, 0.25])
+        rows = checkpoints.open_model(run).sweep([1.0, 0.25])
         assert [row["rank_fraction"] for row in rows] == [1.0, 0.25]
         assert all(set(row) == FIGURES | {"rank_fraction"} for row in rows)
-        checkpoints.truncate_checkpoint(run, tmp_path / "cut", "rank_fraction", 0.25)
-        cut = evaluation.evaluate_checkpoint(tmp_path / "cut")
+        cut_to(run, tmp_path / "cut", "rank_fraction", 0.25)
+        cut = checkpoints.open_model(tmp_path / "cut").figures()
         assert {k: rows[1][k] for k in ("accuracy", "params", "macs", "ranks")} == {
             k: cut[k] for k in ("accuracy", "params", "macs", "ranks")
         }

@@ -13,7 +13,7 @@ from support import contents, put
 from configs import common
 from lowrank_jax import checkpoint
 from train import loop
-from train.state import load_model
+from train.model import load_model
 
 
 def make_config() -> dict[str, Any]:
@@ -52,12 +52,12 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "unknown key of an optimizer": (
         "phases/0/optimizer/momentum",
         0.9,
-        ("config.phases[0].optimizer: keys must be", "'momentum'"),
+        ("config.phases[0].", "optimizer: keys must be", "'momentum'"),
     ),
     "unknown key of a schedule": (
         "phases/0/optimizer/schedule/warmup",
         1,
-        ("config.phases[0].optimizer.schedule: keys must be", "'warmup'"),
+        ("config.phases[0].", "schedule: keys must be", "'warmup'"),
     ),
     "missing key": ("seed", ..., ("config: must have", "'seed'")),
     "missing key of a phase": (
@@ -92,25 +92,32 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
         ["1"],
         ("config.eval_fractions", "'1'"),
     ),
-    "deviation of zero": ("data/std", [0.0], ("config.data.std", "[0.0]")),
-    "deviation that is text": ("data/std", ["a"], ("config.data.std", "['a']")),
+    "deviation of zero": ("task/args/std", [0.0], ("config.task: ", "[0.0]")),
+    "deviation that is text": ("task/args/std", ["a"], ("config.task: ", "['a']")),
     "mean of three channels": (
-        "data/mean",
+        "task/args/mean",
         [1.0, 2.0, 3.0],
-        ("config.data.mean", "3.0"),
+        ("config.task: ", "3.0"),
     ),
-    "deviation of three channels": ("data/std", [1.0, 2.0, 3.0], ("config.data.std",)),
-    "mean that is text": ("data/mean", ["a"], ("config.data.mean", "'a'")),
+    "deviation of three channels": (
+        "task/args/std",
+        [1.0, 2.0, 3.0],
+        ("config.task: ",),
+    ),
+    "mean that is text": ("task/args/mean", ["a"], ("config.task: ", "'a'")),
     "no phases": ("phases", [], ("config.phases: must hold at least one",)),
     "phase without length": (
         "phases/0/until",
         {},
-        ("config.phases[0] (only).until", "{}"),
+        ("config.phases[0] (only)", "until", "{}"),
     ),
     "phase of two lengths": (
         "phases/0/until",
         {"steps": 3, "epochs": 1},
-        ("config.phases[0] (only).until",),
+        (
+            "config.phases[0] (only)",
+            "until",
+        ),
     ),
     "phase of no steps": ("phases/0/until", {"steps": 0}, ("(only).until", "0")),
     "phase of half a step": ("phases/0/until", {"steps": 0.5}, ("(only).until", "0.5")),
@@ -118,22 +125,22 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "incomplete shrink": (
         "phases/0/shrink",
         {"every_epochs": 1},
-        ("config.phases[0] (only).shrink", "threshold"),
+        ("config.phases[0] (only)", "shrink", "threshold"),
     ),
     "shrink never": (
         "phases/0/shrink",
         {**SHRINK, "every_epochs": 0},
-        ("config.phases[0] (only).shrink", "at least 1"),
+        ("config.phases[0] (only)", "shrink", "at least 1"),
     ),
     "shrink of text": (
         "phases/0/shrink",
         {**SHRINK, "threshold": "small"},
-        ("config.phases[0] (only).shrink", "'small'"),
+        ("config.phases[0] (only)", "shrink", "'small'"),
     ),
     "shrink every half epoch": (
         "phases/0/shrink",
         {**SHRINK, "every_epochs": "1"},
-        ("config.phases[0] (only).shrink", "'1'"),
+        ("config.phases[0] (only)", "shrink", "'1'"),
     ),
     "rule that is no pair": ("rank_rules", [".*"], ("config.rank_rules", "'.*'")),
     "rule that matches nothing": (
@@ -185,22 +192,28 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "unknown sampler": (
         "phases/0/sampler/name",
         "sandwhich",
-        ("config.phases[0].sampler: name", "'sandwhich'", "sandwich", "single_layer"),
+        (
+            "config.phases[0] (only)",
+            "sampler: name",
+            "'sandwhich'",
+            "sandwich",
+            "single_layer",
+        ),
     ),
     "unknown argument of a sampler": (
         "phases/0/sampler",
         named("sandwich", pases=3),
-        ("config.phases[0].sampler: args", "'pases'", "'passes'"),
+        ("config.phases[0] (only)", "sampler: args", "'pases'", "'passes'"),
     ),
     "bad argument of a sampler": (
         "phases/0/sampler",
         named("sandwich", passes=1),
-        ("config.phases[0].sampler", "passes must be at least 2", "1"),
+        ("config.phases[0] (only)", "sampler", "passes must be at least 2", "1"),
     ),
     "missing argument of a sampler": (
         "phases/0/sampler",
         named("geometric"),
-        ("config.phases[0].sampler: args", "decay"),
+        ("config.phases[0] (only)", "sampler: args", "decay"),
     ),
     "bad fraction of a sampler": (
         "phases/0/sampler",
@@ -225,65 +238,65 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "unknown teacher": (
         "phases/0/teacher/name",
         "me",
-        ("config.phases[0].teacher: name", "'me'", "full", "none"),
+        ("config.phases[0] (only)", "teacher: name", "'me'", "full", "none"),
     ),
     "bad label weight": (
         "phases/0/teacher",
-        named("full", label_weight=2.0),
-        ("config.phases[0].teacher", "label_weight", "2.0"),
+        named("full", target_weight=2.0),
+        ("config.phases[0] (only)", "teacher", "target_weight", "2.0"),
     ),
     "unknown penalty": (
         "phases/0/penalties",
         [named("laso", weight=1.0)],
-        ("config.phases[0].penalties", "'laso'", "hierarchical_group_lasso"),
+        ("config.phases[0] (only)", "penalties", "'laso'", "hierarchical_group_lasso"),
     ),
     "negative penalty": (
         "phases/0/penalties",
         [named("group_lasso", weight=-1.0)],
-        ("config.phases[0].penalties", "-1.0"),
+        ("(only)", "penalties", "-1.0"),
     ),
     "penalty without arguments": (
         "phases/0/penalties",
         [{"name": "group_lasso"}],
-        ("config.phases[0] (only).penalties", "'args'"),
+        ("config.phases[0] (only)", "penalties", "'args'"),
     ),
     "unknown optimizer": (
         "phases/0/optimizer/name",
         "sdg",
-        ("config.phases[0].optimizer: name", "'sdg'", "adamw", "sgd"),
+        ("config.phases[0] (only)", "optimizer: name", "'sdg'", "adamw", "sgd"),
     ),
     "unknown argument of an optimizer": (
         "phases/0/optimizer/args",
         {"momentun": 0.9},
-        ("config.phases[0].optimizer: args", "'momentun'", "'momentum'"),
+        ("config.phases[0] (only)", "optimizer: args", "'momentun'", "'momentum'"),
     ),
     "unknown schedule": (
         "phases/0/optimizer/schedule/name",
         "linear",
-        ("config.phases[0].optimizer.schedule: name", "'linear'", "cosine"),
+        ("config.phases[0] (only)", "schedule: name", "'linear'", "cosine"),
     ),
     "missing argument of a schedule": (
         "phases/0/optimizer/schedule",
         named("cosine", warmup_steps=1),
-        ("config.phases[0].optimizer.schedule: args", "final_fraction"),
+        ("config.phases[0] (only)", "schedule: args", "final_fraction"),
     ),
     "decayed that is no pattern": (
         "phases/0/optimizer/decayed",
         "(",
-        ("config.phases[0].optimizer.decayed", "'('"),
+        ("config.phases[0] (only)", "optimizer: decayed", "'('"),
     ),
     "unknown augmentation": (
-        "data/augment",
+        "task/args/augment",
         [["random_crob", {"padding": 1}]],
         ("augment[0]", "'random_crob'", "random_crop", "random_flip"),
     ),
     "bad argument of an augmentation": (
-        "data/augment",
+        "task/args/augment",
         [["random_flip", {}], ["random_crop", {"padding": 0}]],
         ("augment[1]", "padding", "0"),
     ),
     "augmentation without mapping": (
-        "data/augment",
+        "task/args/augment",
         [["random_crop", 3]],
         ("augment", "random_crop", "3"),
     ),
@@ -299,8 +312,8 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
 
 # What phases can get wrong; the model is low-rank by "full", without `s`.
 
-FIRST = "config.phases (only)"
-KEPT = "config.phases[1].optimizer_state"
+FIRST = "(only)"
+KEPT = "config.phases[1] (only): optimizer_state"
 
 
 def penalties(name: str, **args: Any) -> list[dict[str, Any]]:
@@ -330,22 +343,22 @@ MISTAKES |= {
     "targets that nobody selects": (
         "phases/0/penalties",
         penalties("modified_stable_rank", weight=1.0, target_ranks="selected"),
-        ("config.phases[0].penalties", "'selected'", "'select'"),
+        ("(only)", "penalties", "'selected'", "'select'"),
     ),
     "unknown projection": (
         "phases/0/projections",
         penalties("spectral_norm"),
-        ("config.phases[0].projections: name", "stable_rank_normalization"),
+        ("config.phases[0] (only)", "projections: name", "stable_rank_normalization"),
     ),
     "unknown condition": (
         "phases/0/until",
         {"steps": 4, "condition": named("bored")},
-        ("until.condition: name", "stable_ranks_stand_still", "'bored'"),
+        ("until: name", "stable_ranks_stand_still", "'bored'"),
     ),
     "arguments of a condition": (
         "phases/0/until",
         {"steps": 4, "condition": named("stable_ranks_stand_still", every_steps=0)},
-        ("until.condition", "every_steps", "0"),
+        ("until", "every_steps", "0"),
     ),
     "a condition without a limit": (
         "phases/0/until",
@@ -355,7 +368,7 @@ MISTAKES |= {
     "to an epoch that is over": (
         "phases/1/until",
         {"to_epoch": 1},
-        ("config.phases[1] (only).until", "step 4", "Raise it"),
+        ("(only)", "until", "step 4", "Raise it"),
     ),
     "another optimizer that is kept": (
         {"phases/1/optimizer_state": "kept", "phases/1/optimizer/clip_norm": 1.0},
@@ -365,12 +378,12 @@ MISTAKES |= {
     "a state that is kept from nothing": (
         "phases/0/optimizer_state",
         "kept",
-        ("config.phases[0].optimizer_state", "'new'"),
+        ("config.phases[0] (only)", "optimizer_state", "'new'"),
     ),
     "an optimizer state of another word": (
         "phases/0/optimizer_state",
         "old",
-        ("(only).optimizer_state", "'new' or 'kept'", "'old'"),
+        ("(only).optimizer_state", "('new', 'kept')", "'old'"),
     ),
     "no parameter to train": (
         "phases/0/trainable",
@@ -380,13 +393,13 @@ MISTAKES |= {
     "a pattern that is none": (
         "phases/0/trainable",
         ["("],
-        ("config.phases[0].trainable", "regular expression", "'('"),
+        ("config.phases[0] (only)", "trainable", "regular expression", "'('"),
     ),
     "nothing to train": ("phases/0/trainable", [], ("(only).trainable", "[]")),
     "unknown action": (
         "phases/0/on_end",
         ends_with("distil"),
-        ("config.phases[0].on_end: name", "canonicalize", "'distil'"),
+        ("config.phases[0] (only)", "on_end: name", "canonicalize", "'distil'"),
     ),
     "rules of an action without a layer": (
         "phases/0/on_end",
@@ -406,12 +419,12 @@ MISTAKES |= {
     "unknown selector": (
         "phases/0/on_end",
         ends_with("select", selector=named("best")),
-        (FIRST, "on_end (select)", "beam", "'best'"),
+        (FIRST, "on_end", "beam", "'best'"),
     ),
     "a selector that is no mapping": (
         "phases/0/on_end",
         ends_with("select", selector="beam"),
-        (FIRST, "on_end (select)", "'name' and 'args'"),
+        (FIRST, "on_end", "'name' and 'args'"),
     ),
     "a budget below rank 1": (
         "phases/0/on_end",
@@ -429,7 +442,7 @@ MISTAKES |= {
             "data/validation_examples": 0,
         },
         None,
-        (FIRST, "on_end (select)", "beam", "validation_examples"),
+        (FIRST, "on_end (select)", "beam", "held-out training data"),
     ),
     "a sampler for a dense model": (
         {
@@ -486,7 +499,7 @@ MISTAKES |= {
             "rank_rules": [[".*", "dense"]],
         },
         None,
-        ("config.phases[0].on_end", "scheme"),
+        ("config.phases[0] (only)", "on_end", "scheme"),
     ),
     "a stable rank of what is low-rank": (
         "phases/0/on_end",
@@ -525,11 +538,12 @@ def test_a_mistake_in_the_config(tmp_path, mistake):
 def test_all_mistakes_of_a_kind_at_once(tmp_path):
     config = make_config()
     put(config, "sede", 1)
-    put(config, "data/std", ...)
+    put(config, "data/batch_size", ...)
     put(config, "model/name", 3)
     with pytest.raises(ValueError) as caught:
         loop.train_and_evaluate(config, tmp_path / "run")
-    for part in ("'sede'", "config.data: must have ['std']", "config.model.name"):
+    missing = "config.data: must have ['batch_size']"
+    for part in ("'sede'", missing, "config.model.name"):
         assert part in str(caught.value)
 
 
@@ -564,7 +578,7 @@ def test_a_kernel_that_is_not_finite(tmp_path):
     saved = checkpoint.open_checkpoint(source)
     model = load_model(saved, allow_imports=None)
     model.head.kernel[...] = model.head.kernel[...].at[0, 0].set(float("nan"))
-    metadata = {key: saved.metadata[key] for key in ("config", "inputs")}
+    metadata = {key: saved.metadata[key] for key in ("config", "facts")}
     checkpoint.save(tmp_path / "broken", model, metadata=metadata)
     config = make_config()
     put(config, "init_from", str(tmp_path / "broken"))
