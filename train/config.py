@@ -14,7 +14,7 @@ from typing import Any
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from train import phases, registry
-from train.schema import NAMED, compare, is_number
+from train.schema import NAMED, compare, difference, is_number
 from train.tasks import TASKS
 
 DATA = {
@@ -130,21 +130,21 @@ def _bounds(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """Reads the config that a run wrote into its folder.
+def differences(file: Path, config: Mapping[str, Any]) -> list[str]:
+    """Lists the places where the config that a run wrote into its folder differs.
+
+    Args:
+      file: The run's config.
+      config: The one to compare with.
 
     Raises:
-      UserError: It is not a JSON object.
+      UserError: It is not JSON.
     """
     try:
-        config = json.loads(file.read_text())
+        theirs = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(
             f"{file}: must be JSON, got text that is not ({error}). It is damaged; name"
             " another workdir."
         ) from error
-    if not isinstance(config, dict):
-        raise UserError(
-            f"{file}: must be a JSON object, got {config!r}. Name another workdir."
-        )
-    return config
+    return difference(theirs, config)

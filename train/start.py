@@ -9,9 +9,9 @@ from flax import nnx
 
 from lowrank_jax import active, checkpoint, errors, paths
 from lowrank_jax.errors import UserError
-from train import checks, folders, phases, schema
+from train import checks, folders, phases
 from train import model as models
-from train.config import read_config, to_json
+from train.config import differences, to_json
 from train.report import logs
 from train.run import Run, open_run
 
@@ -77,8 +77,8 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> checkpoint.Saved 
             )
         return None
     with errors.at("--workdir"):
-        theirs = read_config(file)
-    if lines := schema.difference(theirs, config):
+        lines = differences(file, config)
+    if lines:
         raise UserError(
             f"--workdir: must hold a run of the same config, got {workdir} with\n  "
             + "\n  ".join(lines)

@@ -6,6 +6,7 @@ hold matrices themselves. One table of models, one test for each promise.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,17 @@ from reference import relative_error
 from lowrank_jax import checkpoint
 from lowrank_jax.active import max_ranks, set_ranks
 from lowrank_jax.counting import count
-from lowrank_jax.factorization import factorize, rules_of
+from lowrank_jax.errors import UserError
+from lowrank_jax.factorization import DenseWarning, factorize, rules_of
 from lowrank_jax.layers import (
     LAYERS,
+    LowRankLayer,
+    LowRankLinear,
+    LowRankParam,
+    low_rank_type,
     register,
 )
-from lowrank_jax.paths import find_factors
+from lowrank_jax.paths import find_factors, find_layers
 from lowrank_jax.surgery import merge, truncate
 
 FULL = ((".*", "full"),)
