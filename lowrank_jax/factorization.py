@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import UserError, raise_all
 from lowrank_jax.factors import Factors
 from lowrank_jax.folds import ConvFold
 from lowrank_jax.forms import FORMS
@@ -82,11 +82,30 @@ def factorize(
     model = nnx.clone(model)
     layers, matrices = find_layers(model), find_own_matrices(model)
     chosen = _chosen_rules(rules, model, layers, matrices)
+    twins = _twins({**layers, **matrices}, chosen, rngs)
+    _warn_of_dense(model, [path for path in matrices if path not in chosen])
+    aliases = {
+        id(_kernel(layer)): LowRankParam.from_dense(
+            _kernel(layer), factors=twins[id(layer)].factors, fold=twins[id(layer)].fold
+        )
+        for layer, _ in layers.values()
+        if id(layer) in twins
+    }  # a kernel that a module also holds itself, such as a tied head, stays tied
+    twins = {**aliases, **twins}
+    return replace(model, lambda node: twins.get(id(node)))
+
+
+def _twins(
+    layers: Mapping[str, tuple[Any, list[str]]],
+    chosen: Mapping[str, LayerRule],
+    rngs: nnx.Rngs | None,
+) -> dict[int, LowRankLayer]:
+    """The low-rank twins of layers and Params, by the identity of what they replace."""
     shared: dict[Any, Factors] = {}
     twins: dict[int, LowRankLayer] = {}
     forms: dict[int, dict[Any, str]] = {}  # of each kernel: what is made of it, where
     problems = []
-    for path, (layer, _) in {**layers, **matrices}.items():
+    for path, (layer, _) in layers.items():
         if isinstance(layer, LowRankLayer) or path not in chosen:
             continue
         form = "dense"
@@ -104,18 +123,8 @@ def factorize(
         for paths in forms.values()
         if len(paths) > 1
     ]
-    if problems:
-        raise UserError("\n".join(problems))
-    _warn_of_dense(model, [path for path in matrices if path not in chosen])
-    aliases = {
-        id(_kernel(layer)): LowRankParam.from_dense(
-            _kernel(layer), factors=twins[id(layer)].factors, fold=twins[id(layer)].fold
-        )
-        for layer, _ in layers.values()
-        if id(layer) in twins
-    }  # a kernel that a module also holds itself, such as a tied head, stays tied
-    twins = {**aliases, **twins}
-    return replace(model, lambda node: twins.get(id(node)))
+    raise_all(problems)
+    return twins
 
 
 def _chosen_rules(

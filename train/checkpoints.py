@@ -1,7 +1,7 @@
 """What can be done with a checkpoint: evaluate it, sweep its ranks, cut it."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,34 +141,19 @@ def truncate_checkpoint(
     task = models.checkpoint_task(saved, allow_imports=allowed)
     cost = models.model_cost(abstract, task)
     before = saved.metadata["ranks"]
-
-    @functools.cache
-    def run() -> Run:
-        return open_checkpoint_run(saved, data_dir=data_dir, allow_imports=allowed)
-
-    @functools.cache
-    def whole() -> nnx.Module:
-        return checkpoint.load(saved, abstract)
-
-    @functools.cache
-    def scorer() -> selectors.Score:
-        return context.make_score(whole(), run())
-
-    if recalibration_batches:
-        run()  # data that are not there are missed before anything is read
-    about = selectors.Context(
-        before,
-        cost,
-        lambda: curves.column_importances(paths.find_factors(whole())),
-        lambda candidates: scorer()(candidates),
-        paths.find_aliases(abstract),
+    open_run = functools.cache(
+        functools.partial(
+            open_checkpoint_run, saved, data_dir=data_dir, allow_imports=allowed
+        )
     )
-    ranks = selecting.select(selector, about)
+    if recalibration_batches:
+        open_run()  # data that are not there are missed before anything is read
+    ranks = selecting.select(selector, _about(saved, abstract, cost, open_run))
     model = checkpoint.load(saved, abstract, ranks={**before, **ranks})
     if form != "factored":
         model = surgery.truncate(model, {}, form=form)
     if recalibration_batches:
-        model = _recalibrated(run(), model, recalibration_batches)
+        model = _recalibrated(open_run(), model, recalibration_batches)
     after = active.get_ranks(model)
     metadata = {key: saved.metadata[key] for key in ("config", "facts")}
     metadata["truncated"] = {"selector": dict(selector), "form": form, "from": before}
@@ -181,6 +166,31 @@ def truncate_checkpoint(
         "macs": after_cost.macs(after),
         "ranks": after,
     }
+
+
+def _about(
+    saved: checkpoint.Saved,
+    abstract: nnx.Module,
+    cost: counting.ModelCost,
+    open_run: Callable[[], Run],
+) -> selectors.Context:
+    """What a selector may look at; the weights and the data are read when it does."""
+
+    @functools.cache
+    def whole() -> nnx.Module:
+        return checkpoint.load(saved, abstract)
+
+    @functools.cache
+    def scorer() -> selectors.Score:
+        return context.make_score(whole(), open_run())
+
+    return selectors.Context(
+        saved.metadata["ranks"],
+        cost,
+        lambda: curves.column_importances(paths.find_factors(whole())),
+        lambda candidates: scorer()(candidates),
+        paths.find_aliases(abstract),
+    )
 
 
 def _recalibrated(run: Run, model: nnx.Module, batches: int) -> nnx.Module:

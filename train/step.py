@@ -1,6 +1,8 @@
 """The training step: sample ranks, one or more passes, penalties, update; one jit."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,12 +12,14 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from lowrank_jax import active, penalties, projections
+from lowrank_jax.paths import find_factors
 from lowrank_jax.samplers import RankSampler, SampledRanks
 from train.phases import Running
 from train.state import Structure, TrainState, model_state_of
 from train.tasks.base import Task
 
 Batch = Mapping[str, Array]
+Passes = Sequence[SampledRanks]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
@@ -29,11 +33,6 @@ def make_train_step(
 ) -> Step:
     """Makes the jitted step of a phase.
 
-    Loss of the first pass: the task's. Of each further one: the same, or with a teacher
-    `target_weight` times that plus `1 - target_weight` times the task's `distill`
-    towards the teacher. The first pass is the full model whenever there are several; it
-    alone updates BatchNorm, the others use their own batch statistics.
-
     Args:
       structure: The model's structure.
       running: The phase.
@@ -42,96 +41,36 @@ def make_train_step(
       epoch: Of the phase: its pattern says what is trained. The other parameters get no
         gradient and no update; their moments go on as after a zero gradient.
     """
-    phase = running.phase
-    pattern = phase.trainable[epoch % len(phase.trainable)]
-    stateful = [penalties.stateful(penalty) for penalty in running.penalties]
-    projectors = [projections.stateful(p) for _, p in phase.projections]
+    patterns = running.phase.trainable
+    pattern = patterns[epoch % len(patterns)]
+    step = _TrainStep(structure, running, task, root_key, pattern)
+    return jax.jit(step.apply, donate_argnums=0)
 
-    def freeze(tree: Any, frozen: Callable[[Array], Array]) -> Any:
-        def only_trained(key_path: Any, leaf: Array) -> Array:
-            key = jax.tree_util.keystr(key_path, simple=True, separator="/")
-            return leaf if pattern.fullmatch(key) else frozen(leaf)
 
-        if pattern.pattern == ".*":
-            return tree
-        return jax.tree.map_with_path(only_trained, tree)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _TrainStep:
+    """The step as a pure function; the arguments are those of `make_train_step`."""
 
-    def project(params: Any, state: TrainState) -> tuple[Any, Any]:
-        if not projectors:
-            return params, state.projections
-        model = structure.merge(params, state.model_state, root_key)
-        states = tuple(
-            projector.apply(model, own_state, state.step - running.start)
-            for projector, own_state in zip(projectors, state.projections, strict=True)
+    structure: Structure
+    running: Running
+    task: Task
+    root_key: PRNGKeyArray
+    pattern: re.Pattern[str]
+
+    def apply(
+        self, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Takes one step; returns the new state and the metrics of the old one."""
+        rank_key, key = jax.random.split(jax.random.fold_in(self.root_key, state.step))
+        passes, sampler_state = self._sample(state, rank_key)
+        grads, (model_state, penalty_states, metrics) = jax.grad(
+            self._loss, has_aux=True
+        )(state.params, state, batch, passes, key)
+        updates, opt_state = self.running.optimizer.update(
+            grads, state.opt_state, self._decaying(state, passes)
         )
-        return nnx.as_pure(nnx.state(model, nnx.Param)), states
-
-    def penalize(model: nnx.Module, state: TrainState) -> tuple[Array, Any]:
-        total, states = jnp.float32(0), []
-        for penalty, own_state in zip(stateful, state.penalties, strict=True):
-            value, own_state = penalty.apply(
-                model, own_state, state.step - running.start
-            )
-            total += value
-            states.append(jax.lax.stop_gradient(own_state))
-        return total, tuple(states)
-
-    def loss_of(params: Any, state: TrainState, batch: Batch, passes: Any, key: Any):
-        params = freeze(params, jax.lax.stop_gradient)
-        input_key, model_key = jax.random.split(key)
-        inputs = task.inputs(batch, input_key)
-        losses, first_outputs, taught, new_state = [], None, None, None
-        for ranks in passes:
-            model = structure.merge(params, state.model_state, model_key)
-            active.set_ranks(model, ranks)
-            outputs = model(*inputs)
-            loss = task.loss(outputs, batch)
-            if not losses:  # the first pass: it learns from the targets alone
-                first_outputs, new_state = outputs, model_state_of(model)
-                if phase.teacher is not None:
-                    taught = phase.teacher.outputs(outputs, inputs)
-            elif phase.teacher is not None:
-                share = phase.teacher.target_weight
-                soft = task.distill(outputs, taught, batch)
-                loss = share * loss + (1 - share) * soft
-            losses.append(loss)
-        others = losses[1:]
-        share = 1 / len(others) if others and phase.passes_loss == "mean" else 1
-        total = losses[0] + share * sum(others)
-        penalty, penalty_states = penalize(model, state)
-        metrics = {"loss": total, "penalty": penalty}
-        metrics |= _means(task.sums(first_outputs, batch))
-        metrics |= {f"loss_pass_{n}": loss for n, loss in enumerate(losses)}
-        return total + penalty, (new_state, penalty_states, metrics)
-
-    def decayed_params(params: Any, state: TrainState, passes: Any) -> Any:
-        """The parameters as the optimizer's decay shall see them."""
-        if phase.optimizer.decays_masked:
-            return params
-        model = structure.merge(params, state.model_state, root_key)
-        for path, factors in active.find_factors(model).items():
-            ranks = [ranks[path] for ranks in passes if path in ranks]
-            if len(ranks) == len(passes):  # else one pass runs at the full rank
-                factors.set_rank(jnp.stack(ranks).max(axis=0))
-                factors.zero_masked()
-        return nnx.as_pure(nnx.state(model, nnx.Param))
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        rank_key, key = jax.random.split(jax.random.fold_in(root_key, state.step))
-        ranks, sampler_state = phase.sampler.sample(
-            state.sampler_state, rank_key, state.step - running.start
-        )
-        passes = _passes(ranks, phase.sampler)
-        if phase.teacher and phase.teacher.full_pass and not phase.sampler.full_first:
-            passes.insert(0, {})  # the structure's own ranks, all that is allocated
-        grads, (model_state, penalty_states, metrics) = jax.grad(loss_of, has_aux=True)(
-            state.params, state, batch, passes, key
-        )
-        updates, opt_state = running.optimizer.update(
-            grads, state.opt_state, decayed_params(state.params, state, passes)
-        )
-        updates = freeze(updates, jnp.zeros_like)
-        params, projection_states = project(
+        updates = self._freeze(updates, jnp.zeros_like)
+        params, projection_states = self._project(
             optax.apply_updates(state.params, updates), state
         )
         metrics["gradient_norm"] = optax.tree.norm(grads)
@@ -146,7 +85,113 @@ def make_train_step(
         )
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    def _phase_step(self, state: TrainState) -> Array:
+        return state.step - self.running.start
+
+    def _sample(self, state: TrainState, key: PRNGKeyArray) -> tuple[Passes, Any]:
+        """The ranks of each pass; `{}` are the structure's own, all that is active."""
+        phase = self.running.phase
+        ranks, sampler_state = phase.sampler.sample(
+            state.sampler_state, key, self._phase_step(state)
+        )
+        passes = _passes(ranks, phase.sampler)
+        if phase.teacher and phase.teacher.full_pass and not phase.sampler.full_first:
+            passes.insert(0, {})
+        return passes, sampler_state
+
+    def _loss(
+        self,
+        params: Any,
+        state: TrainState,
+        batch: Batch,
+        passes: Passes,
+        key: PRNGKeyArray,
+    ) -> tuple[Array, Any]:
+        """Loss of the first pass: the task's. Of each further one: the same, or with a
+        teacher `target_weight` times that plus `1 - target_weight` times the task's
+        `distill` towards the teacher.
+
+        The first pass is the full model whenever there are several; it alone updates
+        BatchNorm, the others use their own batch statistics.
+        """
+        task, phase = self.task, self.running.phase
+        params = self._freeze(params, jax.lax.stop_gradient)
+        input_key, model_key = jax.random.split(key)
+        inputs = task.inputs(batch, input_key)
+        losses, first_outputs, taught, new_state = [], None, None, None
+        for ranks in passes:
+            model = self.structure.merge(params, state.model_state, model_key)
+            active.set_ranks(model, ranks)
+            outputs = model(*inputs)
+            loss = task.loss(outputs, batch)
+            if not losses:
+                first_outputs, new_state = outputs, model_state_of(model)
+                if phase.teacher is not None:
+                    taught = phase.teacher.outputs(outputs, inputs)
+            elif phase.teacher is not None:
+                share = phase.teacher.target_weight
+                loss = share * loss + (1 - share) * task.distill(outputs, taught, batch)
+            losses.append(loss)
+        others = losses[1:]
+        share = 1 / len(others) if others and phase.passes_loss == "mean" else 1
+        total = losses[0] + share * sum(others)
+        penalty, penalty_states = self._penalize(model, state)
+        metrics = {"loss": total, "penalty": penalty}
+        metrics |= _means(task.sums(first_outputs, batch))
+        metrics |= {f"loss_pass_{n}": loss for n, loss in enumerate(losses)}
+        return total + penalty, (new_state, penalty_states, metrics)
+
+    def _penalize(self, model: nnx.Module, state: TrainState) -> tuple[Array, Any]:
+        """The sum of the phase's penalties, and their new states."""
+        total, states = jnp.float32(0), []
+        for penalty, own_state in zip(
+            self.running.penalties, state.penalties, strict=True
+        ):
+            value, own_state = penalties.stateful(penalty).apply(
+                model, own_state, self._phase_step(state)
+            )
+            total += value
+            states.append(jax.lax.stop_gradient(own_state))
+        return total, tuple(states)
+
+    def _project(self, params: Any, state: TrainState) -> tuple[Any, Any]:
+        """The parameters after the phase's projections, and their new states."""
+        projectors = self.running.phase.projections
+        if not projectors:
+            return params, state.projections
+        model = self.structure.merge(params, state.model_state, self.root_key)
+        states = tuple(
+            projections.stateful(projection).apply(
+                model, own_state, self._phase_step(state)
+            )
+            for (_, projection), own_state in zip(
+                projectors, state.projections, strict=True
+            )
+        )
+        return nnx.as_pure(nnx.state(model, nnx.Param)), states
+
+    def _decaying(self, state: TrainState, passes: Passes) -> Any:
+        """The parameters as the optimizer's weight decay shall see them."""
+        if self.running.phase.optimizer.decays_masked:
+            return state.params
+        model = self.structure.merge(state.params, state.model_state, self.root_key)
+        for path, factors in find_factors(model).items():
+            ranks = [ranks[path] for ranks in passes if path in ranks]
+            if len(ranks) == len(passes):  # else one pass runs at the full rank
+                factors.set_rank(jnp.stack(ranks).max(axis=0))
+                factors.zero_masked()
+        return nnx.as_pure(nnx.state(model, nnx.Param))
+
+    def _freeze(self, tree: Any, frozen: Callable[[Array], Array]) -> Any:
+        """A tree like the parameters with `frozen` of what is not trained."""
+        if self.pattern.pattern == ".*":
+            return tree
+
+        def only_trained(key_path: Any, leaf: Array) -> Array:
+            key = jax.tree_util.keystr(key_path, simple=True, separator="/")
+            return leaf if self.pattern.fullmatch(key) else frozen(leaf)
+
+        return jax.tree.map_with_path(only_trained, tree)
 
 
 def _passes(ranks: SampledRanks, sampler: RankSampler) -> list[SampledRanks]:

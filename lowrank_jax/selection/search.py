@@ -59,20 +59,23 @@ def beam_search(
             for ranks in frontier
             for child in _children(ranks, costs, measure, budget, step)
         )
-        scores = [-math.inf if math.isnan(x) else x for x in score(children)]
-        scored = sorted(
-            zip(scores, children, strict=True),
-            key=lambda pair: pair[0],
-            reverse=True,
-        )
         # The best stay: those within the budget as answers, the others to go on from.
         frontier = []
-        for value, ranks in scored[:width]:
+        for value, ranks in _best(score(children), children)[:width]:
             if total_cost(costs, ranks, measure) <= budget:
                 done[_key(ranks)] = (value, ranks)
             else:
                 frontier.append(ranks)
     return max(done.values(), key=lambda pair: pair[0])[1]
+
+
+def _best(
+    scores: Sequence[float], children: Sequence[Ranks]
+) -> list[tuple[float, Ranks]]:
+    """Scores with their rank vectors, the highest first, NaN last."""
+    known = [-math.inf if math.isnan(score) else score for score in scores]
+    pairs = zip(known, children, strict=True)
+    return sorted(pairs, key=lambda pair: pair[0], reverse=True)
 
 
 def _children(
