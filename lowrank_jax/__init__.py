@@ -23,6 +23,7 @@ from lowrank_jax.factors import Factors, Rank
 from lowrank_jax.paths import find_factors
 from lowrank_jax.selection import ranks_for
 from lowrank_jax.shrinking import shrink, tail_ranks
+from lowrank_jax.summary import summary
 from lowrank_jax.surgery import canonicalize, merge, truncate
 from lowrank_jax.version import __version__
 
@@ -30,9 +31,9 @@ __all__ = [
     "Factors",
     "Rank",
     "UserError",
+    "__version__",
     "at_ranks",
     "calibration",
-    "__version__",
     "canonicalize",
     "checkpoint",
     "count",
@@ -50,6 +51,7 @@ __all__ = [
     "selection",
     "set_ranks",
     "shrink",
+    "summary",
     "tail_ranks",
     "truncate",
 ]

@@ -61,13 +61,13 @@ class LayerCost:
         A lookup in a dense table costs none, so that its form is the one with fewer
         parameters.
         """
+        ranks, dense = self._ranks(rank), self.in_size * self.out_size
         if not self.dense_positions:
-            break_even = self.break_even_rank
-            return self.factored_macs(
-                [number * (number < break_even) for number in self._ranks(rank)]
-            )
-        dense = self.in_size * self.out_size * self.dense_positions
-        return sum(min(dense, self.form_macs(one)) for one in self._ranks(rank))
+            smaller = [one for one in ranks if self.form_params(one) < dense]
+            return sum(map(self.form_macs, smaller))
+        return sum(
+            min(dense * self.dense_positions, self.form_macs(one)) for one in ranks
+        )
 
     def form_params(self, rank: int) -> int:
         """Numbers that one matrix stores at a rank; another form overrides it."""

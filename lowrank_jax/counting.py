@@ -87,33 +87,28 @@ def count(
     >>> cost.dense_params, cost.dense_macs
     (36, 32)
     """
-    recorders = _trace_calls(
-        model, example, forward or (lambda model, *inputs: model(*inputs))
-    )
     owners = {id(factors): path for path, factors in find_factors(model).items()}
-    sizes = param_sizes(model)
-    factored: dict[str, LayerCost] = {}
-    fixed_macs = 0
+    layers, sizes = find_layers(model), param_sizes(model)
     unseen = {
         path: sizes[id(param)] for path, (param, _) in find_own_matrices(model).items()
     }
-    layers = find_layers(model)
-    of_layers = factors_of_layers(layers)
-    for path, (layer, _) in layers.items():
-        try:
-            cost = _layer_cost(layer, recorders[path])
-        except UserError:  # it has no low-rank form, such as a masked kernel
-            kernel = getattr(layer, low_rank_type(type(layer)).kernel_name)
-            unseen[path] = sizes[id(kernel)]
+    factored: dict[str, LayerCost] = {}
+    fixed_macs = 0
+    for path, cost in layer_costs(model, *example, forward=forward).items():
+        layer = layers[path][0]
+        if cost is None:
+            unseen[path] = sizes[id(_kernel(layer))]
             continue
         if not isinstance(layer, LowRankLayer):
             fixed_macs += cost.dense_macs
             continue
         owner = owners[id(layer.factors)]
-        if isinstance(layer, LowRankParam) and id(layer.factors) not in of_layers:
-            unseen[path] = cost.dense_params
         known = factored.get(owner)
         factored[owner] = _add_positions(known, cost) if known else cost
+    of_layers = factors_of_layers(layers)
+    for path, (layer, _) in layers.items():
+        if isinstance(layer, LowRankParam) and id(layer.factors) not in of_layers:
+            unseen[path] = factored[owners[id(layer.factors)]].dense_params
     in_factors = {
         id(node)
         for factors in find_factors(model).values()
@@ -121,6 +116,34 @@ def count(
     }
     fixed_params = sum(size for key, size in sizes.items() if key not in in_factors)
     return ModelCost(factored, fixed_params, fixed_macs, unseen)
+
+
+def layer_costs(
+    model: nnx.Module, *example: Any, forward: Callable[..., Any] | None = None
+) -> dict[str, LayerCost | None]:
+    """Returns the cost of each layer by path, as in `paths.find_layers`.
+
+    None stands for a dense layer whose kernel is no matrix, such as a masked one.
+
+    Args:
+      model: Any model, dense or low-rank.
+      *example: As for `count`.
+      forward: As for `count`.
+    """
+    recorders = _trace_calls(
+        model, example, forward or (lambda model, *inputs: model(*inputs))
+    )
+    costs: dict[str, LayerCost | None] = {}
+    for path, (layer, _) in find_layers(model).items():
+        try:
+            costs[path] = _layer_cost(layer, recorders[path])
+        except UserError:  # it has no low-rank form
+            costs[path] = None
+    return costs
+
+
+def _kernel(layer: nnx.Module) -> nnx.Param:
+    return getattr(layer, low_rank_type(type(layer)).kernel_name)
 
 
 class _Recorder:
@@ -179,8 +202,7 @@ def _layer_cost(layer: nnx.Module, recorder: _Recorder) -> LayerCost:
     else:
         kind = low_rank_type(type(layer))
         fold = kind.fold_of(layer)
-        kernel = getattr(layer, kind.kernel_name)
-        stacked = math.prod(kernel.shape) // math.prod(fold.kernel_shape)
+        stacked = math.prod(_kernel(layer).shape) // math.prod(fold.kernel_shape)
     calls = recorder.calls[:1] if stacked > 1 else recorder.calls  # a scan's one body
     costs = [kind.cost_of(layer, fold, *shapes) for shapes in calls] or [
         LayerCost(

@@ -76,7 +76,7 @@ def factorize(
         of a kind at once.
 
     >>> model = factorize(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), [(".*", {"max_rank": 2})])
-    >>> find_factors(model)[""].max_rank
+    >>> model.factors.max_rank
     2
     """
     model = nnx.clone(model)

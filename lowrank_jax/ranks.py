@@ -171,6 +171,8 @@ def _problem(rank: Any, limits: Limits, raises: bool) -> str:
             if raises
             else "columns that were cut or masked do not come back."
         )
+        different = set(flatten_rank(limit))
+        limit = different.pop() if len(different) == 1 else limit
         return f"rank must be in [0, {limit}], got {rank}. Lower it; {fix}"
     return ""
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from lowrank_jax import checkpoint
-from train import checkpoints, checks, evaluation, loop, phases
+from train import checkpoints, checks, loop, phases
+from train import model as models
 from train.config import to_json
-from train.data import pipeline, sources
-from train.state import abstract_model, build_model
+from train.data import pipeline
+from train.run import Run
 
 FOLDER = Path(__file__).parents[1] / "configs"
 NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "common")
@@ -23,20 +24,23 @@ def plain(name: str, arg: str) -> dict[str, Any]:
     return to_json(module.get_config(arg))
 
 
-def mnist_like() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def mnist_like() -> dict[str, dict[str, np.ndarray]]:
     """Noise of MNIST's shape: 40 images to train on, 10 to test on."""
     return _noise((28, 28, 1))
 
 
-def cifar10_like() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def cifar10_like() -> dict[str, dict[str, np.ndarray]]:
     return _noise((32, 32, 3))
 
 
-def _noise(shape: tuple[int, ...]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _noise(shape: tuple[int, ...], examples: int = 50) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (50, *shape), dtype=np.uint8)
-    labels = np.arange(50) % 10
-    return {"train": (images[:40], labels[:40]), "test": (images[40:], labels[40:])}
+    images = rng.integers(0, 256, (examples, *shape), dtype=np.uint8)
+    arrays = {"image": images, "label": np.arange(examples) % 10}
+    return {
+        "train": {name: array[10:] for name, array in arrays.items()},
+        "test": {name: array[:10] for name, array in arrays.items()},
+    }
 
 
 VARIANTS = [(name, "") for name in NAMES] + [
@@ -70,10 +74,14 @@ def joined(*words: str) -> str:
 def test_it_is_valid(name, arg):
     """Right keys, types and names; the smoke run is shorter and else the same."""
     config = plain(name, arg)
-    built = phases.build_phases(config, steps_per_epoch=400)
+    built = phases.build_phases(config["phases"])
     assert [phase.name for phase in built] == [p["name"] for p in config["phases"]]
     smoke = plain(name, joined(arg, "smoke"))
-    assert phases.build_phases(smoke, steps_per_epoch=400)[-1].end < built[-1].end
+    (_, end), (_, smoke_end) = (
+        phases.spans(phases.build_phases(c["phases"]), steps_per_epoch=400)[-1]
+        for c in (config, smoke)
+    )
+    assert smoke_end < end
     assert smoke["model"] == config["model"]
 
 
@@ -81,19 +89,13 @@ def test_it_is_valid(name, arg):
 def test_its_phases_fit_its_model(name, arg):
     """The check before the first step: every rule, sampler, penalty and action."""
     config = plain(name, arg)
-    cifar10 = config["data"]["name"] == "cifar10"
-    shape = (32, 32, 3) if cifar10 else (28, 28, 1)
-    if config["data"]["name"] == "digits":
-        shape = (8, 8, 1)
-    model = abstract_model(lambda: build_model(config, shape, 10, allow_imports=None))
-    split = pipeline.Subset(
-        sources.ArraySource(np.zeros((500, *shape), np.uint8), np.zeros(500, np.int64)),
-        np.arange(500),
-    )
-    splits = dict.fromkeys(("train", "validation", "test"), split)
-    data = pipeline.Dataset("fake", shape, 10, splits)
-    built = phases.build_phases(config, steps_per_epoch=400)
-    checks.check_phases(built, model, config, data)
+    shapes = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3), "digits": (8, 8, 1)}
+    size = {"shape": shapes[config["data"]["name"]], "examples": 600}
+    data = pipeline.load_dataset(_noise, validation_examples=90, args=size)
+    task = models.build_task(config, data.facts, allow_imports=None)
+    run = Run(config, task, data)
+    model = models.abstract_model(run.fresh_model)
+    checks.check_phases(run, phases.build_phases(config["phases"]), model)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -149,11 +151,12 @@ def test_it_trains_end_to_end(tmp_path, name, arg):
     assert saved.step == steps
     assert saved.metadata["config"] == json.loads(json.dumps(config))
     output, packages = tmp_path / "cut", [__name__.split(".")[0]]
+    selector = {"name": "rank_fraction", "args": {"value": 0.5}}
     cut = checkpoints.truncate_checkpoint(
-        tmp_path / "run", output, "rank_fraction", 0.5, allow_imports=packages
+        tmp_path / "run", output, selector, allow_imports=packages
     )
     assert cut["ranks"] and cut["params"] < result["frontier"][0]["params"]
-    figures = evaluation.evaluate_checkpoint(output, allow_imports=packages)
+    figures = checkpoints.open_model(output, allow_imports=packages).figures()
     assert figures["ranks"] == cut["ranks"] and np.isfinite(figures["loss"])
 
 

@@ -23,6 +23,7 @@ FUNCTIONS = (
     "ranks_for",
     "set_ranks",
     "shrink",
+    "summary",
     "tail_ranks",
     "truncate",
 )

@@ -3,7 +3,6 @@
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,42 +12,11 @@ from flax import nnx
 from lowrank_jax import active, checkpoint, errors, paths, penalties, projections
 from lowrank_jax.errors import UserError
 from lowrank_jax.samplers import RankSampler
-from train import context, evaluation, phases, schema
-from train.config import check_json
+from train import context, evaluation, phases
 from train.run import Run
 from train.state import fill_state, split_model
 from train.step import make_train_step
 from train.tasks.base import Task
-
-
-def check_workdir(workdir: Path, config: Mapping[str, Any]) -> checkpoint.Saved | None:
-    """Returns the latest checkpoint of this config's run, if there is one.
-
-    Raises:
-      UserError: It holds something else.
-    """
-    file = workdir / "config.json"
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir: must be a folder, got {workdir}. Name another.")
-    if not file.exists():
-        if workdir.exists() and any(workdir.iterdir()):
-            raise UserError(
-                f"--workdir: must be a new folder or one of a run, got {workdir}, which"
-                " holds other files. Nothing is overwritten; name another."
-            )
-        return None
-    theirs = check_json(file.read_text(), f"--workdir: {file}")
-    if lines := schema.difference(theirs, config):
-        raise UserError(
-            f"--workdir: must hold a run of the same config, got {workdir} with\n  "
-            + "\n  ".join(lines)
-            + "\nName a new workdir; config.init_from starts from a checkpoint."
-        )
-    folder = workdir / "checkpoints"
-    if not folder.is_dir() or not any(p.name.isdigit() for p in folder.iterdir()):
-        return None
-    with errors.at("--workdir"):
-        return checkpoint.open_checkpoint(folder)
 
 
 def check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> None:
@@ -84,18 +52,6 @@ def check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> N
                     asked = asked._replace(target_ranks=choice)
                 largest = action.largest(model, choice)
                 model = _applied(action, model, largest)
-
-
-def check_same_layers(run: Run, model: nnx.Module) -> None:
-    """Checks that low-rank layers of `init_from` are low-rank by the rules as well."""
-    wanted = nnx.eval_shape(run.fresh_model)
-    extra = sorted({*paths.find_factors(model)} - {*paths.find_factors(wanted)})
-    if extra:
-        raise UserError(
-            "config.rank_rules: layers that are low-rank in config.init_from must be so"
-            f" here, got 'dense' for {extra}. Change their rule to 'full'; their ranks"
-            " are those of the checkpoint."
-        )
 
 
 def known_ranks(model: nnx.Module) -> dict[str, Any]:
@@ -161,14 +117,14 @@ def _check_dense(run: Run, phase: phases.Phase) -> None:
 
 def _trace(run: Run, running: phases.Running, model: nnx.Module) -> None:
     """Runs the phase's step and its evaluation on abstract arrays."""
-    ranks = known_ranks(model)
+    ranks, sampler = known_ranks(model), running.phase.sampler
+    sampler_state = sampler.init(ranks)
     structure, params, model_state = split_model(model)
     state = jax.eval_shape(
-        lambda *arrays: fill_state(structure, *arrays, running, 0, ranks),
+        lambda *arrays: fill_state(structure, *arrays, running, 0, sampler_state),
         params,
         model_state,
     )
-    sampler = running.phase.sampler
     if sampler.per_example:
         _check_examples(sampler, state.sampler_state, run.batch_size)
     step = make_train_step(structure, running, run.task, jax.random.key(0))

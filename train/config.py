@@ -8,6 +8,7 @@ checkpoint says all there is to say.
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lowrank_jax import errors
@@ -129,21 +130,21 @@ def _bounds(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def check_json(text: str, where: str) -> dict[str, Any]:
-    """Reads a config that a run wrote.
+def read_config(file: Path) -> dict[str, Any]:
+    """Reads the config that a run wrote into its folder.
 
     Raises:
       UserError: It is not a JSON object.
     """
     try:
-        config = json.loads(text)
+        config = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(
-            f"{where}: must be JSON, got text that is not ({error}). It is damaged;"
-            " name another workdir."
+            f"{file}: must be JSON, got text that is not ({error}). It is damaged; name"
+            " another workdir."
         ) from error
     if not isinstance(config, dict):
         raise UserError(
-            f"{where}: must be a JSON object, got {config!r}. Name another workdir."
+            f"{file}: must be a JSON object, got {config!r}. Name another workdir."
         )
     return config

@@ -10,11 +10,13 @@ from flax import nnx
 
 from lowrank_jax import active, calibration, factorization, paths
 from lowrank_jax.ranks import Ranks
-from lowrank_jax.selection import curves, selectors
+from lowrank_jax.selection import selectors
 from train import evaluation, selecting
 from train.actions import Context
+from train.phases import Phase
 from train.run import Run
 from train.state import split_model
+from train.until import stable_ranks
 
 
 def in_run(
@@ -45,11 +47,24 @@ def in_run(
     return Context(
         run.cost,
         select,
-        lambda model: curves.stable_ranks(factorization.kernel_matrices(model)),
+        stable_ranks,
         batch_statistics,
         initial_stable_ranks,
         target_ranks,
     )
+
+
+def initial_stable_ranks(
+    run: Run, phases: Sequence[Phase], model: nnx.Module
+) -> dict[str, Any] | None:
+    """Measures the stable ranks that Cuttlefish's rule compares with, if it is asked.
+
+    They are those of a fresh model, which with `init_from` is not the run's own.
+    """
+    names = [name for phase in phases for name, _ in phase.on_end]
+    if "factorize_at_stable_rank" not in names:
+        return None
+    return stable_ranks(run.fresh_model() if run.config["init_from"] else model)
 
 
 def before_run(run: Run) -> Context:
@@ -79,14 +94,14 @@ def before_run(run: Run) -> Context:
         )
         return selecting.select(spec, context)
 
-    def stable_ranks(model: nnx.Module) -> dict[str, Any]:
+    def ones(model: nnx.Module) -> dict[str, Any]:
         matrices = nnx.eval_shape(factorization.kernel_matrices, model)
         return {path: np.ones(m.shape[:-2]) for path, m in matrices.items()}
 
     return Context(
         run.cost,
         select,
-        stable_ranks,
+        ones,
         lambda model, batches: nnx.state(model, nnx.BatchStat),
         _Ones(),
         None,

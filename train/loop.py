@@ -9,23 +9,15 @@ function of the seed and the step. Changes are the only place where shapes chang
 """
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
-from lowrank_jax import active, checkpoint, errors
-from lowrank_jax.errors import UserError
-from train import checks, phases
-from train import model as models
-from train.config import to_json
-from train.data import pipeline
+from lowrank_jax import checkpoint
 from train.evaluation import Figures
 from train.report import logs
-from train.run import Run, open_run
 from train.session import Session
+from train.start import start_run
 from train.stopping import Interrupted, StopRequest
 
 
@@ -45,21 +37,9 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
       FloatingPointError: A loss that is not finite, naming the steps.
       Interrupted: SIGTERM came; the state is saved.
     """
-    config = to_json(config)
     workdir = Path(workdir)
-    plan = phases.build_phases(config["phases"])
-    run = open_run(config)
+    run, plan, model, saved = start_run(config, workdir)
     config = run.config
-    saved = checks.check_workdir(workdir, config)
-    if saved is None:
-        model = _initial_model(run)
-        checks.check_phases(run, plan, model)
-    else:
-        model = models.load_model(saved, allow_imports=None)
-    _describe(run, plan, model, saved)
-
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
     session = Session(run, plan, model, saved)
     step = saved.step if saved else 0
     writer = logs.MetricWriter(workdir, start_step=step)
@@ -68,9 +48,7 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
     saver = checkpoint.CheckpointWriter(
         workdir / "checkpoints", keep=config["keep_checkpoints"]
     )
-    batches = pipeline.prefetch(
-        run.data.train_batches(run.batch_size, seed=config["seed"], start_step=step)
-    )
+    batches = run.batches_from(step)
     frontier: list[Figures] = []
 
     with contextlib.ExitStack() as resources:
@@ -110,52 +88,6 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
                 progress.total = session.last_step()
 
     return {"step": step, "frontier": frontier}
-
-
-def _initial_model(run: Run) -> nnx.Module:
-    """The model to start from: `init_from`'s, or a new one."""
-    if not run.config["init_from"]:
-        return run.fresh_model()
-    with errors.at("config.init_from"):
-        saved = checkpoint.open_checkpoint(run.config["init_from"])
-        theirs = saved.metadata
-        ours = run.metadata()
-        if (theirs["config"]["model"], theirs["facts"]) != (
-            ours["config"]["model"],
-            ours["facts"],
-        ):
-            raise UserError(
-                "must be a checkpoint of the same model and data, got"
-                f" {theirs['config']['model']} for {theirs['facts']}, here"
-                f" {ours['config']['model']} for {ours['facts']}. Correct config.model"
-                " or the path."
-            )
-        model = models.load_model(saved, allow_imports=None)
-    model = models.factorize(model, run.config)
-    checks.check_same_layers(run, model)
-    return model
-
-
-def _describe(
-    run: Run,
-    plan: Sequence[phases.Phase],
-    model: nnx.Module,
-    saved: checkpoint.Saved | None,
-) -> None:
-    cost = run.cost(model)
-    sizes = ", ".join(f"{n} {split}" for split, n in run.data.sizes.items())
-    logs.say(f"{run.config['data']['name']}: {sizes}")
-    logs.say(
-        f"{run.config['model']['name']}: {cost.dense_params:,} parameters and"
-        f" {cost.dense_macs:,} MACs when dense; low-rank layers"
-        f" {active.get_ranks(model)}"
-    )
-    spans = phases.spans(plan, run.steps_per_epoch)
-    for phase, (start, end) in zip(plan, spans, strict=True):
-        most = "at most " if phase.until.condition else ""
-        logs.say(f"phase {phase.name}: steps {start} to {most}{end}")
-    if saved:
-        logs.say(f"resuming at step {saved.step}")
 
 
 def _due(every: int, epoch: int) -> bool:

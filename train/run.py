@@ -1,7 +1,7 @@
 """What a run is about: its config, its task, its data."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -58,6 +58,13 @@ class Run(NamedTuple):
         """Returns the first training batches of the config's seed."""
         batches = self.data.train_batches(self.batch_size, seed=self.config["seed"])
         return itertools.islice(batches, count)
+
+    def batches_from(self, step: int) -> Iterator[Mapping[str, Array]]:
+        """Returns the training batches from a step on, read ahead in the background."""
+        batches = self.data.train_batches(
+            self.batch_size, seed=self.config["seed"], start_step=step
+        )
+        return pipeline.prefetch(batches)
 
     def eval_batches(self, split: str) -> Batches:
         """Returns the batches of a split, each example once."""

@@ -4,18 +4,16 @@ shrinking, the end of a phase, the beginning of the next."""
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from flax import nnx
 
-from lowrank_jax import active, calibration, checkpoint, optimizer_state, shrinking
+from lowrank_jax import active, checkpoint, optimizer_state, shrinking
 from lowrank_jax.errors import UserError
-from train import context, ending, evaluation
+from train import context, ending
+from train.compiled import compile_phase
 from train.phases import Phase
 from train.report import logs
 from train.run import Run
 from train.state import carried_state, new_state
-from train.step import make_train_step
-from train.until import stable_ranks
 
 Memory = dict[str, Any]
 """What a run remembers beside its arrays, as JSON values in the checkpoint: "phase" and
@@ -41,7 +39,6 @@ class Session:
         saved: checkpoint.Saved | None,
     ):
         self._run, self._phases = run, phases
-        self._root_key = jax.random.key(run.config["seed"])
         self.steps_per_epoch = run.steps_per_epoch
         if saved is None:
             self.memory: Memory = {
@@ -50,7 +47,9 @@ class Session:
                 "history": [],
                 "ended": None,
                 "target_ranks": None,
-                "initial_stable_ranks": self._initial_stable_ranks(model),
+                "initial_stable_ranks": context.initial_stable_ranks(
+                    run, phases, model
+                ),
             }
             self._begin(model, 0)
             self._measure(0)
@@ -85,7 +84,8 @@ class Session:
     def train_step(self, step: int, batch: Any) -> dict[str, Any]:
         """Trains on one batch; returns metrics that are still on the device."""
         epoch = (step - self.running.start) // self.steps_per_epoch
-        train_step = self._train_steps[epoch % len(self._train_steps)]
+        train_steps = self._compiled.train_steps
+        train_step = train_steps[epoch % len(train_steps)]
         self.state, metrics = train_step(self.state, batch)
         return metrics
 
@@ -101,33 +101,20 @@ class Session:
         if step >= self._end:
             self._finish(step)
 
-    def frontier(self) -> list[evaluation.Figures]:
+    def frontier(self) -> list[dict[str, Any]]:
         """Returns figures on the validation split at the config's fractions.
 
         Empty without a split.
         """
         if not self._run.holds_out:
             return []
-        return evaluation.sweep(
-            self._evaluator,
-            self.state.params,
-            self.state.model_state,
-            active.get_ranks(self.model()),
-            self._run.config["eval_fractions"],
-        )
+        ranks = active.get_ranks(self.model())
+        fractions = self._run.config["eval_fractions"]
+        return self._compiled.frontier(self.state, ranks, fractions)
 
     @property
     def _is_last(self) -> bool:
         return self.memory["phase"] == len(self._phases) - 1
-
-    def _initial_stable_ranks(self, model: nnx.Module) -> dict[str, Any] | None:
-        """What Cuttlefish's rule compares with; from a fresh model, if it is asked."""
-        actions = (name for phase in self._phases for name, _ in phase.on_end)
-        if "factorize_at_stable_rank" not in actions:
-            return None
-        if self._run.config["init_from"]:
-            model = self._run.fresh_model()
-        return stable_ranks(model)
 
     def _begin(self, model: nnx.Module, step: int) -> None:
         """Starts the memory's phase, with a new optimizer state."""
@@ -137,28 +124,7 @@ class Session:
         ended = self.memory["ended"]
         self._end = end if ended is None else ended
         self.structure, self.state = new_state(model, self.running, step)
-        self._compile(model)
-
-    def _compile(self, model: nnx.Module) -> None:
-        """Makes steps and evaluation for the shapes at hand; compiled when called."""
-        run = self._run
-        self._train_steps = [
-            make_train_step(
-                self.structure, self.running, run.task, self._root_key, epoch=epoch
-            )
-            for epoch in range(len(self.running.phase.trainable))
-        ]
-        count, calibrate = run.config["recalibration_batches"], None
-        if count and calibration.has_batch_norm(model):
-            calibrate = evaluation.make_calibrator(
-                self.structure, run.task, lambda: run.training_batches(count)
-            )
-        self._evaluator = evaluation.Evaluator(
-            evaluation.make_evaluator(self.structure, run.task),
-            calibrate,
-            run.cost(model),
-            lambda: run.eval_batches("validation"),
-        )
+        self._compiled = compile_phase(self._run, self.running, self.structure, model)
 
     def _shrinks(self, step: int) -> bool:
         shrink = self.running.phase.shrink
@@ -183,7 +149,9 @@ class Session:
             logs.say(f"shrink: the optimizer's {part} starts anew")
         self.structure, state = carried_state(shrunk.model, self.running, self.state)
         self.state = state._replace(opt_state=shrunk.opt_state)
-        self._compile(shrunk.model)
+        self._compiled = compile_phase(
+            self._run, self.running, self.structure, shrunk.model
+        )
 
     def _measures(self, step: int) -> bool:
         condition = self.running.phase.until.condition
@@ -221,7 +189,9 @@ class Session:
         if over:
             if self.running.phase.on_end:
                 self.structure, self.state = new_state(ended.model, self.running, step)
-                self._compile(ended.model)
+                self._compiled = compile_phase(
+                    self._run, self.running, self.structure, ended.model
+                )
             return
         self.memory |= {
             "phase": index,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from lowrank_jax import active, penalties, projections, samplers
 from lowrank_jax.factors import Rank
-from lowrank_jax.ranks import Limits, Ranks
+from lowrank_jax.ranks import Limits
 from train.phases import Running
 
 
@@ -109,8 +109,10 @@ def new_state(
     It shares the model's arrays: the first step, which donates its state, ends them.
     """
     structure, params, model_state = split_model(model)
-    ranks = active.get_ranks(model)
-    return structure, fill_state(structure, params, model_state, running, step, ranks)
+    sampler_state = running.phase.sampler.init(active.get_ranks(model))
+    return structure, fill_state(
+        structure, params, model_state, running, step, sampler_state
+    )
 
 
 def fill_state(
@@ -119,7 +121,7 @@ def fill_state(
     model_state: Any,
     running: Running,
     step: int,
-    ranks: Ranks,
+    sampler_state: Any,
 ) -> TrainState:
     """Makes a state of a model in parts; runs on abstract arrays.
 
@@ -129,7 +131,7 @@ def fill_state(
       model_state: Its other arrays.
       running: The phase.
       step: Of the run.
-      ranks: The model's active ranks, as plain numbers.
+      sampler_state: Of the phase's sampler; made of plain ranks, outside any trace.
     """
     phase = running.phase
     model = structure.merge(params, model_state, None)
@@ -138,7 +140,7 @@ def fill_state(
         params,
         model_state,
         running.optimizer.init(params),
-        phase.sampler.init(ranks),
+        sampler_state,
         tuple(penalties.stateful(p).init(model) for p in running.penalties),
         tuple(projections.stateful(p).init(model) for _, p in phase.projections),
     )

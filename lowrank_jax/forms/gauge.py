@@ -184,9 +184,7 @@ class GaugeFactors(Factors):
         stack = self.stack_shape
         between = [1] * (columns.ndim - places.ndim)
         places = places.reshape(*stack, *between, places.shape[-1])
-        if not stack:
-            return jnp.take(columns, places.reshape(-1), axis=-1)
-        return jnp.take_along_axis(columns, places, axis=-1)
+        return jnp.take_along_axis(columns, places, axis=-1, mode="promise_in_bounds")
 
     def cut(self, rank: RankValue) -> None:
         self.set_rank(rank)

@@ -1,8 +1,10 @@
 """Merged kernels that foreign code reads as if they were an `nnx.Param`."""
 
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from lowrank_jax.errors import UserError
@@ -67,6 +69,12 @@ class MergedReads:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def __iter__(self) -> Iterator[Float[Array, "..."]]:
+        return iter(self.get_value())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.get_value(), dtype)
 
     def __jax_array__(self) -> Float[Array, "..."]:
         return self.get_value()

@@ -7,7 +7,8 @@ values, log det is concave in W W^T, hence for every W
     sum_b log(s_b(W)^2 + c) <= <W, P W> + constant, with equal values and slopes at W0.
 
 P is never formed, nor is W: from the left singular vectors A of W0,
-`P^(1/2) = A diag(s^2 + c)^(-1/2) A^T + c^(-1/2) (I - A A^T)` acts on u alone.
+`P^(1/2) = A diag(s^2 + c)^(-1/2) A^T + c^(-1/2) (I - A A^T)` acts on u alone. Weights
+of the input side alone, and how c falls, are our reading; the paper was not checked.
 """
 
 from typing import NamedTuple

@@ -6,7 +6,6 @@ hold matrices themselves. One table of models, one test for each promise.
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,17 +19,12 @@ from reference import relative_error
 from lowrank_jax import checkpoint
 from lowrank_jax.active import max_ranks, set_ranks
 from lowrank_jax.counting import count
-from lowrank_jax.errors import UserError
-from lowrank_jax.factorization import DenseWarning, factorize, rules_of
+from lowrank_jax.factorization import factorize, rules_of
 from lowrank_jax.layers import (
     LAYERS,
-    LowRankLayer,
-    LowRankLinear,
-    LowRankParam,
-    low_rank_type,
     register,
 )
-from lowrank_jax.paths import find_factors, find_layers
+from lowrank_jax.paths import find_factors
 from lowrank_jax.surgery import merge, truncate
 
 FULL = ((".*", "full"),)
@@ -361,3 +355,219 @@ def test_the_count_is_that_of_the_dense_twin(row):
     sizes = [x.size for x in jax.tree.leaves(nnx.state(small, nnx.Param))]
     ones = jax.tree.map(np.ones_like, max_ranks(low))
     assert cost.params(plain(ones)) == sum(sizes)
+
+
+def test_a_tied_head_stays_tied():
+    """One table: in the twin, after merging, and in its gradient."""
+    _, low = models(ROWS["tied Param"])
+    assert isinstance(low.a_head, LowRankParam)
+    assert low.a_head.factors is low.embed.factors
+    merged = merge(low)
+    assert merged.a_head is merged.embed.embedding
+    assert rules_of(low) == rules_of(factorize(merged))
+
+
+def test_a_kernel_is_read_at_the_active_rank_and_differentiably():
+    """Under jit and grad, as what foreign code multiplies by."""
+    layer = LowRankLinear(5, 4, rngs=nnx.Rngs(0))
+    layer.factors.set_rank(2)
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        layer = nnx.merge(graph, params, rest)
+        assert layer.kernel.shape == (5, 4)
+        return jnp.sum(jnp.ones((3, 5)) @ layer.kernel)
+
+    grads = nnx.to_pure_dict(gradient(params))["factors"]
+    np.testing.assert_array_equal(grads["u"][:, 2:], 0)
+    assert np.all(np.any(grads["u"][:, :2], axis=0))
+    assert np.linalg.matrix_rank(np.asarray(layer.kernel)) == 2
+
+
+def test_reads_of_an_abstract_model_have_shapes():
+    model = nnx.eval_shape(lambda: factorize(Attention(nnx.Rngs(0))))
+    assert model.query.kernel.shape == model.query.kernel[...].shape == (4, 2, 3)
+
+
+def test_shapes_are_known_at_a_rank_per_example():
+    """Foreign code may check shapes while a sampler draws a rank for each example."""
+    layer = LowRankLinear(5, 4, rngs=nnx.Rngs(0))
+    layer.factors.set_rank(np.array([1, 2, 3]))
+    assert layer.kernel.shape == (5, 4)
+    with pytest.raises(UserError, match="must be one number to merge"):
+        layer.kernel[...]
+
+
+def test_a_subclass_that_keeps_the_forward_multiplies_by_the_factors():
+    """Its own methods stay; one that changes the forward runs its own code."""
+    named = low_rank_type(Named).from_dense(Named(6, 3, rngs=nnx.Rngs(0)))
+    assert isinstance(named, LowRankLinear | Named) and named.fan() == 6
+    assert isinstance(named, LowRankLinear) and isinstance(named, Named)
+    assert not issubclass(low_rank_type(Scaled), LowRankLinear)
+    made = low_rank_type(Scaled)(6, 3, max_rank=2, rngs=nnx.Rngs(0))
+    assert made.factors.max_rank == 2 and type(made.to_dense()) is Scaled
+    assert low_rank_type(type(made)) is None and low_rank_type(nnx.LayerNorm) is None
+
+
+def test_an_own_forward_costs_its_dense_macs_at_every_rank():
+    """It runs merged; at rank 0 nothing is left to run."""
+    low = factorize(Scaled(6, 4, rngs=nnx.Rngs(0)))
+    cost = count(low, jax.ShapeDtypeStruct((1, 6), "float32"))
+    assert [cost.macs({"": rank}) for rank in range(5)] == [0, 24, 24, 24, 24]
+    assert cost.params({"": 1}) == 6 + 4 + 4 + 1
+
+
+def test_a_state_of_the_subclass_is_kept():
+    """Its own forward runs on the low-rank layer itself, not on a copy."""
+
+    class Counting(nnx.Linear):
+        def __init__(self, *args, rngs):
+            super().__init__(*args, rngs=rngs)
+            self.calls = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+        def __call__(self, inputs):
+            self.calls[...] += 1
+            return super().__call__(inputs)
+
+    low = factorize(Counting(4, 3, rngs=nnx.Rngs(0)))
+    nnx.jit(lambda model, x: model(x))(low, jnp.ones((2, 4)))
+    assert low.calls[...] == 1 and isinstance(low, Counting)
+
+
+def test_what_stays_dense_is_named_in_one_warning():
+    """With its share of the parameters; a position table and norms are no matrices."""
+    model = Bare(nnx.Rngs(0))
+    total = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    with pytest.warns(DenseWarning) as caught:
+        low = factorize(model)
+    (warning,) = caught
+    message = str(warning.message)
+    for path, size in (("again", 25), ("mixers/0", 25), ("projection", 30)):
+        assert f"{path} ({size / total:.1%})" in message
+    assert f"{80 / total:.1%} of the parameters" in message
+    assert "position" not in message and set(find_factors(low)) == {"body"}
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [("body", "full"), (".*", "dense")],
+        [("projection|mixers/.", "dense"), (".*", "full")],
+        [("projection", {"param": True}), ("mixers/.", "dense"), (".*", "full")],
+    ],
+    ids=["all the rest", "by name", "some"],
+)
+def test_a_rule_that_says_dense_is_silent(rules):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DenseWarning)
+        low = factorize(Bare(nnx.Rngs(0)), rules)
+    named = {"projection"} & {pattern for pattern, rule in rules if "param" in rule}
+    assert set(find_factors(low)) == {"body"} | named
+
+
+WRONG = {
+    "a layer": ([("body", {"param": True}), (".*", "full")], "body: param: true is"),
+    "everything": ([(".*", {"param": True})], "body: param: true is for a matrix"),
+    "not for Params": ([("projection", {"param": False}), (".*", "full")], "got False"),
+    "scheme": (
+        [("projection", {"param": True, "scheme": 1}), (".*", "dense")],
+        "projection: scheme is for convolutions",
+    ),
+    "positions": (
+        [("position_embedding", {"param": True}), (".*", "full")],
+        "no match for",
+    ),
+    "without param": ([("projection", {"max_rank": 2}), (".*", "full")], "no match fo"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_rules_for_params_are_refused(case):
+    rules, message = WRONG[case]
+    with pytest.raises(UserError, match=message):
+        factorize(Bare(nnx.Rngs(0)), rules)
+
+
+def test_a_model_without_layers_is_told_what_is_known():
+    """The types of the table, those of the model, and its matrices."""
+
+    class Own(nnx.Module):
+        def __init__(self):
+            self.weight = nnx.Param(jnp.ones((3, 4)))
+
+    with pytest.raises(UserError) as error:
+        factorize(nnx.Sequential(Own()))
+    for part in ("ConvTranspose", "Linear", "Own", "Sequential", "layers/0/weight"):
+        assert part in str(error.value)
+
+
+def test_registering_is_checked():
+    """Twice, of no module, with axes that are not those of a kernel."""
+    with pytest.raises(UserError, match="Dense must not be in the table yet"):
+        register(Dense, kernel="weight")
+    with pytest.raises(UserError, match="must be given a class of NNX modules"):
+        register(dict)
+
+    class Other(nnx.Module):
+        pass
+
+    for axes in ({"inputs": (0,), "outputs": (0,)}, {"inputs": (), "outputs": (0,)}):
+        with pytest.raises(UserError, match=r"register\(Other\): inputs, outputs and"):
+            register(Other, **axes)
+    assert Other not in LAYERS
+
+
+def test_a_class_with_its_own_low_rank_layer_is_one_row():
+    """A low-rank type of one's own beside the dense one."""
+
+    class LowRankOther(LowRankLinear):
+        pass
+
+    class Other(nnx.Module):
+        pass
+
+    assert register(Other, LowRankOther) is LowRankOther
+    assert low_rank_type(Other) is LowRankOther
+
+
+def test_a_twin_with_attributes_named_like_ours_is_refused():
+    class Clash(nnx.Linear):
+        def __init__(self, *args, rngs):
+            super().__init__(*args, rngs=rngs)
+            self.factors = 3
+
+    with pytest.raises(UserError, match=r"Clash: \['factors', 'fold'\] are the low"):
+        factorize(Clash(4, 3, rngs=nnx.Rngs(0)))
+
+
+def test_stacked_subclasses_and_params_run_in_scan():
+    """Modules stacked by `nnx.vmap`, each layer at a rank of its own."""
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = Scaled(4, 4, rngs=rngs)
+            self.mixer = nnx.Param(rngs.params.normal((4, 4)))
+            self.norm = nnx.LayerNorm(4, rngs=rngs)
+
+        def __call__(self, inputs):
+            return self.norm(jnp.tanh(self.linear(inputs)) @ self.mixer)
+
+    stack = nnx.vmap(Block)(nnx.Rngs(0).split(3))
+    low = factorize(stack, [("mixer", {"param": True}), (".*", "full")])
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), jnp.float32)
+
+    def scan(blocks):
+        run = nnx.scan(
+            lambda block, x: block(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry
+        )
+        return run(blocks, inputs)
+
+    assert relative_error(scan(low), scan(stack)) <= 1e-5
+    set_ranks(low, {"linear": [1, 2, 3], "mixer": [4, 2, 0]})
+    assert relative_error(scan(low), scan(merge(low))) <= 1e-5
+    assert all(
+        isinstance(layer, LowRankLayer) for layer, _ in find_layers(low).values()
+    )

@@ -19,8 +19,7 @@ import pytest
 from flax import nnx
 
 from lowrank_jax import factorization, penalties, samplers, shrinking
-from lowrank_jax.active import max_ranks, set_ranks
-from lowrank_jax.paths import find_factors
+from lowrank_jax.active import set_ranks
 from lowrank_jax.penalties import Penalty
 from lowrank_jax.samplers import RankSampler
 
@@ -78,13 +77,15 @@ def make_fit(
         model = nnx.merge(graphdef, params, rest, copy=True)
         set_ranks(model, ranks)
         value = loss(model(inputs), targets)
-        return value + penalty(find_factors(model), 0) if penalty else value
+        return value + penalty(model) if penalty else value
 
     @jax.jit
     def fit(params, rest, sampler_state, key, inputs, targets):
         def step(carry, number):
             params, opt_state, state = carry
-            ranks, state = sampler.sample(state, jax.random.fold_in(key, number))
+            ranks, state = sampler.sample(
+                state, jax.random.fold_in(key, number), number
+            )
             grads = jax.grad(objective)(params, rest, ranks, inputs, targets)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state, state), None
@@ -113,7 +114,7 @@ def train(
     params = fit(
         nnx.as_pure(params),
         nnx.as_pure(rest),
-        sampler.init(max_ranks(layer)),
+        sampler.init(layer),
         jax.random.key(seed),
         *(jnp.asarray(array, jnp.float32) for array in data),
     )

@@ -17,14 +17,13 @@ from flax import nnx
 from penalty_formulas import C
 from spectra import arrays, matrices, product, single
 
-from lowrank_jax import factorize, penalties
+from lowrank_jax import factorize
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.paths import find_factors
 from lowrank_jax.penalties import (
     PENALTIES,
     AnyPenalty,
-    StatefulPenalty,
     carry,
     check_stateless,
     stateful,
@@ -325,120 +324,3 @@ def test_bad_arguments_are_refused(name, arguments, message):
     """In the factory, before any step."""
     with pytest.raises(UserError, match=message):
         PENALTIES[name](weight=1, **arguments)
-
-
-# The protocol
-
-
-def moving_mean() -> StatefulPenalty:
-    """A toy whose state is the mean of `u` so far."""
-
-    def init(model):
-        return {path: f.u[...] for path, f in find_factors(model).items()}
-
-    def apply(model, state, step):
-        mean = {p: (f.u[...] + state[p]) / 2 for p, f in find_factors(model).items()}
-        return sum(jnp.sum(jnp.square(u)) for u in mean.values()), mean
-
-    return StatefulPenalty(init, apply)
-
-
-def keeps_a_tracer() -> Callable[..., Any]:
-    """The weights of the first call, kept for all others."""
-    memory = {}
-
-    def penalty(model, step=0):
-        squares = [jnp.sum(f.u[...] ** 2) for f in find_factors(model).values()]
-        return sum(squares) * memory.setdefault("weights", 1 / sum(squares))
-
-    return penalty
-
-
-def keeps_the_last_tracer() -> Callable[..., Any]:
-    """Written at each call, never read."""
-    memory = {}
-
-    def penalty(model, step=0):
-        memory["last"] = sum(jnp.sum(f.u[...]) for f in find_factors(model).values())
-        return memory["last"]
-
-    return penalty
-
-
-def counts_calls() -> Callable[..., Any]:
-    """A schedule that counts its calls instead of the steps."""
-    calls = []
-
-    def penalty(model, step=0):
-        calls.append(step)
-        return jnp.float32(len(calls))
-
-    return penalty
-
-
-class KeepsAnArray:
-    """An attribute instead of a state, in a penalty that has one."""
-
-    def __init__(self):
-        self.weights = np.ones(3, np.float32)
-
-    def init(self, model):
-        return jnp.float32(0)
-
-    def apply(self, model, state, step):
-        self.weights = self.weights / 2
-        return jnp.sum(jnp.asarray(self.weights)), state
-
-
-@pytest.mark.parametrize(
-    "make_penalty", [keeps_a_tracer, keeps_the_last_tracer, counts_calls, KeepsAnArray]
-)
-def test_a_penalty_that_keeps_something_is_refused(make_penalty):
-    """In jit it runs without error and does nothing; concrete and abstract models."""
-    model = Factors(**single(arrays(0, False)))
-    for given in (model, nnx.eval_shape(lambda: model)):
-        with pytest.raises(UserError, match=r"penalty: .*init\(model\).*apply\(model"):
-            check_stateless(make_penalty(), given)
-    used = make_penalty()
-    run = getattr(used, "apply", lambda model, state, step: used(model, step))
-    jax.jit(lambda step: run(model, jnp.float32(0), step))(0)  # no error: the control
-    with pytest.raises(UserError, match="penalty: .*keeps"):
-        check_stateless(used, model)
-
-
-def test_honest_penalties_with_a_state_pass():
-    """And one in an object of one's own, as `stateful` takes it."""
-    model = Factors(**single(arrays(0, False)))
-    check_stateless(moving_mean(), model)
-    check_stateless(lambda model, step=0: jnp.float32(step), model)
-    state = moving_mean().init(model)
-    value, new = stateful(moving_mean()).apply(model, state, 1)
-    np.testing.assert_allclose(value, jnp.sum(jnp.square(model.u[...])), rtol=1e-6)
-    assert jax.tree.structure(new) == jax.tree.structure(state)
-    model.cut(1)
-    assert carry(moving_mean(), state, model)[""].shape == (4, 1)  # anew
-
-
-@pytest.mark.parametrize(
-    ("apply", "message"),
-    [
-        (lambda m, s, n: (jnp.zeros(2), s), r"must be a scalar, got shape \(2,\)"),
-        (lambda m, s, n: (jnp.float32(0), (s, s)), "apply must return a state"),
-        (lambda m, s, n: (jnp.float32(0), s + 1.5), "apply must return a state"),
-    ],
-)
-def test_what_a_penalty_returns_is_checked(apply, message):
-    """A scalar, and a state that goes out as it came in."""
-    penalty = StatefulPenalty(lambda model: jnp.int32(0), apply)
-    with pytest.raises(UserError, match=message):
-        check_stateless(penalty, nnx.Dict())
-
-
-def test_a_function_gets_the_empty_state():
-    """`stateful` of a plain penalty; one with a state stays what it is."""
-    lasso, model = penalties.group_lasso(weight=2), Factors(**single(arrays(0, False)))
-    penalty = stateful(lasso)
-    assert penalty.init(model) == () and carry(penalty, (), model) == ()
-    value, state = penalty.apply(model, (), jnp.int32(3))
-    assert value == lasso(model) and state == ()
-    assert stateful(moving := moving_mean()) == moving

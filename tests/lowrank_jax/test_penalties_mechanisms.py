@@ -75,8 +75,8 @@ def fit_matrix(
 
     def objective(params, step):
         loss = 0.5 * jnp.sum(jnp.square(merged(params) - target))
-        factors = {"": Factors(**params)}
-        return loss + sum(penalty(factors, step) for penalty in penalties)
+        model = Factors(**params)
+        return loss + sum(penalty(model, step) for penalty in penalties)
 
     return minimize(objective, params, optimizer, steps)
 
@@ -114,8 +114,7 @@ def train_net(seed: int, *penalties: Penalty, steps: int = 500) -> tuple[Net, fl
 
     def objective(params, step):
         model = nnx.merge(graphdef, params, rest, copy=True)
-        factors = find_factors(model)
-        return loss(model) + sum(penalty(factors, step) for penalty in penalties)
+        return loss(model) + sum(penalty(model, step) for penalty in penalties)
 
     params = minimize(objective, nnx.as_pure(params), cooled_adam(1e-2, steps), steps)
     model = nnx.merge(graphdef, params, rest)
@@ -148,7 +147,7 @@ def test_orthogonality_keeps_the_factors_orthonormal(seed):
 
 def total_rank(model: nnx.Module, energy: float) -> int:
     factors = find_factors(surgery.canonicalize(model))
-    spectra = {path: one.arrays()[1] for path, one in factors.items()}
+    spectra = {path: f.arrays()[1] for path, f in factors.items()}
     return sum(solvers.by_energy(spectra, energy).values())
 
 
@@ -223,7 +222,7 @@ def test_weight_decay_on_two_factors_is_a_nuclear_norm(seed, decay):
         return 0.5 * jnp.sum(jnp.square(inputs @ params["u"] @ params["v"] - outputs))
 
     def objective(params, step):
-        return loss(params, step) + penalty({"": Factors(**params)}, step)
+        return loss(params, step) + penalty(Factors(**params), step)
 
     found = minimize(objective, params, optimizer, 3000)
     left, values, right = np.linalg.svd(inputs.T @ outputs, full_matrices=False)
@@ -274,7 +273,7 @@ def test_the_funnel_separates_columns():
         def objective(params, step):
             factors = Factors(eye, eye, params["s"])
             loss = 0.5 * jnp.sum(jnp.square(factors.matrix() - jnp.diag(sizes)))
-            return loss + penalty({"": factors}, step)
+            return loss + penalty(factors, step)
 
         found = minimize(
             objective, {"s": jnp.asarray(sizes)}, cooled_adam(0.02, steps), steps

@@ -334,6 +334,40 @@ def test_truncating_twice_equals_once(name):
     assert_same(values(direct), values(steps))
 
 
+def test_a_masked_model_is_cut_as_if_its_tail_were_gone(name):
+    """(rule of ranks) Bit for bit what a cut of the whole gives; no rank rises."""
+    model, active = factored_of(name, with_s=True), lower(ROWS[name].ranks)
+    ranks = lower(active)
+    expected = truncate(model, ranks)
+    set_ranks(model, active)
+    assert_same(values(truncate(model, ranks)), values(expected))
+    assert_same(
+        values(truncate(model, active)),
+        values(truncate(factored_of(name, with_s=True), active)),
+    )
+    with pytest.raises(ValueError) as error:
+        truncate(model, ROWS[name].ranks)
+    for path, rank in active.items():
+        if flatten_rank(rank) != flatten_rank(ROWS[name].ranks[path]):
+            assert f"{path}: rank must be in [0, " in str(error.value)
+    set_ranks(model, ROWS[name].ranks)  # alone may raise it again
+    assert get_ranks(model) == ROWS[name].ranks
+
+
+@pytest.mark.parametrize("name", ["scanned", "convolutions"], indirect=True)
+def test_a_stack_of_different_ranks_is_zero_past_them(name):
+    """So that penalties over the allocated columns see nothing there."""
+    small = truncate(factored_of(name, with_s=True), lower(ROWS[name].ranks))
+    ragged = 0
+    for factors in find_factors(small).values():
+        mask = np.asarray(factors.mask())
+        for array, axis in ((factors.u, -2), (factors.s, ()), (factors.v, -1)):
+            columns = np.any(np.asarray(array[...]), axis)
+            np.testing.assert_array_equal(columns, mask)
+        ragged += not mask.all()
+    assert ragged
+
+
 def test_truncate_keeps_what_is_not_named(name):
     """Other layers keep their arrays and their active ranks, masks included."""
     model = factored_of(name)

@@ -52,14 +52,8 @@ def classification(
         return (prepare(images if key is None else change(key, images)),)
 
     def losses(logits: Logits, batch: Batch) -> Float[Array, " b"]:
-        labels = batch["label"]
-        if logits.shape != (len(labels), num_classes):
-            raise UserError(
-                f"model: must map {len(labels)} images to logits"
-                f" {(len(labels), num_classes)}, got {logits.shape}. Build its last"
-                " layer with num_classes features."
-            )
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        _check_logits(logits, (len(batch["label"]), num_classes))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
 
     def loss(logits: Logits, batch: Batch) -> Float[Array, ""]:
         return base.weighted_mean(losses(logits, batch), batch)
@@ -103,6 +97,15 @@ def normalize(
         )
 
     return prepare
+
+
+def _check_logits(logits: Logits, shape: tuple[int, int]) -> None:
+    """Logits of another width would go through the loss unseen."""
+    if logits.shape != shape:
+        raise UserError(
+            f"model: must map {shape[0]} images to logits {shape}, got {logits.shape}."
+            " Build its last layer with num_classes features."
+        )
 
 
 def _check_facts(facts: Mapping[str, Any]) -> None:
