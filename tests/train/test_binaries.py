@@ -41,7 +41,7 @@ def make_config(model: str, args: dict[str, Any], epochs: int) -> Any:
         optimizer=common.optimizer("adam", learning_rate=1e-2),
     )
     choice = {"name": model, "args": args}
-    return support.make_config(phase, model=choice, checkpoint_every_epochs=0)
+    return support.make_config(phase, model=choice, checkpoint_every_epochs=0, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +316,7 @@ class TestTruncateRefuses:
         metadata = json.loads(file.read_text())
         file.write_text(json.dumps({**metadata, "format_version": 99}))
         with pytest.raises(
-            ValueError, match="--checkpoint: must be of format 1, got 99"
+            ValueError, match="--checkpoint: must be of format 2, got 99"
         ):
             checkpoints.open_model(tmp_path / "new").figures()
 
@@ -324,7 +324,7 @@ class TestTruncateRefuses:
         """One without a config, as someone's own loop writes it, is named as such."""
         model = load(run)
         checkpoint.save(tmp_path / "own", model)
-        with pytest.raises(ValueError, match="must hold config, inputs and rank_rules"):
+        with pytest.raises(ValueError, match="must hold config, facts and rank_rules"):
             checkpoints.open_model(tmp_path / "own").figures()
 
 
@@ -458,7 +458,7 @@ def test_mistakes_are_one_line(run, tmp_path):
     checkpoint_flag = f"--checkpoint={run}"
     new, there, missing = (tmp_path / name for name in ("new", "there", "missing"))
     cases = {
-        "flags: exactly one of --rank, --rank_fraction, --ranks, --energy,"
+        "flags: exactly one of --select, --rank, --rank_fraction, --ranks, --energy,"
         " --params_fraction, --macs_fraction must be given, got ['--rank',"
         " '--energy']": (
             "train.truncate",
