@@ -385,10 +385,10 @@ class Factors(Ranked):
         self.middle = nnx.data(None)
 
     def set_rank(self, rank: RankValue | Int[Array, "..."]) -> None:
-        if self.middle is not None and jnp.ndim(rank) == len(self.stack_shape) + 1:
+        if self.middle is not None and np.ndim(rank) == len(self.stack_shape) + 1:
             raise UserError(
                 "rank: factors with square ones in between take no rank per example,"
-                f" got shape {jnp.shape(rank)}. Use another sampler, or canonicalize"
+                f" got shape {np.shape(rank)}. Use another sampler, or canonicalize"
                 " first."
             )
         super().set_rank(rank)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from lowrank_jax import folds
 from lowrank_jax.cost import LayerCost, merged_is_cheaper
+from lowrank_jax.forms import GaugeCost
 from lowrank_jax.layers import LowRankConv, LowRankEinsum, LowRankEmbed, LowRankLinear
 from lowrank_jax.layers import LowRankLinearGeneral as LowRankGeneral
 from lowrank_jax.ranks import flatten_rank
@@ -19,9 +20,9 @@ from lowrank_jax.ranks import flatten_rank
 LENET = [
     (LayerCost(25, 6, 1, 576, 576, 576), 6),  # conv 5x5 1 -> 6, 24x24 pixels
     (LayerCost(150, 16, 1, 64, 64, 64), 16),  # conv 5x5 6 -> 16, 8x8 pixels
-    (LayerCost(256, 120, 1, 1, 1, 1), 120),
-    (LayerCost(120, 84, 1, 1, 1, 1), 84),
-    (LayerCost(84, 10, 1, 1, 1, 1), 10),
+    (LayerCost(256, 120, 1, 1, 1, 1, 1), 120),
+    (LayerCost(120, 84, 1, 1, 1, 1, 1), 84),
+    (LayerCost(84, 10, 1, 1, 1, 1, 1), 10),
 ]
 
 
@@ -81,10 +82,6 @@ def test_conv_macs_are_the_formulas(scheme, stride):
     }[scheme]
     assert cost.dense_macs == out * out * k * k * c * f
     assert cost.factored_macs(rank) == rank * (first + second)
-    expected = {0: k * k * c * f / (k * k * c + f), 3: k * k * c * f / (c + k * k * f)}
-    assert cost.break_even_rank == pytest.approx(
-        expected.get(scheme, k * c * f / (c + f))
-    )
 
 
 def test_grouped_convolutions_and_stacks_count_every_matrix():
@@ -150,10 +147,21 @@ def test_unpadded_convolutions_cost_what_xla_reports(scheme):
     assert xla_flops(factored, inputs, u, v) == 2 * cost.factored_macs(rank)
 
 
+def test_the_gauge_form_spares_its_identity():
+    """r (i + o - r) numbers; MACs as many where the layer skips it, else r (i + o)."""
+    base = LayerCost(6, 4, 2, 10, 10, 10)
+    costs = [
+        GaugeCost(6, 4, 2, 10, 10, 10, spared_positions=spared) for spared in (0, 10)
+    ]
+    assert [costs[0].params(rank) for rank in range(5)] == [0, 18, 32, 42, 48]
+    assert [costs[1].macs(rank) for rank in range(5)] == [0, 180, 320, 420, 480]
+    assert [costs[0].macs(rank) for rank in range(5)] == [0, 200, 400, 480, 480]
+    assert costs[0].dense_macs == base.dense_macs == 480
+
+
 def test_a_layer_costs_the_least_of_its_forms():
     """Below break-even the factored form, above it the merged one."""
     cost = LayerCost(6, 4, 1, 10, 10, 10)
-    assert cost.break_even_rank == pytest.approx(2.4)
     assert [cost.params(rank) for rank in range(5)] == [0, 10, 20, 24, 24]
     assert [cost.factored_params(rank) for rank in range(5)] == [0, 10, 20, 30, 40]
     assert [cost.macs(rank) for rank in range(5)] == [0, 100, 200, 240, 240]
