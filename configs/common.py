@@ -6,6 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lowrank_jax.errors import UserError
+
 
 def options(arg: str, **known: float | bool) -> dict[str, Any]:
     """What stands after the colon of `--config=FILE:ARG`.
@@ -28,7 +30,7 @@ def options(arg: str, **known: float | bool) -> dict[str, Any]:
             words = [
                 n if isinstance(v, bool) else f"{n}=NUMBER" for n, v in values.items()
             ]
-            raise ValueError(
+            raise UserError(
                 f"config argument: must be of {words}, got {part!r}. Separate several"
                 " with commas."
             )
@@ -42,7 +44,7 @@ def _number(name: str, text: str, default: float) -> float:
         return type(default)(text)
     except ValueError as error:
         kind = "a whole number" if isinstance(default, int) else "a number"
-        raise ValueError(
+        raise UserError(
             f"config argument: {name} must be {kind}, got {text!r}. Correct it."
         ) from error
 

@@ -15,6 +15,7 @@ epochs, batch 128, lambda 16e-6, threshold 1e-5 after every epoch.
 from ml_collections import ConfigDict
 
 from configs import common
+from lowrank_jax.errors import UserError
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -24,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     smoke, dense, cifar10 = options["smoke"], options["dense"], options["cifar10"]
     if options["vgg"] and not cifar10:
-        raise ValueError("config argument: 'vgg' needs 'cifar10' beside it. Add it.")
+        raise UserError("config argument: 'vgg' needs 'cifar10' beside it. Add it.")
     lambdas = {"lenet": 2**-4 / 100, "compare": 2**-3 / 100, "cifar10": 16e-6}
     setting = "cifar10" if cifar10 else "compare" if options["compare"] else "lenet"
     lasso = options["lasso"] if options["lasso"] >= 0 else lambdas[setting]

@@ -20,6 +20,7 @@ import functools
 from ml_collections import ConfigDict
 
 from configs import common
+from lowrank_jax.errors import UserError
 
 LENET = {"hoyer": (0.05, 0.03), "l1": (0.01, 0.03)}
 """Weight and removed energy for LeNet, chosen on held-out images (docs/LOG.md)."""
@@ -42,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     smoke, cifar10 = options["smoke"], options["cifar10"]
     depth, spatial = options["depth"], options["spatial"]
     if cifar10 and depth not in HOYER:
-        raise ValueError(
+        raise UserError(
             f"config argument: depth must be of {sorted(HOYER)}, got {depth}."
         )
     config = common.resnet(depth, batch_size=100) if cifar10 else common.mnist_lenet()

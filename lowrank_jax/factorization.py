@@ -82,41 +82,40 @@ def factorize(
     model = nnx.clone(model)
     layers, matrices = find_layers(model), find_own_matrices(model)
     chosen = _chosen_rules(rules, model, layers, matrices)
-    twins = _twins({**layers, **matrices}, chosen, rngs)
+    with_rules = {
+        path: (node, chosen[path])
+        for path, (node, _) in {**layers, **matrices}.items()
+        if path in chosen and not isinstance(node, LowRankLayer)
+    }
+    twins = _make_twins(with_rules, rngs)
     _warn_of_dense(model, [path for path in matrices if path not in chosen])
-    aliases = {
-        id(_kernel(layer)): LowRankParam.from_dense(
-            _kernel(layer), factors=twins[id(layer)].factors, fold=twins[id(layer)].fold
-        )
-        for layer, _ in layers.values()
-        if id(layer) in twins
-    }  # a kernel that a module also holds itself, such as a tied head, stays tied
-    twins = {**aliases, **twins}
     return replace(model, lambda node: twins.get(id(node)))
 
 
-def _twins(
-    layers: Mapping[str, tuple[Any, list[str]]],
-    chosen: Mapping[str, LayerRule],
+def _make_twins(
+    with_rules: Mapping[str, tuple[nnx.Module | nnx.Param, LayerRule]],
     rngs: nnx.Rngs | None,
 ) -> dict[int, LowRankLayer]:
-    """The low-rank twins of layers and Params, by the identity of what they replace."""
+    """The low-rank twins by the `id` of what they replace."""
     shared: dict[Any, Factors] = {}
     twins: dict[int, LowRankLayer] = {}
+    aliases: dict[int, LowRankLayer] = {}
     forms: dict[int, dict[Any, str]] = {}  # of each kernel: what is made of it, where
     problems = []
-    for path, (layer, _) in layers.items():
-        if isinstance(layer, LowRankLayer) or path not in chosen:
-            continue
-        form = "dense"
-        if chosen[path] != "dense":
+    for path, (node, rule) in with_rules.items():
+        kernel, form = _kernel(node), "dense"
+        if rule != "dense":
             try:
-                twin = _twin(layer, chosen[path], shared, rngs)
+                twin = _twin(node, rule, shared, rngs)
             except (TypeError, ValueError) as error:
                 problems.append(f"{path}: {error}")
                 continue
-            twins[id(layer)], form = twin, id(twin.factors)
-        forms.setdefault(id(_kernel(layer)), {}).setdefault(form, path)
+            twins[id(node)], form = twin, id(twin.factors)
+            # A module may also hold a layer's kernel itself: a tied head stays tied.
+            aliases[id(kernel)] = LowRankParam.from_dense(
+                kernel, factors=twin.factors, fold=twin.fold
+            )
+        forms.setdefault(id(kernel), {}).setdefault(form, path)
     problems += [
         f"{', '.join(paths.values())}: layers with one kernel must have one form, got"
         " several ranks or schemes, or one of them dense. Give them the same rule."
@@ -124,7 +123,7 @@ def _twins(
         if len(paths) > 1
     ]
     raise_all(problems)
-    return twins
+    return {**aliases, **twins}
 
 
 def _chosen_rules(

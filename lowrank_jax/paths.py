@@ -138,7 +138,7 @@ def _visit(root: nnx.Module) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
         if path in seen:
             raise UserError(
                 f"{path}: every part of a model must have a path of its own, got two"
-                " with this one, from a key with '/' or keys 1 and '1'. Rename one."
+                " with this one, from a key with '/'. Rename one."
             )
         seen.add(path)
         yield parts, node, parents[-1] if parents else None

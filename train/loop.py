@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_jax import checkpoint
+from lowrank_jax import checkpoint, errors
+from train import folders
 from train.evaluation import Figures
 from train.report import logs
 from train.session import Session
@@ -43,7 +44,7 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
     session = Session(run, plan, model, saved)
     step = saved.step if saved else 0
     writer = logs.MetricWriter(workdir, start_step=step)
-    metrics_log = logs.StepMetrics(writer, run.batch_size)
+    metrics_log = logs.StepMetrics(writer, run.batch_size, saved_step=saved and step)
     progress = logs.Progress(session.last_step(), start=step)
     saver = checkpoint.CheckpointWriter(
         workdir / "checkpoints", keep=config["keep_checkpoints"]
@@ -70,13 +71,19 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
             due = on_epoch and _due(config["checkpoint_every_epochs"], epoch)
             if fresh and (finished or due or stop.requested):
                 metrics_log.flush()  # a loss that is not finite is never saved
+                with errors.at("--workdir"):
+                    folders.check_space(workdir, session.num_bytes())
                 metadata = {**run.metadata(), "run": session.memory}
                 saver.save(step, session.model(), metadata, session.state.items())
+                metrics_log.saved_step = step
             if finished:
                 break
             if stop.requested:
                 raise Interrupted(f"stopped at step {step}; run it again to go on.")
 
+            if session.compiles:
+                progress.compiling(step)
+                metrics_log.compiling()
             metrics = session.train_step(step, next(batches))
             step += 1
             metrics_log.add(step, metrics)

@@ -160,12 +160,12 @@ class Phase:
           end: Step after the last; with a condition, the latest that is possible.
           target_ranks: What "selected" stands for in penalties; None before `select`.
         """
-        with errors.at(f"config.phases ({self.name}).penalties"):
+        with errors.at("penalties"):
             penalties = tuple(
                 registry.build(_with_targets(spec, target_ranks), PENALTIES)
                 for spec in self.penalties
             )
-        with errors.at(f"config.phases ({self.name}).optimizer"):
+        with errors.at("optimizer"):
             optimizer = self.optimizer.make(end - start)
         return Running(self, start, end, penalties, optimizer)
 
@@ -204,6 +204,11 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     return completed
 
 
+def place_of(index: int, name: str) -> str:
+    """Returns how messages name a phase."""
+    return f"config.phases[{index}] ({name})"
+
+
 def build_phases(specs: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
     """Builds all phases of a config.
 
@@ -214,10 +219,10 @@ def build_phases(specs: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
     for index, spec in enumerate(specs):
         values = {}
         for name, field in FIELDS.items():
-            with errors.at(f"config.phases[{index}] ({spec['name']}).{name}"):
+            with errors.at(f"{place_of(index, spec['name'])}: {name}"):
                 values[name] = field.build(spec[name])
         phases.append(Phase(**values))
-        with errors.at(f"config.phases[{index}] ({spec['name']})"):
+        with errors.at(place_of(index, spec["name"])):
             _check_fit(phases)
     return tuple(phases)
 
@@ -225,9 +230,9 @@ def build_phases(specs: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
 def spans(phases: Sequence[Phase], steps_per_epoch: int) -> list[tuple[int, int]]:
     """Returns the latest start and end of each phase that is possible."""
     found: list[tuple[int, int]] = []
-    for phase in phases:
+    for index, phase in enumerate(phases):
         start = found[-1][1] if found else 0
-        with errors.at(f"config.phases ({phase.name})"):
+        with errors.at(place_of(index, phase.name)):
             found.append((start, phase.until.end(start, steps_per_epoch)))
     return found
 

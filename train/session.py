@@ -4,6 +4,7 @@ shrinking, the end of a phase, the beginning of the next."""
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
 from lowrank_jax import active, checkpoint, optimizer_state, shrinking
@@ -23,6 +24,8 @@ phase, "target_ranks" that were selected, "initial_stable_ranks"."""
 
 class Session:
     """Trains one phase after the other.
+
+    `compiles` is true before a step that is compiled first.
 
     Args:
       run: What it is about.
@@ -66,6 +69,10 @@ class Session:
             checkpoint.restore(saved, self.state.items())
         )
 
+    def num_bytes(self) -> int:
+        """Returns the size of what a checkpoint holds."""
+        return sum(array.nbytes for array in jax.tree.leaves(self.state))
+
     def model(self) -> nnx.Module:
         """Returns the model as it is, in evaluation mode, at its active ranks."""
         return self.structure.merge(self.state.params, self.state.model_state, None)
@@ -87,6 +94,7 @@ class Session:
         train_steps = self._compiled.train_steps
         train_step = train_steps[epoch % len(train_steps)]
         self.state, metrics = train_step(self.state, batch)
+        self.compiles = False
         return metrics
 
     def changes(self, step: int) -> bool:
@@ -124,7 +132,12 @@ class Session:
         ended = self.memory["ended"]
         self._end = end if ended is None else ended
         self.structure, self.state = new_state(model, self.running, step)
-        self._compiled = compile_phase(self._run, self.running, self.structure, model)
+        self._compile(model)
+
+    def _compile(self, model: nnx.Module) -> None:
+        run, running, structure = self._run, self.running, self.structure
+        self._compiled = compile_phase(run, running, structure, model)
+        self.compiles = True  # when it is called next
 
     def _shrinks(self, step: int) -> bool:
         shrink = self.running.phase.shrink
@@ -149,9 +162,7 @@ class Session:
             logs.say(f"shrink: the optimizer's {part} starts anew")
         self.structure, state = carried_state(shrunk.model, self.running, self.state)
         self.state = state._replace(opt_state=shrunk.opt_state)
-        self._compiled = compile_phase(
-            self._run, self.running, self.structure, shrunk.model
-        )
+        self._compile(shrunk.model)
 
     def _measures(self, step: int) -> bool:
         condition = self.running.phase.until.condition
@@ -189,9 +200,7 @@ class Session:
         if over:
             if self.running.phase.on_end:
                 self.structure, self.state = new_state(ended.model, self.running, step)
-                self._compiled = compile_phase(
-                    self._run, self.running, self.structure, ended.model
-                )
+                self._compile(ended.model)
             return
         self.memory |= {
             "phase": index,

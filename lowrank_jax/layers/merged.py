@@ -62,7 +62,8 @@ class MergedReads:
         refuse_writing(type(self).__name__)
 
     def __getitem__(self, index: Any) -> Float[Array, "..."]:
-        return self.get_value()[index]
+        value = self.get_value()
+        return value if index is Ellipsis else value[index]
 
     def __setitem__(self, index: Any, value: Any) -> NoReturn:
         refuse_writing(type(self).__name__)

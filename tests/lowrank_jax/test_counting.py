@@ -272,3 +272,48 @@ def test_counting_runs_and_changes_nothing():
     low = count(factorize(model), image(4), forward=lambda m, x: m(x, scale=2))
     assert (low.dense_params, low.dense_macs) == (30, 12)
     assert low.macs({"used": 1, "idle": 1}) == 7
+
+
+def test_a_lookup_has_parameters_and_macs_of_one_form():
+    """Merged where that has fewer parameters, and then free; else `r * features`."""
+    model = factored(abstract(nnx.Embed, 11, 6))
+    cost = count(model, jax.ShapeDtypeStruct((1, 5), jnp.int32))
+    pairs = [(cost.params({"": rank}), cost.macs({"": rank})) for rank in range(5)]
+    factored_pairs = [(17 * rank, 5 * rank * 6) for rank in range(4)]
+    assert pairs == [*factored_pairs, (66, 0)]
+
+
+def test_a_transposed_convolution_counts_the_positions_of_its_input():
+    """Zeros between them are not multiplied, in the first of two nor in the second."""
+    conv = abstract(nnx.ConvTranspose, 8, 3, (4, 2), (2, 3))
+    inputs, between = 5 * 6, {0: 10 * 18, 1: 5 * 18, 2: 10 * 6, 3: 5 * 6}
+    assert count(conv, image(5, 6, 8)).dense_macs == inputs * 4 * 2 * 8 * 3
+    for scheme, (first, second) in enumerate(
+        [(4 * 2 * 8, 3), (2 * 8, 4 * 3), (4 * 8, 2 * 3), (8, 4 * 2 * 3)]
+    ):
+        model = factored(conv, [(".*", {"max_rank": 2, "scheme": scheme})])
+        cost = count(model, image(5, 6, 8)).layers[""]
+        expected = inputs * first + between[scheme] * second
+        assert (cost.factored_macs(1), cost.factored_params(1)) == (
+            expected,
+            first + second,
+        )
+
+
+def test_what_the_count_cannot_see_is_named():
+    """A matrix of the module's own, and a kernel with a mask; positions are added."""
+
+    class Own(nnx.Module):
+        def __init__(self, rngs):
+            self.mixer = nnx.Param(jnp.ones((4, 5)))
+            self.position = nnx.Param(jnp.ones((3, 4)))
+            self.masked = nnx.Conv(
+                5, 2, (1,), mask=jnp.ones((1, 5, 2)), use_bias=False, rngs=rngs
+            )
+
+        def __call__(self, inputs):
+            return self.masked((inputs + self.position[None]) @ self.mixer)
+
+    cost = count(abstract(Own), image(3, 4))
+    assert cost.unseen == {"mixer": 20, "masked": 10}
+    assert (cost.dense_params, cost.dense_macs) == (20 + 12 + 10, 0)

@@ -1,0 +1,102 @@
+"""The table of a model's layers against the count and against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lowrank_jax.active import set_ranks
+from lowrank_jax.counting import count
+from lowrank_jax.factorization import factorize
+from lowrank_jax.summary import summary
+
+
+class Model(nnx.Module):
+    """A tied layer, a norm, a matrix of its own."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(6, 5, rngs=rngs)
+        self.norm = nnx.LayerNorm(5, rngs=rngs)
+        self.grouped = nnx.Conv(4, 4, (3,), feature_group_count=2, rngs=rngs)
+        self.again = self.first
+        self.mixer = nnx.Param(rngs.params.normal((5, 4)))
+
+    def __call__(self, inputs):
+        hidden = self.norm(self.first(inputs))
+        return self.grouped(hidden @ self.mixer)
+
+
+EXAMPLE = jax.ShapeDtypeStruct((1, 7, 6), jnp.float32)
+RULES = [("mixer", "dense"), ("first|again", {"max_rank": 4}), (".*", "full")]
+
+
+def low_rank() -> nnx.Module:
+    model = factorize(Model(nnx.Rngs(0)), RULES)
+    set_ranks(model, {"again": 2, "grouped": [1, 2]})
+    return model
+
+
+def effective_rank(matrix: np.ndarray) -> float:
+    s = np.linalg.svd(np.asarray(matrix, float), compute_uv=False)
+    shares = s[s > 1e-7 * s[0]] / s.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def test_rows_are_the_layers_at_their_active_ranks():
+    """Totals are those of the arrays and of the count."""
+    model = low_rank()
+    table = summary(model, EXAMPLE)
+    rows = {row.path: row for row in table.rows}
+    assert list(rows) == ["again", "grouped", "mixer"]
+    assert [(r.form, r.rank, r.max_rank) for r in table.rows] == [
+        ("factors", 2, 4),
+        ("factors", 2, 2),
+        ("own", None, None),
+    ]
+    assert rows["again"].params == 4 * (6 + 5) + 5
+    assert rows["mixer"].params == 20 and rows["mixer"].macs is None
+    sizes = [x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    assert table.params == sum(sizes)
+    ranks = {"again": 2, "grouped": [1, 2]}
+    assert table.macs == count(model, EXAMPLE).macs(ranks)
+
+
+@pytest.mark.parametrize("build", [low_rank, lambda: Model(nnx.Rngs(0))])
+def test_effective_ranks_are_those_of_the_spectra(build):
+    model = build()
+    rows = {row.path: row for row in summary(model).rows}
+    assert all(row.macs is None for row in rows.values())
+    kernel = model.first.kernel[...]
+    assert rows["again"].effective_rank == pytest.approx(effective_rank(kernel), 1e-4)
+    mixer = model.mixer[...]
+    assert rows["mixer"].effective_rank == pytest.approx(effective_rank(mixer), 1e-4)
+    halves = np.split(np.asarray(model.grouped.kernel[...]), 2, axis=-1)
+    mean = np.mean([effective_rank(half.reshape(6, 2)) for half in halves])
+    assert rows["grouped"].effective_rank == pytest.approx(mean, 1e-4)
+
+
+def test_an_abstract_model_has_no_spectra():
+    rows = summary(nnx.eval_shape(low_rank), EXAMPLE).rows
+    assert {row.effective_rank for row in rows} == {None}
+    assert rows[0].macs is not None
+
+
+def test_it_prints_as_a_plain_table():
+    """A header, a row for each layer, what is in none, and the totals."""
+    lines = str(summary(low_rank(), EXAMPLE)).splitlines()
+    assert lines[0].split() == "path type form rank params MACs effective rank".split()
+    assert lines[1].split()[:6] == ["again", "LowRankLinear", "factors", "2", "of", "4"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        *("again", "grouped", "mixer"),
+        *("other", "total"),
+    ]
+    assert lines[-2].split() == ["other", "10"]
+
+
+def test_a_rank_of_zero_has_no_spectrum_left():
+    model = factorize(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    set_ranks(model, {"": 0})
+    (row,) = summary(model).rows
+    assert (row.path, row.rank, row.effective_rank) == ("", 0, 0.0)
+    assert "(root)" in str(summary(model))
