@@ -18,7 +18,7 @@ from lowrank_jax import (
 )
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.selection import curves, selectors
-from train import context, evaluation, folders, selecting
+from train import context, evaluation, selecting
 from train import model as models
 from train.report import logs
 from train.run import Run, open_checkpoint_run
@@ -135,7 +135,6 @@ def truncate_checkpoint(
     allowed = list(allow_imports)
     with errors.at("--output"):
         checkpoint.check_new_folder(output)
-        folders.check_writable(output)
     with errors.at("--checkpoint"):
         saved = checkpoint.open_checkpoint(path)
         abstract = models.abstract_checkpoint_model(saved, allow_imports=allowed)

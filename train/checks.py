@@ -38,15 +38,15 @@ def check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> N
     """
     model = nnx.eval_shape(nnx.clone, model)
     asked = context.before_run(run)
-    for phase, (start, end) in zip(
-        plan, phases.spans(plan, run.steps_per_epoch), strict=True
-    ):
-        with _in(f"config.phases ({phase.name})"):
+    spans = phases.spans(plan, run.steps_per_epoch)
+    for index, (phase, (start, end)) in enumerate(zip(plan, spans, strict=True)):
+        place = phases.place_of(index, phase.name)
+        with _in(place):
             running = phase.begin(start, end, asked.target_ranks)
             _check_fit(run, running, model)
             _trace(run, running, model)
         for name, action in phase.on_end:
-            with _in(f"config.phases ({phase.name}).on_end ({name})"):
+            with _in(f"{place}: on_end ({name})"):
                 choice = action.choose(model, asked)
                 if action.selects:
                     asked = asked._replace(target_ranks=choice)

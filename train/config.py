@@ -95,7 +95,7 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
             return complete(spec)
 
     task = completed(
-        "task",
+        "config.task",
         lambda spec: registry.complete(spec, TASKS, positional=1),
         config["task"],
     )

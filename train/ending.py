@@ -54,7 +54,7 @@ def end_phase(
       keep: Whether the next phase goes on with the optimizer state.
     """
     for name, action in running.phase.on_end:
-        with errors.at(f"config.phases ({running.phase.name}).on_end ({name})"):
+        with errors.at(f"config.phases ({running.phase.name}): on_end ({name})"):
             choice = action.choose(model, context(target_ranks))
             old, model = model, action.apply(model, choice)
         if action.selects:

@@ -11,7 +11,8 @@ checkpoint stands alone. Ends with one line of JSON: `{"output", "params", "macs
 
 from absl import flags
 
-from train import binary, checkpoints, selecting
+from lowrank_jax import errors
+from train import binary, checkpoints, folders, selecting
 from train.report import logs
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -45,6 +46,8 @@ def _main() -> None:
         {"recalibration_batches": ["recalibrate"], "select_args": ["select"]},
     )
     selector = selecting.from_flags(_SELECTORS)
+    with errors.at("--output"):
+        folders.check_writable(_OUTPUT.value)
     logs.emit(
         checkpoints.truncate_checkpoint(
             _CHECKPOINT.value,
