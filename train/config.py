@@ -7,7 +7,7 @@ checkpoint says all there is to say.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +90,12 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
     A model's wait for the task, which says what it is built with (`train.run`).
     """
 
-    def completed(place: str, complete: Callable[[Any], Any], spec: Any) -> Any:
-        with errors.at(f"config.{place}"):
-            return complete(spec)
-
-    task = completed(
-        "config.task",
-        lambda spec: registry.complete(spec, TASKS, positional=1),
-        config["task"],
-    )
-    done = [
-        completed(f"phases[{index}] ({phase['name']})", phases.complete, phase)
-        for index, phase in enumerate(config["phases"])
-    ]
+    with errors.at("config.task"):
+        task = registry.complete(config["task"], TASKS, positional=1)
+    done = []
+    for index, phase in enumerate(config["phases"]):
+        with errors.at(phases.place_of(index, phase["name"])):
+            done.append(phases.complete(phase))
     return {**config, "task": task, "phases": done}
 
 
