@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TREES = ("lowrank_jax", "train", "configs", "benchmarks")
 
 LAYERS = (
-    {"errors", "linalg", "rules", "optimizer_state", "version", "storage"},
-    {"ranks", "folds"},
+    {"errors", "linalg", "optimizer_state", "version", "storage"},
+    {"ranks", "rules", "folds"},
     {"cost", "ranked"},
     {"factors"},
     {"forms", "projections"},
