@@ -20,6 +20,7 @@ from lowrank_jax import errors, linalg
 from lowrank_jax.errors import UserError
 from lowrank_jax.paths import find_factors
 from lowrank_jax.purity import check_pure, check_same_state
+from lowrank_jax.ranks import name_of
 
 
 class Projection(Protocol):
@@ -120,11 +121,16 @@ def stable_rank_normalization(
 
     def project(model: nnx.Module, step: Int[Array, ""] | int = 0) -> None:
         layers = find_factors(model)
-        middles = [p for p, factors in layers.items() if factors.middle is not None]
-        if middles:
+        others = [
+            name_of(path)
+            for path, factors in layers.items()
+            if factors.middle is not None or not factors.nested
+        ]
+        if others:
             raise UserError(
-                f"{', '.join(middles)}: projection stable_rank_normalization must set u"
-                " and v alone, but the layer has middle factors; canonicalize first."
+                f"{', '.join(others)}: projection stable_rank_normalization must have"
+                " factors u and v alone to set, got middle factors or another form."
+                " Canonicalize the factored model first."
             )
         for factors in layers.values():
             u, s, v = factors.arrays()
