@@ -58,11 +58,11 @@ class Dataset:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of examples by split."""
+        """Returns the number of examples by split."""
         return {split: len(subset) for split, subset in self.splits.items()}
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Number of full batches in one pass; the remainder is dropped.
+        """Returns the number of full batches in a pass; the remainder is dropped.
 
         Raises:
             ValueError: `batch_size` is not in [1, training examples].
