@@ -161,14 +161,14 @@ def _check_dense(run: Run, phase: phases.Phase) -> None:
 
 def _trace(run: Run, running: phases.Running, model: nnx.Module) -> None:
     """Runs the phase's step and its evaluation on abstract arrays."""
-    ranks = known_ranks(model)
+    ranks, sampler = known_ranks(model), running.phase.sampler
     structure, params, model_state = split_model(model)
     state = jax.eval_shape(
-        lambda *arrays: fill_state(structure, *arrays, running, 0, ranks),
+        lambda *arrays: fill_state(structure, *arrays, running, 0),
         params,
         model_state,
+        sampler.init(ranks),
     )
-    sampler = running.phase.sampler
     if sampler.per_example:
         _check_examples(sampler, state.sampler_state, run.batch_size)
     step = make_train_step(structure, running, run.task, jax.random.key(0))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from lowrank_jax import active, penalties, projections, samplers
 from lowrank_jax.factors import Rank
-from lowrank_jax.ranks import Limits, Ranks
+from lowrank_jax.ranks import Limits
 from train.phases import Running
 
 
@@ -109,17 +109,18 @@ def new_state(
     It shares the model's arrays: the first step, which donates its state, ends them.
     """
     structure, params, model_state = split_model(model)
-    ranks = active.get_ranks(model)
-    return structure, fill_state(structure, params, model_state, running, step, ranks)
+    sampler_state = running.phase.sampler.init(active.get_ranks(model))
+    parts = (params, model_state, sampler_state)
+    return structure, fill_state(structure, *parts, running, step)
 
 
 def fill_state(
     structure: Structure,
     params: Any,
     model_state: Any,
+    sampler_state: Any,
     running: Running,
     step: int,
-    ranks: Ranks,
 ) -> TrainState:
     """Makes a state of a model in parts; runs on abstract arrays.
 
@@ -127,9 +128,9 @@ def fill_state(
       structure: Of the model.
       params: Its parameters.
       model_state: Its other arrays.
+      sampler_state: The sampler's, which is made of plain ranks.
       running: The phase.
       step: Of the run.
-      ranks: The model's active ranks, as plain numbers.
     """
     phase = running.phase
     model = structure.merge(params, model_state, None)
@@ -138,7 +139,7 @@ def fill_state(
         params,
         model_state,
         running.optimizer.init(params),
-        phase.sampler.init(ranks),
+        sampler_state,
         tuple(penalties.stateful(p).init(model) for p in running.penalties),
         tuple(projections.stateful(p).init(model) for _, p in phase.projections),
     )

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from lowrank_jax import active, penalties, projections
+from lowrank_jax import active, paths, penalties, projections
 from lowrank_jax.samplers import RankSampler, SampledRanks
 from train.phases import Running
 from train.state import Structure, TrainState, model_state_of
@@ -109,11 +109,11 @@ def make_train_step(
         if phase.optimizer.decays_masked:
             return params
         model = structure.merge(params, state.model_state, root_key)
-        for path, factors in active.find_factors(model).items():
+        for path, factors in paths.find_factors(model).items():
             ranks = [ranks[path] for ranks in passes if path in ranks]
-            if len(ranks) == len(passes):  # else one pass runs at the full rank
+            if len(ranks) == len(passes):  # else one pass runs at the active rank
                 factors.set_rank(jnp.stack(ranks).max(axis=0))
-                factors.zero_masked()
+            factors.zero_masked()
         return nnx.as_pure(nnx.state(model, nnx.Param))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
