@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import support
 from flax import nnx
@@ -336,20 +335,36 @@ class TestShrinking:
 
     def test_optimizer_and_sampler_state_are_cut_with_the_parameters(self, whole_run):
         arrays = stored_arrays(at_step(whole_run["workdir"], 4))
-        ranks = checkpoint.open_checkpoint(whole_run["checkpoints"] / "4").metadata[
-            "ranks"
-        ]
+        metadata = at_step(whole_run["workdir"], 4).metadata
+        ranks, rank_axes = metadata["ranks"], metadata["rank_axes"]
         for path, rank in ranks.items():
             shapes = [
-                array.shape[checkpoint.rank_axes(key)[0]]
+                array.shape[axes[0]]
                 for key, array in arrays.items()
-                if f"{path}/factors" in key and checkpoint.rank_axes(key)
+                for name, axes in rank_axes.items()
+                if key.endswith(name) and name.startswith(f"{path}/")
             ]
             assert shapes == [rank] * 4  # u and v, and the momentum of each
         momentum = [a for k, a in arrays.items() if k.startswith("opt_state")]
         assert momentum and all(np.any(array) for array in momentum)
         assert len(arrays["sampler/order"]) == sum(ranks.values())
-        assert int(arrays["sampler/position"]) == sum(ranks.values())  # made anew
+
+    def test_the_sampler_goes_on_with_the_pairs_that_are_left(
+        self, whole_run, stopped_run
+    ):
+        """In their order; what was taken before the cut at step 4 stays taken."""
+        before, saved = at_step(stopped_run, 3), at_step(whole_run["workdir"], 4)
+        old, new = stored_arrays(before), stored_arrays(saved)
+        limits = list(saved.metadata["ranks"].values())
+
+        def pairs(arrays: dict[str, np.ndarray]) -> list[tuple[int, int]]:
+            layers, ranks = arrays["sampler/layers"], arrays["sampler/ranks"]
+            return [(int(layers[n]), int(ranks[n])) for n in arrays["sampler/order"]]
+
+        left = [(layer, rank) for layer, rank in pairs(old) if rank <= limits[layer]]
+        assert pairs(new) == left != pairs(old)
+        taken = sum(pair in left for pair in pairs(old)[:4])
+        assert int(new["sampler/position"]) == taken
 
     def test_every_cut_is_said(self, whole_run):
         said = re.findall(r"shrink (\S+): rank (\d+) -> (\d+)", whole_run["stderr"])
