@@ -14,7 +14,9 @@ from train import registry
 
 TABLE = {name: row.function for name, row in selectors.SELECTORS.items()}
 
-NEEDS_SCORE = "score"
+BY_RANKS = ("rank", "rank_fraction", "ranks")
+"""Those that look at ranks alone: what they choose of the largest model there can be is
+the largest choice."""
 
 
 def complete(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from lowrank_jax import (
     surgery,
 )
 from lowrank_jax.active import get_ranks, max_ranks, set_ranks
+from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.layers import LowRankConv, LowRankLinear
 from lowrank_jax.paths import find_factors
@@ -193,7 +194,7 @@ def test_a_misspelled_word_is_an_error(place):
     for part in path:
         section = section[part]
     section[key] = value
-    with pytest.raises(ValueError, match=value if isinstance(value, str) else key):
+    with pytest.raises(UserError, match=value if isinstance(value, str) else key):
         phases.build_phases(to_json(config)["phases"])
 
 
@@ -218,9 +219,11 @@ def test_ranks_are_in_the_checkpoint(small_model, tmp_path):
     loaded = checkpoint.load(saved, small_model)
     assert get_ranks(loaded) == {"head": 1, "hidden/0": 2}
     np.testing.assert_array_equal(loaded(images), model(images))
-    lower = checkpoint.load(saved, small_model, ranks={"hidden/0": 3, "head": 2})
-    expected = surgery.truncate(model, {"hidden/0": 3, "head": 2})
+    lower = checkpoint.load(saved, small_model, ranks={"hidden/0": 1, "head": 1})
+    expected = surgery.truncate(model, {"hidden/0": 1, "head": 1})
     np.testing.assert_array_equal(lower(images), expected(images))
+    with pytest.raises(UserError, match=r"hidden/0: rank must be in \[0, 2\], got 3"):
+        checkpoint.load(saved, small_model, ranks={"hidden/0": 3})
 
 
 # Pruning loses parameters from the optimizer.
