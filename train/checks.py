@@ -68,7 +68,7 @@ def check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> N
       UserError: Naming the phase. A bug in the user's own code keeps its type, and a
         note says in which phase it came up.
     """
-    model = nnx.eval_shape(nnx.clone, model)
+    model = _without_values(model)
     asked = context.before_run(run)
     for phase, (start, end) in zip(
         plan, phases.spans(plan, run.steps_per_epoch), strict=True
@@ -116,8 +116,18 @@ def _in(place: str) -> Iterator[None]:
         raise
 
 
+def _without_values(model: nnx.Module) -> nnx.Module:
+    """The model without its values, but for the ranks that are known."""
+    ranks = known_ranks(model)
+    model = nnx.eval_shape(nnx.clone, model)
+    for path, factors in paths.find_factors(model).items():
+        factors.set_rank(ranks[path])
+    return model
+
+
 def _applied(action: Any, model: nnx.Module, choice: Any) -> nnx.Module:
-    return nnx.eval_shape(lambda model: action.apply(model, choice), model)
+    changed = nnx.eval_shape(lambda model: action.apply(model, choice), model)
+    return _without_values(changed)
 
 
 def _check_fit(run: Run, running: phases.Running, model: nnx.Module) -> None:

@@ -216,13 +216,14 @@ def at(config: Any, place: str) -> Any:
     return config
 
 
-class TestDefaults:
-    @pytest.fixture(scope="class")
-    def finished(self, tmp_path_factory) -> checkpoint.Saved:
-        """A run of the config that gives no optional argument."""
-        workdir = tmp_path_factory.mktemp("bare") / "run"
-        return train(own_config(whole=False), workdir)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> checkpoint.Saved:
+    """A run of the config that gives no optional argument."""
+    workdir = tmp_path_factory.mktemp("bare") / "run"
+    return train(own_config(whole=False), workdir)
 
+
+class TestDefaults:
     @pytest.mark.parametrize("place", [*OWN, "phases/0/optimizer"])
     def test_a_checkpoint_has_every_argument(self, finished, place):
         args = {"momentum": 0.5} if place.endswith("optimizer") else OWN[place][1]
