@@ -118,6 +118,8 @@ def _check_dense(run: Run, phase: phases.Phase) -> None:
 def _trace(run: Run, running: phases.Running, model: nnx.Module) -> None:
     """Runs the phase's step and its evaluation on abstract arrays."""
     ranks, sampler = known_ranks(model), running.phase.sampler
+    model = nnx.clone(model)
+    active.set_ranks(model, ranks)  # a pass at the model's own ranks reads them
     sampler_state = sampler.init(ranks)
     structure, params, model_state = split_model(model)
     state = jax.eval_shape(
@@ -160,11 +162,15 @@ def _check_sums(task: Task, sums: Mapping[str, Any]) -> None:
     """A task's evaluation must give scalars, a weight, and its headline figure."""
     problems = [
         f"config.task: sums must be scalars, got {name} of shape {value.shape}."
+        " Sum over the batch."
         for name, value in sums.items()
         if value.shape != ()
     ]
     if "weight" not in sums:
-        problems.append(f"config.task: sums must have a 'weight', got {sorted(sums)}.")
+        problems.append(
+            f"config.task: sums must have a 'weight', got {sorted(sums)}."
+            " Add the number of examples."
+        )
     if not problems:
         figures = task.figures(dict.fromkeys(sums, 1.0))
         missing = {"loss", task.headline} - set(figures)
@@ -172,5 +178,6 @@ def _check_sums(task: Task, sums: Mapping[str, Any]) -> None:
             problems.append(
                 f"config.task: figures must have {sorted(missing)}, got"
                 f" {sorted(figures)}."
+                " Return them from figures."
             )
     errors.raise_all(problems)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 from absl import flags
 
@@ -161,6 +162,36 @@ def test_bugs_keep_their_traceback(folder):
         assert status == 1
         assert "Traceback (most recent call last):" in err, text
         assert any(line.startswith(text) for line in err.splitlines()), text
+
+
+def test_a_bug_of_a_users_model(tmp_path):
+    """Its ValueError is no mistake in the config: the traceback leads to its line, and
+    a note says where it came up. A mistake in the config is a line, and with
+    --verbosity=1 has its traceback too."""
+    config = "--config=tests/own_package/config.py:smoke"
+    train = ("train.main", config, f"--workdir={tmp_path / 'run'}")
+    name = "--config.model.name=own_package.model"
+    ended = commands.run(
+        {
+            "bug": (*train, f"{name}:buggy"),
+            "verbose bug": (*train, f"{name}:buggy", "--verbosity=1"),
+            "mistake": (*train, f"{name}:bugy"),
+            "verbose mistake": (*train, f"{name}:bugy", "--verbosity=1"),
+        }
+    )
+    for name in ("bug", "verbose bug"):
+        status, _, err = ended[name]
+        assert status == 1 and "Traceback (most recent call last):" in err
+        assert "own_package/model.py" in err
+        lines = err.splitlines()
+        assert "ValueError: a bug of this model" in lines
+        assert any("check of config.phases[0] (prefixes)" in line for line in lines)
+    mistake = "error: config.model: name: must be the import path of a function, got"
+    assert ended["mistake"].message.startswith(mistake)
+    status, _, err = ended["verbose mistake"]
+    assert status == 1 and "Traceback (most recent call last):" in err
+    assert err.splitlines()[-1] == ended["mistake"].message
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_ends_well(folder):
