@@ -42,7 +42,7 @@ def arguments(model: nnx.Module) -> dict[str, dict[str, Any]]:
 def make_timer(
     model: nnx.Module, name: str, args: dict[str, Any]
 ) -> Callable[[], float]:
-    """A function that computes value and gradient once and says how long it took."""
+    """Makes a function that times one value and gradient, in seconds."""
     penalty = stateful(PENALTIES[name](weight=1.0, **args))
     state = penalty.init(model)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)

@@ -19,7 +19,7 @@ from configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The config; `fraction` is the share of the dense MACs to keep."""
+    """Makes the config; `fraction` is the share of the dense MACs to keep."""
     options = common.options(arg, cifar10=False, fraction=0.25, weight=-1.0)
     smoke, cifar10 = options["smoke"], options["cifar10"]
     config = common.resnet(56, batch_size=128) if cifar10 else common.mnist_lenet()

@@ -10,7 +10,7 @@ from lowrank_jax.errors import UserError
 
 
 def options(arg: str, **known: float | bool) -> dict[str, Any]:
-    """What stands after the colon of `--config=FILE:ARG`.
+    """Reads what stands after the colon of `--config=FILE:ARG`.
 
     Args:
       arg: Words and `name=number`, separated by commas, such as "smoke,lasso=1e-4".
@@ -50,7 +50,7 @@ def _number(name: str, text: str, default: float) -> float:
 
 
 def base(*, seed: int) -> ConfigDict:
-    """Everything but data, task, model and phases."""
+    """Makes everything but data, task, model and phases."""
     config = ConfigDict()
     config.seed = seed
     config.data = ConfigDict()
@@ -101,7 +101,7 @@ def data(
     validation_examples: int,
     args: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A data set with every key, by its name or the import path of a function."""
+    """Makes a data set with every key, by its name or the import path of a function."""
     return {
         "name": name,
         "args": dict(args or {}),
@@ -115,7 +115,7 @@ def data(
 def images(
     *, mean: Sequence[float], std: Sequence[float], augment: Sequence[Any] = ()
 ) -> dict[str, Any]:
-    """Classification of images whose pixels have this mean and deviation."""
+    """Makes the classification of images whose pixels have this mean and deviation."""
     return named(
         "classification", mean=tuple(mean), std=tuple(std), augment=tuple(augment)
     )
@@ -136,7 +136,7 @@ def phase(
     shrink: Mapping[str, Any] | None = None,
     on_end: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """One phase with every key; plain training at full ranks unless told otherwise."""
+    """Makes a phase with every key; plain training at full ranks by default."""
     return {
         "name": name,
         "until": dict(until),
@@ -154,7 +154,7 @@ def phase(
 
 
 def named(name: str, **args: Any) -> dict[str, Any]:
-    """A choice from a table with its arguments."""
+    """Makes a choice from a table with its arguments."""
     return {"name": name, "args": args}
 
 
@@ -169,7 +169,7 @@ def optimizer(
     decay_columns: str = "all",
     clip_norm: float = 0.0,
 ) -> dict[str, Any]:
-    """An optimizer with every key; kernels and factors decay, biases and norms do
+    """Makes an optimizer with every key; kernels and factors decay, biases and norms do
     not."""
     return {
         "name": name,
@@ -184,17 +184,17 @@ def optimizer(
 
 
 def cosine(*, warmup_steps: int, final_fraction: float = 0.0) -> dict[str, Any]:
-    """Warm-up, then half a cosine down."""
+    """Makes a warm-up, then half a cosine down."""
     return named("cosine", warmup_steps=warmup_steps, final_fraction=final_fraction)
 
 
 def steps_down(*, factor: float, at_fractions: Sequence[float]) -> dict[str, Any]:
-    """The learning rate times a factor at each of these fractions of the phase."""
+    """Multiplies the learning rate by a factor at these fractions of the phase."""
     return named("steps", factor=factor, at_fractions=tuple(at_fractions))
 
 
 def mnist_lenet() -> ConfigDict:
-    """LeNet on MNIST, where all methods are compared: 6 epochs, `lenet_optimizer`."""
+    """Makes LeNet on MNIST, where all methods are compared."""
     config = base(seed=0)
     mnist(config, batch_size=128)
     config.model = named("lenet")
@@ -207,7 +207,7 @@ LENET_EPOCHS = 6
 def lenet_optimizer(
     *, constant: bool = False, warmup_steps: int = 200, **changes: Any
 ) -> dict[str, Any]:
-    """SGD with momentum, cosine to zero; `constant` for a phase that others follow."""
+    """Makes SGD with momentum, cosine to zero; `constant` where a phase follows."""
     schedule = named("constant", warmup_steps=warmup_steps) if constant else None
     values = {
         "learning_rate": 0.05,
@@ -220,7 +220,7 @@ def lenet_optimizer(
 
 
 def resnet(depth: int, *, batch_size: int) -> ConfigDict:
-    """A ResNet for CIFAR-10."""
+    """Makes a ResNet for CIFAR-10."""
     config = base(seed=0)
     cifar10(config, batch_size=batch_size)
     config.model = named("resnet", depth=depth)
@@ -233,7 +233,7 @@ def resnet(depth: int, *, batch_size: int) -> ConfigDict:
 def cifar10_sgd(
     *, constant: bool = False, warmup_steps: int = 0, **changes: Any
 ) -> dict[str, Any]:
-    """SGD 0.1, momentum 0.9, decay 1e-4, x0.1 at half and three quarters (Horvath et
+    """Makes SGD 0.1, momentum 0.9, decay 1e-4, x0.1 at 1/2 and 3/4 (Horvath et
     al., 2024)."""
     schedule = named("constant", warmup_steps=warmup_steps) if constant else None
     values = {
@@ -255,7 +255,7 @@ the function unchanged, every prefix the best of its rank."""
 
 
 def length(epochs: int, *, smoke: bool) -> dict[str, int]:
-    """The length of a phase; a few steps for a smoke run."""
+    """Returns the length of a phase; a few steps for a smoke run."""
     return {"steps": SMOKE_STEPS} if smoke else {"epochs": epochs}
 
 

@@ -12,7 +12,7 @@ from configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The config; "smoke" for a run of half a minute."""
+    """Makes the config; "smoke" for a run of half a minute."""
     smoke = common.options(arg)["smoke"]
     config = common.base(seed=0)
     common.digits(config, batch_size=64)

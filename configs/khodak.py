@@ -19,7 +19,7 @@ from configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The config; `ratio` is the rank of a layer as a share of its full rank."""
+    """Makes the config; `ratio` is the rank of a layer as a share of its full rank."""
     options = common.options(arg, cifar10=False, plain=False, ratio=-1.0)
     smoke, cifar10 = options["smoke"], options["cifar10"]
     if cifar10:

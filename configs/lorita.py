@@ -18,7 +18,7 @@ from configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The config; `depth` counts the factors, `decay` is the weight decay on each."""
+    """Makes the config; `depth` counts the factors, `decay` is that on each."""
     options = common.options(arg, cifar10=False, depth=2, decay=-1.0)
     smoke, cifar10 = options["smoke"], options["cifar10"]
     config = common.resnet(20, batch_size=128) if cifar10 else common.mnist_lenet()

@@ -19,7 +19,7 @@ from lowrank_jax.errors import UserError
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The config; `lasso` is the papers' lambda."""
+    """Makes the config; `lasso` is the papers' lambda."""
     options = common.options(
         arg, lasso=-1.0, dense=False, compare=False, cifar10=False, vgg=False
     )

@@ -18,7 +18,7 @@ COMPARED = (1.0, 0.358, 0.1666, 0.0625)
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The config; "smoke" for a run of a minute."""
+    """Makes the config; "smoke" for a run of a minute."""
     options = common.options(arg, compare=False)
     smoke, compare = options["smoke"], options["compare"]
     config = common.mnist_lenet()

@@ -16,7 +16,7 @@ from configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The config; `ratio` is the rank of a layer as a share of its full rank."""
+    """Makes the config; `ratio` is the rank of a layer as a share of its full rank."""
     options = common.options(arg, cifar10=False, ratio=0.25)
     smoke, cifar10 = options["smoke"], options["cifar10"]
     config = common.resnet(18, batch_size=128) if cifar10 else common.mnist_lenet()

@@ -30,7 +30,7 @@ HOYER = {18: (0.03, 0.03), 20: (0.1, 0.1), 32: (0.03, 0.005), 56: (0.001, 0.003)
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The config; `sparsity` is the weight on s, `energy` the removed share."""
+    """Makes the config; `sparsity` is the weight on s, `energy` the removed share."""
     options = common.options(
         arg,
         cifar10=False,

@@ -262,8 +262,10 @@ def restore(saved: Saved, items: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_items(model: nnx.Module) -> dict[str, Any]:
-    """A model's arrays as two trees: parameters, and the rest but ranks and random
-    keys."""
+    """Returns a model's arrays as two trees: parameters, and the rest.
+
+    Ranks and random keys are left out.
+    """
     _, params, _, state = nnx.split(model, nnx.Param, (Rank, nnx.RngState), ...)
     return {"params": nnx.as_pure(params), "model_state": nnx.as_pure(state)}
 

@@ -44,19 +44,19 @@ class LayerCost:
         return self.dense_params * self.dense_positions
 
     def factored_params(self, rank: RankValue) -> int:
-        """Numbers in the arrays of the form, r (i + o) for each matrix of `u v`."""
+        """Counts the numbers in the form's arrays, r (i + o) for each matrix `u v`."""
         return sum(self.form_params(one) for one in self._ranks(rank))
 
     def factored_macs(self, rank: RankValue) -> int:
         return sum(self.form_macs(one) for one in self._ranks(rank))
 
     def params(self, rank: RankValue) -> int:
-        """Parameters of the smaller form, factored or merged, matrix by matrix."""
+        """Counts the parameters of the smaller form, matrix by matrix."""
         dense = self.in_size * self.out_size
         return sum(min(dense, self.form_params(one)) for one in self._ranks(rank))
 
     def macs(self, rank: RankValue) -> int:
-        """MACs of the cheaper form, factored or merged, matrix by matrix.
+        """Counts the MACs of the cheaper form, factored or merged, matrix by matrix.
 
         A lookup in a dense table costs none, so that its form is the one with fewer
         parameters.
@@ -70,11 +70,11 @@ class LayerCost:
         )
 
     def form_params(self, rank: int) -> int:
-        """Numbers that one matrix stores at a rank; another form overrides it."""
+        """Counts the numbers of one matrix at a rank; another form overrides it."""
         return rank * (self.in_size + self.out_size)
 
     def form_macs(self, rank: int) -> int:
-        """MACs of one matrix at a rank; another form overrides it."""
+        """Counts the MACs of one matrix at a rank; another form overrides it."""
         return rank * (
             self.in_size * self.first_positions + self.out_size * self.second_positions
         )
@@ -93,7 +93,7 @@ class LayerCost:
 def merged_is_cheaper(
     in_size: int, out_size: int, rank: int, first: int, second: int, dense: int
 ) -> bool:
-    """Whether forming `u v` first takes fewer operations than applying `u`, then `v`.
+    """Returns whether forming `u v` first takes fewer operations than `u`, then `v`.
 
     The counts are of one matrix and of the forward pass, over all rows of the batch;
     the backward pass doubles both sides, so it does not change the answer.

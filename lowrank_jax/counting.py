@@ -49,12 +49,12 @@ class ModelCost(NamedTuple):
     unseen: dict[str, int] = {}
 
     def params(self, ranks: Ranks) -> int:
-        """All parameters, each factored layer in the smaller of its forms."""
+        """Counts all parameters, each factored layer in the smaller of its forms."""
         layers = sum(self.layers[path].params(rank) for path, rank in ranks.items())
         return self.fixed_params + layers
 
     def macs(self, ranks: Ranks) -> int:
-        """MACs of one example, each factored layer in the cheaper of its forms."""
+        """Counts the MACs of one example, each layer in the cheaper of its forms."""
         layers = sum(self.layers[path].macs(rank) for path, rank in ranks.items())
         return self.fixed_macs + layers
 
@@ -72,7 +72,7 @@ class ModelCost(NamedTuple):
 def count(
     model: nnx.Module, *example: Any, forward: Callable[..., Any] | None = None
 ) -> ModelCost:
-    """What the model costs, from tracing it once on abstract input.
+    """Counts what a model costs, from tracing it once on abstract input.
 
     A call counts where it is traced: a layer that `nnx.scan` runs several times without
     stacking it, or that a cached `nnx.jit` or `nnx.remat` runs again, counts once.

@@ -54,7 +54,7 @@ def factorize(
     *,
     rngs: nnx.Rngs | None = None,
 ) -> nnx.Module:
-    """A copy of the model with its layers in low-rank form.
+    """Returns a copy of the model with its layers in low-rank form.
 
     Every kernel becomes the product of its SVD (unless a rule says "random"), so that
     at full rank the function is unchanged. A module or a weight that is shared stays
@@ -179,7 +179,7 @@ def _warn_of_dense(model: nnx.Module, paths: Sequence[str]) -> None:
 
 
 def rules_of(model: nnx.Module) -> list[tuple[str, LayerRule]]:
-    """The rules by which `factorize` makes this model's structure from its dense twin.
+    """Returns the rules by which `factorize` makes this model of its dense twin.
 
     >>> rules_of(factorize(nnx.Sequential(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))))
     [('layers/0', {'max_rank': 4, 'with_s': False, 'depth': 2})]
@@ -204,7 +204,7 @@ def rules_of(model: nnx.Module) -> list[tuple[str, LayerRule]]:
 
 
 def kernel_matrices(model: nnx.Module) -> dict[str, Float[Array, "*stack i o"]]:
-    """The matrix of each layer that has, or can have, a low-rank form.
+    """Returns the matrix of each layer that has, or can have, a low-rank form.
 
     Dense kernels fold as `factorize` folds them by default; factors are multiplied at
     their active rank.

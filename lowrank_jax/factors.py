@@ -108,7 +108,7 @@ class Factors(Ranked):
         with_s: bool = False,
         depth: int = 2,
     ) -> "Factors":
-        """The best factors of a matrix.
+        """Makes the best factors of a matrix.
 
         Args:
           matrix: What to factor.
@@ -140,7 +140,7 @@ class Factors(Ranked):
         *,
         with_s: bool = False,
     ) -> "Factors":
-        """Random factors whose product has entries of the variance of a matrix's."""
+        """Draws factors whose product has entries of a matrix's variance."""
         u, v = linalg.random_factors(
             key,
             *matrix.shape[-2:],
@@ -249,7 +249,7 @@ class Factors(Ranked):
         Float[Array, "*stack r"] | None,
         Float[Array, "*stack r o"],
     ]:
-        """`u`, `s` (or None) and `v` with all allocated columns.
+        """Returns `u`, `s` (or None) and `v` with all allocated columns.
 
         Square factors in between are multiplied into the smaller of the two.
         """
@@ -272,7 +272,7 @@ class Factors(Ranked):
     def active_u(
         self, dtype: jax.typing.DTypeLike | None
     ) -> Float[Array, "*stack i r"]:
-        """`u diag(|s|)` with the columns past the rank set to zero.
+        """Returns `u diag(|s|)` with the columns past the rank set to zero.
 
         Masking this one side is enough: the tail of `v` then meets zeros both ways.
         With one rank per example there is no common mask, and none is applied.
@@ -289,7 +289,7 @@ class Factors(Ranked):
     def active_v(
         self, dtype: jax.typing.DTypeLike | None
     ) -> Float[Array, "*stack r o"]:
-        """`v`, in the dtype of the computation."""
+        """Returns `v`, in the dtype of the computation."""
         v = self.v[...]
         if self.middle is not None and not self._joins_u:
             _, v = self._join(None, self._active_middle(), v)
@@ -318,7 +318,7 @@ class Factors(Ranked):
     def matrix(
         self, dtype: jax.typing.DTypeLike | None = None
     ) -> Float[Array, "*stack i o"]:
-        """The merged matrix at the active rank."""
+        """Returns the merged matrix at the active rank."""
         if self.per_example:
             raise UserError(
                 "rank: must be one number to merge the factors, got one per example."
@@ -347,7 +347,7 @@ class Factors(Ranked):
                 array.set_value(jnp.where(mask, array[...], 0))
 
     def rank_masks(self, rank: RankValue) -> dict[str, Bool[np.ndarray, "..."]]:
-        """For each array, which of its numbers lie within a rank (broadcastable)."""
+        """Tells for each array which of its numbers lie within a rank."""
         ranks = np.broadcast_to(np.asarray(rank), self.stack_shape)
         acting = np.arange(self.max_rank) < ranks[..., None]
         masks = {}

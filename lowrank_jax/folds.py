@@ -82,7 +82,7 @@ class Fold:
         return view.reshape(*lead, *self.stack_shape, self.input_size, self.output_size)
 
     def to_kernel(self, matrix: Float[Array, "*stack i o"]) -> Float[Array, "..."]:
-        """The inverse of `to_matrix`."""
+        """Inverts `to_matrix`."""
         lead = matrix.shape[: matrix.ndim - 2 - len(self.stack_axes)]
         order = self._order(len(lead))
         view = matrix.reshape(
@@ -100,14 +100,14 @@ class Fold:
 
 
 def linear_fold(in_features: int, out_features: int) -> Fold:
-    """The fold of a kernel that is a matrix already."""
+    """Makes the fold of a kernel that is a matrix already."""
     return general_fold((), (in_features,), (out_features,))
 
 
 def general_fold(
     batch_shape: Sequence[int], in_shape: Sequence[int], out_shape: Sequence[int]
 ) -> Fold:
-    """The fold of `nnx.LinearGeneral`: kernel `(*batch, *in, *out)`."""
+    """Makes the fold of `nnx.LinearGeneral`: kernel `(*batch, *in, *out)`."""
     shape = (*batch_shape, *in_shape, *out_shape)
     inputs = len(batch_shape)
     outputs = inputs + len(in_shape)
@@ -121,7 +121,7 @@ def general_fold(
 
 
 def einsum_fold(einsum_str: str, kernel_shape: Sequence[int]) -> Fold:
-    """The fold of a two-operand einsum whose second operand is the kernel.
+    """Makes the fold of a two-operand einsum whose second operand is the kernel.
 
     Axes of the kernel that the input has and the output has not are inputs, those that
     only the output has are outputs, those that all three have are stack axes.
@@ -171,11 +171,11 @@ class ConvFold(Fold):
     transposed: bool = False
 
     def first_kernel(self, u: Float[Array, "*g i r"]) -> Float[Array, "... c gr"]:
-        """`u` as the kernel of the first convolution: c -> groups * r channels."""
+        """Returns `u` as the first convolution's kernel: c -> groups * r channels."""
         return self._kernel(u, self.input_shape[:-1], self.first_axes)
 
     def second_kernel(self, v: Float[Array, "*g r o"]) -> Float[Array, "... r f"]:
-        """`v` as the kernel of the second convolution: groups * r -> f filters."""
+        """Returns `v` as the second convolution's kernel: groups * r -> f filters."""
         columns = jnp.moveaxis(v, -2, -1)  # (*g, o, r): output axes first, as for u
         spatial = self.output_shape[:-1]
         columns = columns.reshape(*v.shape[:-2], -1, self.output_shape[-1], v.shape[-2])

@@ -171,7 +171,7 @@ def convert_opt_state(
 def restart_schedules(
     opt_state: optax.OptState, fresh: optax.OptState
 ) -> optax.OptState:
-    """The state with the counters of its schedules taken from a fresh one."""
+    """Returns the state with the counters of its schedules taken from a fresh one."""
 
     def restart(old: Any, new: Any) -> Any:
         if isinstance(old, SCHEDULES):

@@ -8,7 +8,7 @@ One that remembers something is a `StatefulProjection`, whose state travels as a
 penalty's; `stateful` turns either into this form.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -18,8 +18,10 @@ from jaxtyping import Array, Int
 
 from lowrank_jax import errors, linalg
 from lowrank_jax.errors import UserError
+from lowrank_jax.factors import Factors
 from lowrank_jax.paths import find_factors
 from lowrank_jax.purity import check_pure, check_same_state
+from lowrank_jax.ranks import name_of
 
 
 class Projection(Protocol):
@@ -84,6 +86,21 @@ def check_stateless(projection: AnyProjection, model: nnx.Module) -> None:
         check_same_state(state, new_state)
 
 
+def _check_settable(layers: Mapping[str, Factors]) -> None:
+    """Only u and v can be set, so that there must be nothing else in the product."""
+    others = [
+        name_of(path)
+        for path, factors in layers.items()
+        if factors.middle is not None or not factors.nested
+    ]
+    if others:
+        raise UserError(
+            f"{', '.join(others)}: a projection must have factors u and v alone to set,"
+            " got middle factors or another form. Canonicalize the factored model"
+            " first."
+        )
+
+
 def stable_rank_normalization(
     *, stable_rank: float, every_steps: int = 1
 ) -> Projection:
@@ -124,12 +141,7 @@ def stable_rank_normalization(
 
     def project(model: nnx.Module, step: Int[Array, ""] | int = 0) -> None:
         layers = find_factors(model)
-        middles = [p for p, factors in layers.items() if factors.middle is not None]
-        if middles:
-            raise UserError(
-                f"{', '.join(middles)}: projection stable_rank_normalization must set u"
-                " and v alone, but the layer has middle factors; canonicalize first."
-            )
+        _check_settable(layers)
         for factors in layers.values():
             u, s, v = factors.arrays()
             if u.shape[-1] == 0:

@@ -42,7 +42,7 @@ class Ranked(nnx.Module):
         raise NotImplementedError
 
     def mask(self) -> Bool[Array, "*stack r"]:
-        """True for the columns that act; a further axis `b` before `r` per example."""
+        """Returns true for the columns that act; per example with an axis `b` more."""
         rank = self.rank[...]
         expected = len(self.stack_shape) + self.per_example
         if rank.ndim != expected:
@@ -95,7 +95,7 @@ class Ranked(nnx.Module):
         self.rank.set_value(value)
 
     def limits(self) -> Limits:
-        """What bounds the rank: the active one to cut, the allocated one to set."""
+        """Returns what bounds the rank: active to cut, allocated to set."""
         return Limits(self._known_rank(), self.max_rank, self.nested)
 
     def _known_rank(self) -> RankValue:
@@ -109,5 +109,5 @@ class Ranked(nnx.Module):
         return self.get_rank()
 
     def get_rank(self) -> RankValue:
-        """The active rank as plain Python numbers (nested lists for a stack)."""
+        """Returns the active rank as plain numbers, nested lists for a stack."""
         return np.asarray(self.rank[...]).tolist()

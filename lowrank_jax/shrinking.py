@@ -161,7 +161,7 @@ def _acting(model: nnx.Module) -> nnx.Module:
 def tail_ranks(
     model: nnx.Module, *, threshold: float, multiple: int = 1
 ) -> dict[str, RankValue]:
-    """The progressive-shrinking rule of Maestro (Horvath et al., 2024, section 3.3).
+    """Finds ranks to shrink to by Maestro's rule (Horvath et al., 2024, section 3.3).
 
     Keeps column b while the importance of the tail from it on, `||U_{>=b}||_F
     ||V_{>=b}||_F`, is at least the threshold; what is kept is always a prefix. Only

@@ -21,7 +21,7 @@ from lowrank_jax.ranks import Ranks, name_of, unknown_paths
 
 
 def merge(model: nnx.Module, paths: Collection[str] | None = None) -> nnx.Module:
-    """A copy of the model with low-rank layers dense again, at their active rank.
+    """Returns a copy with low-rank layers dense again, at their active rank.
 
     Args:
       model: A low-rank model.
@@ -92,7 +92,7 @@ def truncate(
 
 
 def canonicalize(model: nnx.Module) -> nnx.Module:
-    """A copy whose factors are the SVD of their product at the active rank.
+    """Returns a copy whose factors are the SVD of their product at the active rank.
 
     The singular values are in `s` where there is one, else shared equally; the square
     factors of a deeper product are multiplied back. The function stays, the columns

@@ -13,8 +13,7 @@ from lowrank_jax.selection import selectors
 from train import registry
 
 TABLE = {name: row.function for name, row in selectors.SELECTORS.items()}
-
-NEEDS_SCORE = "score"
+"""The selectors by the name they have in configs and flags."""
 
 
 def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,9 +22,7 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
         return registry.complete(spec, TABLE, positional=1)
 
 
-def select(
-    spec: Mapping[str, Any], context: selectors.Context, **options: Any
-) -> dict[str, Any]:
+def select(spec: Mapping[str, Any], context: selectors.Context) -> dict[str, Any]:
     """Returns the ranks that a selector, given by name and arguments, chooses."""
     function = registry.resolve(spec["name"], TABLE, allow_imports=None)
     with errors.at("selector"), errors.at(spec["name"]):

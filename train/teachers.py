@@ -25,12 +25,12 @@ class Teacher(NamedTuple):
 
 
 def none() -> None:
-    """No teacher: every pass learns from the targets."""
+    """Names no teacher: every pass learns from the targets."""
     return None
 
 
 def full(*, target_weight: float) -> Teacher:
-    """The full pass of the same step (Horvath et al., 2021).
+    """Takes the full pass of the same step (Horvath et al., 2021).
 
     Args:
       target_weight: Share of the targets, in [0, 1].

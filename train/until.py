@@ -103,7 +103,7 @@ def stable_ranks(model: nnx.Module) -> StableRanks:
 def stable_ranks_stand_still(
     *, every_steps: int, window: int = 15, points: int = 11, tolerance: float = 0.1
 ) -> Condition:
-    """Cuttlefish's switch: no layer's stable rank moves any more.
+    """Makes Cuttlefish's switch: no layer's stable rank moves any more.
 
     Args:
       every_steps: How often to measure (their code: once an epoch).

@@ -44,7 +44,7 @@ class GaugeCost(LayerCost):
         return super().form_params(rank) - rank**2
 
     def form_macs(self, rank: int) -> int:
-        """As the factored form's, less the identity where the layer skips it."""
+        """Counts as the factored form, less the identity where the layer skips it."""
         return super().form_macs(rank) - rank**2 * self.spared_positions
 
 
@@ -156,7 +156,7 @@ class GaugeFactors(Factors):
     def active_v(
         self, dtype: jax.typing.DTypeLike | None
     ) -> Float[Array, "*stack r o"]:
-        """The second factor, its identity written out."""
+        """Returns the second factor, its identity written out."""
         rest = self.rest[...] if dtype is None else self.rest[...].astype(dtype)
         identity = jnp.eye(self.max_rank, dtype=rest.dtype)
         identity = jnp.broadcast_to(identity, (*self.stack_shape, *identity.shape))

@@ -19,20 +19,15 @@ from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.folds import Fold
 from lowrank_jax.layers.base import LowRankLayer
-from lowrank_jax.ranks import RankValue
 
 
 @dataclasses.dataclass(frozen=True)
 class MergedCost(LayerCost):
     """The cost of a layer that always multiplies by its merged kernel."""
 
-    def factored_macs(self, rank: RankValue) -> int:
-        """Returns the dense MACs for each matrix whose rank is above 0."""
-        per_matrix = self.in_size * self.out_size * self.dense_positions
-        return sum(per_matrix for number in self._ranks(rank) if number)
-
-    def macs(self, rank: RankValue) -> int:
-        return self.factored_macs(rank)
+    def form_macs(self, rank: int) -> int:
+        """Returns the dense MACs of a matrix whose rank is above 0."""
+        return self.in_size * self.out_size * self.dense_positions if rank else 0
 
 
 class OwnForward(LowRankLayer):

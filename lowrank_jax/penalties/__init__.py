@@ -6,7 +6,7 @@ the phase. Write U for `u diag(|s|)`, V for `v`, W for the product `U V`. Each m
 a stack counts as a layer of its own, a layer without columns not at all. A whole one:
 
     def shrink_outputs(*, weight: float) -> Penalty:
-        """`weight * sum over layers of ||v||_F^2`."""
+        """Adds `weight * sum over layers of ||v||_F^2`."""
 
         def penalty(model: nnx.Module, step: Int[Array, ""] | int = 0):
             layers = find_factors(model).values()

@@ -21,7 +21,7 @@ from lowrank_jax.penalties.base import (
 
 
 def hierarchical_group_lasso(*, weight: float) -> Penalty:
-    """`weight * sum over layers and b of ||U_{>=b}||_F + ||V_{>=b}||_F`.
+    """Adds `weight * sum over layers and b of ||U_{>=b}||_F + ||V_{>=b}||_F`.
 
     X_{>=b} are columns b to the last, counted from 1 (Horvath et al., 2024, eq. 7).
     Later columns are in more groups, so they go to zero first and the rank falls from
@@ -34,18 +34,18 @@ def hierarchical_group_lasso(*, weight: float) -> Penalty:
 
 
 def group_lasso(*, weight: float) -> Penalty:
-    """`weight * sum over layers and b of ||u_b|| + ||v_b||`, each column its own
+    """Adds `weight * sum over layers and b of ||u_b|| + ||v_b||`, each column its own
     group."""
     return _sum_of_norms(weight, linalg.safe_sqrt)
 
 
 def l1(*, weight: float) -> Penalty:
-    """`weight * sum over layers of sum_b |s_b|` (Yang et al., 2020)."""
+    """Adds `weight * sum over layers of sum_b |s_b|` (Yang et al., 2020)."""
     return _sum_over_scales(weight, "l1", jnp.sum)
 
 
 def hoyer(*, weight: float) -> Penalty:
-    """`weight * sum over layers of sum_b |s_b| / ||s||_2 - 1` (Yang et al., 2020).
+    """Adds `weight * sum over layers of sum_b |s_b| / ||s||_2 - 1` (Yang et al., 2020).
 
     Between 0 (one column) and sqrt(r) - 1 (all equal); the scale of `s` does not
     matter. Value and gradient are 0 at `s = 0`.
@@ -60,7 +60,7 @@ def hoyer(*, weight: float) -> Penalty:
 
 
 def hoyer_square(*, weight: float) -> Penalty:
-    """`weight * sum over layers of (sum_b |s_b|)^2 / sum_b s_b^2 - 1`.
+    """Adds `weight * sum over layers of (sum_b |s_b|)^2 / sum_b s_b^2 - 1`.
 
     Between 0 (one column) and r - 1 (all equal), else as `hoyer` (Yang et al., 2020).
     """
@@ -74,7 +74,7 @@ def hoyer_square(*, weight: float) -> Penalty:
 
 
 def nuclear(*, weight: float) -> Penalty:
-    """`weight / 2 * sum over layers of ||u||_F^2 + ||v||_F^2`; with `s`, of
+    """Adds `weight / 2 * sum over layers of ||u||_F^2 + ||v||_F^2`; with `s`, of
     `sum_b |s_b| (||u_b||^2 + ||v_b||^2)`.
 
     At least the nuclear norm of W, and equal to it at the balanced factors, or with `s`
@@ -91,7 +91,7 @@ def nuclear(*, weight: float) -> Penalty:
 
 
 def funnel(*, weight: float, start: float, end: float, anneal_steps: int) -> Penalty:
-    """`weight * sum over layers and b of x_b / (x_b + c)`, x_b a column's size.
+    """Adds `weight * sum over layers and b of x_b / (x_b + c)`, x_b a column's size.
 
     x_b is |s_b|, without `s` it is ||u_b|| ||v_b||. Bounded and concave: small columns
     are pushed to zero, large ones hardly at all, the more so the smaller c, and the sum

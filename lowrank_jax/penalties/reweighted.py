@@ -40,7 +40,7 @@ class LogDeterminantState(NamedTuple):
 def log_determinant(
     *, weight: float, every_steps: int, start: float, end: float, anneal_steps: int
 ) -> StatefulPenalty:
-    """`weight / 2 * sum over layers of <W, P W>`, whose slope is that of `log det`.
+    """Adds `weight / 2 * sum over layers of <W, P W>`, of the slope of `log det`.
 
     Weights small singular values by up to 1 / c and large ones hardly at all, so that
     the small go to zero. Where P is new, the gradient is that of `weight / 2 * sum_b

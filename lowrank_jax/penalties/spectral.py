@@ -24,7 +24,7 @@ from lowrank_jax.ranks import Limits, Ranks, RankValue, check_active, name_of
 
 
 def orthogonality(*, weight: float) -> Penalty:
-    """`weight * sum over layers and both factors M of ||G - I_d||_F^2 / d^2`.
+    """Adds `weight * sum over layers and both factors M of ||G - I_d||_F^2 / d^2`.
 
     G is the smaller Gram matrix of M `(a, b)`, d = min(a, b) its size (Yang et al.,
     2020: keeps `u` and `v` near singular vectors, and |s| near the singular
@@ -43,7 +43,7 @@ def orthogonality(*, weight: float) -> Penalty:
 
 
 def stable_rank(*, weight: float, every_steps: int = 1) -> Penalty:
-    """`weight * sum over layers of ||W||_F^2 / ||W||_2^2` (Sanyal et al., 2020).
+    """Adds `weight * sum over layers of ||W||_F^2 / ||W||_2^2` (Sanyal et al., 2020).
 
     At least 1 and at most the rank; 0 at W = 0. The scale of W does not matter.
 
@@ -68,7 +68,7 @@ def modified_stable_rank(
     power: int = 2,
     every_steps: int = 1,
 ) -> Penalty:
-    """`weight * sum over layers of sum_{b>t} s_b^power / sum_{b<=t} s_b^power`.
+    """Adds `weight * sum over layers of sum_{b>t} s_b^power / sum_{b<=t} s_b^power`.
 
     s_b are the singular values of W, falling, and t is the layer's target rank: the
     tail, which truncation will remove, over the head (BSR: Eo et al., 2021). The paper
@@ -111,7 +111,7 @@ def modified_stable_rank(
 
 
 def frobenius_decay(*, weight: float) -> Penalty:
-    """`weight / 2 * sum over layers of ||W||_F^2` (Khodak et al., 2021).
+    """Adds `weight / 2 * sum over layers of ||W||_F^2` (Khodak et al., 2021).
 
     It replaces weight decay on the factors: give it the weight decay of the dense
     model, and take the factors out of the optimizer's `decayed` pattern.

@@ -20,7 +20,7 @@ from lowrank_jax.samplers.levels import one_level
 
 
 def full() -> RankSampler:
-    """Every layer at its full rank: plain training of the factors."""
+    """Takes every layer at its full rank: plain training of the factors."""
 
     def sample(state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int):
         del key, step
@@ -30,7 +30,7 @@ def full() -> RankSampler:
 
 
 def independent() -> RankSampler:
-    """Every layer at a rank of its own, uniform in 1 to its full rank."""
+    """Draws a rank for each layer, uniform in 1 to its full rank."""
 
     def sample(state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int):
         del step
@@ -45,7 +45,7 @@ def independent() -> RankSampler:
 
 
 def geometric(*, decay: float) -> RankSampler:
-    """Nested dropout (Rippel et al., 2014): rank b with a chance that falls as decay^b.
+    """Draws rank b with a chance that falls as decay^b (Rippel et al., 2014).
 
     The draw is independent for each layer; what lies past the full rank is given to it,
     so that the full model is trained as well.
@@ -74,7 +74,7 @@ def geometric(*, decay: float) -> RankSampler:
 
 
 def uniform_fraction(*, fractions: Sequence[float] = ()) -> RankSampler:
-    """One fraction p for all layers, rank ceil(p r) (FjORD, Horvath et al., 2021).
+    """Draws one fraction p for all layers, rank ceil(p r) (Horvath et al., 2021).
 
     Args:
       fractions: The levels to draw from, such as (0.2, 0.4, 0.6, 0.8, 1.0). Empty: p is
@@ -91,7 +91,7 @@ def uniform_fraction(*, fractions: Sequence[float] = ()) -> RankSampler:
 
 
 def per_example(*, batch_size: int, common_fraction: bool = False) -> RankSampler:
-    """A rank of its own for each example of the batch, uniform in 1 to the full one.
+    """Draws a rank for each example of the batch, uniform in 1 to the full one.
 
     Layers run in the factored order then, since the examples share no merged matrix.
 

@@ -29,12 +29,12 @@ from lowrank_jax.samplers.base import (
 
 
 def one_level(fractions: Sequence[float]) -> RankSampler:
-    """One of these fractions for all layers, all equally often."""
+    """Draws one of these fractions for all layers, all equally often."""
     return _draw_row(lambda model: table_at(fractions, model))
 
 
 def sandwich(*, passes: int = 4, smallest: float = 0.125) -> RankSampler:
-    """The full model, the smallest, random ones between (US-Nets, Yu & Huang, 2019).
+    """Takes the full model, the smallest, random ones between (Yu & Huang, 2019).
 
     Args:
       passes: Forward passes a step, at least 2: full, smallest, and passes - 2 with one
@@ -65,7 +65,7 @@ def sandwich(*, passes: int = 4, smallest: float = 0.125) -> RankSampler:
 
 
 def matryoshka(*, fractions: Sequence[float]) -> RankSampler:
-    """All levels in every step, the full one first (Kusupati et al., 2022).
+    """Takes all levels in every step, the full one first (Kusupati et al., 2022).
 
     Args:
       fractions: Fractions of the ranks, one pass each; 1 and at least one more.
@@ -90,7 +90,7 @@ def matryoshka(*, fractions: Sequence[float]) -> RankSampler:
 
 
 def family(*, profiles: Sequence[Ranks]) -> RankSampler:
-    """One of a family's nested profiles each step, all equally often on average.
+    """Draws one of a family's nested profiles a step, all equally often on average.
 
     `check` refuses profiles above the ranks of the model that training starts from.
     `init` lowers them to a model that has been cut since, so that shrinking goes on

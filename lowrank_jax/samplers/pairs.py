@@ -21,7 +21,7 @@ class SingleLayerState(NamedTuple):
 
 
 def single_layer() -> RankSampler:
-    """One layer at a time, as in Maestro (Horvath et al., 2024, section 3.2).
+    """Draws one layer at a time, as Maestro (Horvath et al., 2024, section 3.2).
 
     Each step takes one pair (layer, rank), uniformly over all of them and without
     replacement within a shuffled pass; that layer runs at the rank, all others at full.

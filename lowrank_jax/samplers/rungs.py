@@ -22,7 +22,7 @@ from lowrank_jax.samplers.base import (
 def ladder(
     *, fractions: Sequence[float], chances: Sequence[float], warmup_steps: int
 ) -> RankSampler:
-    """Each layer at a rung of its own, drawn with given chances; first the full one.
+    """Draws a rung for each layer, with given chances; first the full one.
 
     The rungs are fixed when training begins: a cut lowers those above the new rank to
     it and leaves the others. Where layers came or went, or a rank was raised, they are

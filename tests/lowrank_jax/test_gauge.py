@@ -164,7 +164,7 @@ def test_square_factors_are_absorbed():
     assert relative_error(form(x), truncate(model, {"": 3})(x)) <= 1e-5
 
 
-@pytest.mark.parametrize("rank", [0, 1, 8, 16])
+@pytest.mark.parametrize("rank", [0, 5, 8, 16])
 @pytest.mark.parametrize("rows", [1, 32])
 def test_counts_are_those_of_xla_and_below_dense(rank, rows):
     """r (i + o - r) parameters and MACs; the identity is not multiplied."""
@@ -180,7 +180,7 @@ def test_counts_are_those_of_xla_and_below_dense(rank, rows):
     assert cost.fixed_params == 0
     graph, state = nnx.split(form)
     run = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
-    if rank in (1, 8):  # XLA makes something else of empty products
+    if rank in (5, 8):  # XLA makes something else of empty products
         flops = run.lower(state, example).compile().cost_analysis()["flops"]
         sorting = 4 * 16 * 16  # at most: the order of the columns
         assert 2 * rows * numbers <= flops <= 2 * rows * numbers + sorting

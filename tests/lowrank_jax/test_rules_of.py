@@ -317,7 +317,7 @@ WRONG = {
     "depth true": ({"depth": True}, "depth must be a whole number.*got True"),
     "with_s text": ({"with_s": "yes"}, "with_s must be true or false, got 'yes'"),
     "with_s list": ({"with_s": [True]}, r"with_s must be true or false, got \[True\]"),
-    "key": ({"rank": 2}, r"mapping of \['depth', 'init'.*got \{'rank': 2\}"),
+    "key": ({"rank": 2}, r"mapping of \['depth', 'form', 'init'.*got \{'rank': 2\}"),
     "init": ({"init": "zeros"}, "init must be 'svd' or 'random', got 'zeros'"),
     "no rngs": ({"init": "random"}, "needs rngs.*Pass factorize"),
     "random, deep": ({"init": "random", "depth": 3}, "depth of 2.*depth=3"),

@@ -51,11 +51,11 @@ def make_augment(ops: Sequence[Sequence[Any]]) -> Augment:
     """Chains augmentations in the order given; none at all is the identity.
 
     Args:
-        ops: pairs of a name in `AUGMENTATIONS` and its keyword arguments, such as
-            `[("random_crop", {"padding": 4}), ("random_flip", {})]`.
+      ops: pairs of a name in `AUGMENTATIONS` and its keyword arguments, such as
+        `[("random_crop", {"padding": 4}), ("random_flip", {})]`.
 
     Raises:
-        UserError: an unknown name or unfit arguments; lists every offender.
+      UserError: an unknown name or unfit arguments; lists every offender.
     """
     problems = [_problem(op) for op in ops]
     raise_all([f"augment[{n}] {text}" for n, text in enumerate(problems) if text])

@@ -26,12 +26,12 @@ def read(
     """Calls the function and returns its splits with what is known of them.
 
     Returns:
-        The arrays of "train" and "test", 64 bits cut to 32 as everywhere in JAX, and
-        the facts: "arrays" (name -> "shape" and "dtype" of one example), the function's
-        own, and "num_classes" where "label" looks like a class index.
+      The arrays of "train" and "test", 64 bits cut to 32 as everywhere in JAX, and
+      the facts: "arrays" (name -> "shape" and "dtype" of one example), the function's
+      own, and "num_classes" where "label" looks like a class index.
 
     Raises:
-        UserError: Arrays that are none, or do not fit together; lists every offender.
+      UserError: Arrays that are none, or do not fit together; lists every offender.
     """
     signature = inspect.signature(build)
     try:

@@ -47,9 +47,9 @@ class Dataset:
     """A data set in three disjoint splits.
 
     Args:
-        name: as given to `load_dataset`.
-        facts: what the source knows, as JSON (see `sources.RawDataset`).
-        splits: the examples of "train", "validation" and "test".
+      name: as given to `load_dataset`.
+      facts: what the source knows, as JSON (see `sources.RawDataset`).
+      splits: the examples of "train", "validation" and "test".
     """
 
     name: str
@@ -58,14 +58,14 @@ class Dataset:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of examples by split."""
+        """Returns the number of examples by split."""
         return {split: len(subset) for split, subset in self.splits.items()}
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Number of full batches in one pass; the remainder is dropped.
+        """Returns the number of full batches in a pass; the remainder is dropped.
 
         Raises:
-            ValueError: `batch_size` is not in [1, training examples].
+          ValueError: `batch_size` is not in [1, training examples].
         """
         size = len(self.splits["train"])
         if not 1 <= batch_size <= size:
@@ -82,8 +82,8 @@ class Dataset:
         """Yields batches start_step, start_step + 1, ... without end.
 
         Returns:
-            Dicts of the source's arrays, b rows of each; a new permutation every
-            epoch.
+          Dicts of the source's arrays, b rows of each; a new permutation every
+          epoch.
         """
         steps_per_epoch = self.steps_per_epoch(batch_size)
         if seed < 0 or start_step < 0:
@@ -105,8 +105,8 @@ class Dataset:
         """Yields every example of `split` once, in fixed order.
 
         Returns:
-            Dicts as in training with "weight" float32 (b,): 0 for the rows that pad the
-            last batch; elsewhere the source's own weight, 1 if it has none.
+          Dicts as in training with "weight" float32 (b,): 0 for the rows that pad the
+          last batch; elsewhere the source's own weight, 1 if it has none.
         """
         if split not in SPLITS:
             raise KeyError(
@@ -148,21 +148,21 @@ def load_dataset(
     once per process and kept in memory; a larger one is read as it is needed.
 
     Args:
-        name: "digits" (ships with scikit-learn), the name of a prepared TFDS image
-            classification set ("mnist", "cifar10", "cifar10:3.0.2"), or a function that
-            returns {"train": {name: array, ...}, "test": {...}}, a row an example, and
-            under "facts" what else it knows. Names are those that the task reads;
-            "weight" is how much an example counts.
-        data_dir: where TFDS sets lie; "" means TFDS_DATA_DIR, else
-            ~/tensorflow_datasets.
-        validation_examples: size of the validation split; which examples it holds
-            depends on this number and the data set alone.
-        args: keyword arguments of the function.
+      name: "digits" (ships with scikit-learn), the name of a prepared TFDS image
+        classification set ("mnist", "cifar10", "cifar10:3.0.2"), or a function that
+        returns {"train": {name: array, ...}, "test": {...}}, a row an example, and
+        under "facts" what else it knows. Names are those that the task reads;
+        "weight" is how much an example counts.
+      data_dir: where TFDS sets lie; "" means TFDS_DATA_DIR, else
+        ~/tensorflow_datasets.
+      validation_examples: size of the validation split; which examples it holds
+        depends on this number and the data set alone.
+      args: keyword arguments of the function.
 
     Raises:
-        MissingFile: the set is not prepared in `data_dir`; says how to.
-        UserError: arrays that do not fit together, a TFDS set that is not images with
-            labels, or nothing left to train on.
+      MissingFile: the set is not prepared in `data_dir`; says how to.
+      UserError: arrays that do not fit together, a TFDS set that is not images with
+        labels, or nothing left to train on.
     """
     raw = sources.open_dataset(name, data_dir=data_dir, args=args)
     size = len(raw.train)
@@ -189,11 +189,11 @@ def load_data(
     """Opens the data set of a config's `data` section.
 
     Args:
-        spec: The section.
-        allow_imports: Packages that its name may be imported from; None for any.
+      spec: The section.
+      allow_imports: Packages that its name may be imported from; None for any.
 
     Raises:
-        UserError: As `load_dataset`, or the name stands for nothing.
+      UserError: As `load_dataset`, or the name stands for nothing.
     """
     name = spec["name"]
     if ":" in name and not name.rpartition(":")[2][:1].isdigit():  # not "cifar10:3.0.2"

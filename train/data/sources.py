@@ -46,12 +46,12 @@ class RawDataset(NamedTuple):
     """The two splits as published, before a validation split is held out.
 
     Args:
-        name: For messages.
-        facts: What the source knows, as JSON: "arrays" (name -> "shape" and "dtype" of
-            one example), "num_classes" where "label" is a class index, and anything
-            else that a task may need.
-        train: Examples to train on, and to hold a validation split out of.
-        test: Examples of the same arrays.
+      name: For messages.
+      facts: What the source knows, as JSON: "arrays" (name -> "shape" and "dtype" of
+        one example), "num_classes" where "label" is a class index, and anything
+        else that a task may need.
+      train: Examples to train on, and to hold a validation split out of.
+      test: Examples of the same arrays.
     """
 
     name: str
@@ -79,10 +79,10 @@ class TfdsSource:
     """One split of a prepared TFDS directory, decoded once or read on demand.
 
     Args:
-        directory: the version directory, such as `.../mnist/3.0.1`.
-        split: a split name of that data set.
-        image_shape: (x, y, c) of every image.
-        size: number of examples.
+      directory: the version directory, such as `.../mnist/3.0.1`.
+      split: a split name of that data set.
+      image_shape: (x, y, c) of every image.
+      size: number of examples.
     """
 
     directory: str

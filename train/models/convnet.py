@@ -14,10 +14,10 @@ class ConvBlock(nnx.Module):
     """A 3x3 convolution without bias, batch normalization, relu.
 
     Args:
-        in_features: Channels in.
-        out_features: Channels out.
-        stride: Step of the convolution; 2 halves both sides, rounding up.
-        rngs: Source of the initial values.
+      in_features: Channels in.
+      out_features: Channels out.
+      stride: Step of the convolution; 2 halves both sides, rounding up.
+      rngs: Source of the initial values.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class ConvNet(nnx.Module):
     Every block but the first halves both sides, so images of any size will do.
 
     Args:
-        in_features: Channels of the images.
-        widths: Channels out of each block.
-        num_classes: Number of logits.
-        rngs: Source of the initial values.
+      in_features: Channels of the images.
+      widths: Channels out of each block.
+      num_classes: Number of logits.
+      rngs: Source of the initial values.
     """
 
     def __init__(

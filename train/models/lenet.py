@@ -17,12 +17,12 @@ class LeNet(nnx.Module):
     """Two convolutions, three linear layers; 44,426 parameters at 28x28x1, 10 classes.
 
     Args:
-        image_shape: Shape (x, y, c) of one image.
-        num_classes: Number of logits.
-        rngs: Source of the initial values.
+      image_shape: Shape (x, y, c) of one image.
+      num_classes: Number of logits.
+      rngs: Source of the initial values.
 
     Raises:
-        ValueError: A side of the image is shorter than 16 pixels.
+      ValueError: A side of the image is shorter than 16 pixels.
     """
 
     def __init__(

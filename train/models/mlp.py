@@ -15,10 +15,10 @@ class MLP(nnx.Module):
     """Linear layers with relu between them: `hidden/0`, `hidden/1`, ..., `head`.
 
     Args:
-        in_features: Pixels times channels of one image.
-        hidden: Width of each hidden layer; empty for a linear classifier.
-        num_classes: Number of logits.
-        rngs: Source of the initial values.
+      in_features: Pixels times channels of one image.
+      hidden: Width of each hidden layer; empty for a linear classifier.
+      num_classes: Number of logits.
+      rngs: Source of the initial values.
     """
 
     def __init__(

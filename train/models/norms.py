@@ -10,7 +10,7 @@ NORMS = ("batch", "group")
 def make_norm(
     features: int, *, norm: str, groups: int, rngs: nnx.Rngs
 ) -> nnx.BatchNorm | nnx.GroupNorm:
-    """Batch normalization, or group normalization with at most one group a channel."""
+    """Makes batch normalization, or group normalization of at most so many groups."""
     if norm == "batch":
         return nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, rngs=rngs)
     groups = min(groups, features)
@@ -20,7 +20,7 @@ def make_norm(
 def problems(
     model: str, norm: str, groups: int, widths: Sequence[float], multiplier: float
 ) -> list[str]:
-    """What is wrong with these options of a model, a line each; empty if nothing is."""
+    """Lists what is wrong with these options of a model."""
     errors = []
     if norm not in NORMS:
         errors.append(

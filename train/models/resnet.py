@@ -52,11 +52,11 @@ class BasicBlock(nnx.Module):
     """`relu(norm2(conv2(relu(norm1(conv1(x))))) + shortcut(x))`, both kernels 3x3.
 
     Args:
-        in_features: Channels in.
-        width: Channels of both convolutions.
-        stride: Step of `conv1`.
-        make_norm: Builds the normalization of a number of channels.
-        rngs: Source of the initial values.
+      in_features: Channels in.
+      width: Channels of both convolutions.
+      stride: Step of `conv1`.
+      make_norm: Builds the normalization of a number of channels.
+      rngs: Source of the initial values.
     """
 
     expansion = 1  # channels out, in widths
@@ -93,11 +93,11 @@ class Bottleneck(nnx.Module):
     """As `BasicBlock` with three convolutions: 1x1, 3x3, and 1x1 to four widths.
 
     Args:
-        in_features: Channels in.
-        width: Channels of `conv1` and `conv2`; `conv3` has four times as many.
-        stride: Step of `conv2`.
-        make_norm: Builds the normalization of a number of channels.
-        rngs: Source of the initial values.
+      in_features: Channels in.
+      width: Channels of `conv1` and `conv2`; `conv3` has four times as many.
+      stride: Step of `conv2`.
+      make_norm: Builds the normalization of a number of channels.
+      rngs: Source of the initial values.
     """
 
     expansion = 4  # channels out, in widths
@@ -151,18 +151,18 @@ class ResNet(nnx.Module):
     images of any size will do.
 
     Args:
-        in_features: Channels of the images.
-        num_classes: Number of logits.
-        depth: 18, 20, 32, 50 or 56.
-        stem: "3x3", or "7x7" with stride 2 and then a 3x3 max pool with stride 2.
-        norm: "batch", or "group", which holds no batch statistics.
-        groups: Groups of each group normalization, or its channels if they are fewer.
-        width_multiplier: Factor of all widths; 2 for ResNet32x2 (Khodak et al., 2021).
-        rngs: Source of the initial values.
+      in_features: Channels of the images.
+      num_classes: Number of logits.
+      depth: 18, 20, 32, 50 or 56.
+      stem: "3x3", or "7x7" with stride 2 and then a 3x3 max pool with stride 2.
+      norm: "batch", or "group", which holds no batch statistics.
+      groups: Groups of each group normalization, or its channels if they are fewer.
+      width_multiplier: Factor of all widths; 2 for ResNet32x2 (Khodak et al., 2021).
+      rngs: Source of the initial values.
 
     Raises:
-        ValueError: An unknown depth, stem or norm, groups that do not divide a width,
-            or a multiplier that gives widths that are not whole.
+      ValueError: An unknown depth, stem or norm, groups that do not divide a width,
+        or a multiplier that gives widths that are not whole.
     """
 
     def __init__(

@@ -26,12 +26,12 @@ class ConvBlock(nnx.Module):
     """A 3x3 convolution, a normalization, relu, and 2x2 max pooling if `pools`.
 
     Args:
-        in_features: Channels in.
-        out_features: Channels out.
-        pools: Whether to halve both sides, rounding down.
-        norm: "batch" or "group".
-        groups: Groups of a group normalization, or its channels if they are fewer.
-        rngs: Source of the initial values.
+      in_features: Channels in.
+      out_features: Channels out.
+      pools: Whether to halve both sides, rounding down.
+      norm: "batch" or "group".
+      groups: Groups of a group normalization, or its channels if they are fewer.
+      rngs: Source of the initial values.
     """
 
     def __init__(
@@ -70,17 +70,17 @@ class VGG(nnx.Module):
     VGG-19 has 20,040,522 parameters and 398.14 M MACs at 32x32x3, 10 classes.
 
     Args:
-        image_shape: Shape (x, y, c) of one image.
-        num_classes: Number of logits.
-        depth: 11, 13, 16 or 19.
-        norm: "batch", or "group", which holds no batch statistics.
-        groups: Groups of each group normalization, or its channels if they are fewer.
-        width_multiplier: Factor of all widths.
-        rngs: Source of the initial values.
+      image_shape: Shape (x, y, c) of one image.
+      num_classes: Number of logits.
+      depth: 11, 13, 16 or 19.
+      norm: "batch", or "group", which holds no batch statistics.
+      groups: Groups of each group normalization, or its channels if they are fewer.
+      width_multiplier: Factor of all widths.
+      rngs: Source of the initial values.
 
     Raises:
-        ValueError: An unknown depth or norm, a side shorter than 32 pixels, groups that
-            do not divide a width, or a multiplier that gives widths that are not whole.
+      ValueError: An unknown depth or norm, a side shorter than 32 pixels, groups that
+        do not divide a width, or a multiplier that gives widths that are not whole.
     """
 
     def __init__(

@@ -18,11 +18,11 @@ class Block(nnx.Module):
     rule out fused attention.
 
     Args:
-        embed_dim: Features of each token.
-        num_heads: Attention heads; divides `embed_dim`.
-        mlp_dim: Features between `up` and `down`.
-        dropout_rate: Fraction of each branch dropped in train mode; 0 builds none.
-        rngs: Source of the initial values and of the dropout masks.
+      embed_dim: Features of each token.
+      num_heads: Attention heads; divides `embed_dim`.
+      mlp_dim: Features between `up` and `down`.
+      dropout_rate: Fraction of each branch dropped in train mode; 0 builds none.
+      rngs: Source of the initial values and of the dropout masks.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class ViT(nnx.Module):
     `train()` and `eval()` switch dropout on and off; a new model is in train mode.
 
     Args:
-        image_shape: Shape (x, y, c) of one image.
-        num_classes: Number of logits.
-        patch_size: Side of a patch; divides both sides of the image.
-        embed_dim: Features of each token.
-        depth: Number of blocks.
-        num_heads: Attention heads; divides `embed_dim`.
-        mlp_dim: Hidden features of each block's perceptron.
-        dropout_rate: Fraction dropped in train mode; 0 builds no dropout.
-        rngs: Source of the initial values and of the dropout masks.
+      image_shape: Shape (x, y, c) of one image.
+      num_classes: Number of logits.
+      patch_size: Side of a patch; divides both sides of the image.
+      embed_dim: Features of each token.
+      depth: Number of blocks.
+      num_heads: Attention heads; divides `embed_dim`.
+      mlp_dim: Hidden features of each block's perceptron.
+      dropout_rate: Fraction dropped in train mode; 0 builds no dropout.
+      rngs: Source of the initial values and of the dropout masks.
 
     Raises:
-        ValueError: `patch_size` does not divide the image, or `num_heads` `embed_dim`.
+      ValueError: `patch_size` does not divide the image, or `num_heads` `embed_dim`.
     """
 
     def __init__(

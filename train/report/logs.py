@@ -167,7 +167,7 @@ class Progress:
 
 
 def say(message: str) -> None:
-    """A line on stderr that leaves a progress bar whole."""
+    """Prints a line on stderr that leaves a progress bar whole."""
     tqdm.tqdm.write(message, file=sys.stderr)
 
 

@@ -1,0 +1,45 @@
+"""The benchmarks run, on models of a few numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks import penalty_time, step_time
+from lowrank_jax import factorize
+from lowrank_jax.penalties import PENALTIES
+from train.models import mlp
+
+
+@pytest.fixture(scope="module")
+def dense() -> nnx.Module:
+    rngs = nnx.Rngs(0)
+    return mlp.build(image_shape=(4, 4, 1), num_classes=10, rngs=rngs, hidden=(6,))
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_every_penalty_is_timed(dense, name):
+    """Its arguments fit it, and value and gradient are computed."""
+    model = factorize(dense, [(".*", {"with_s": True})])
+    arguments = penalty_time.arguments(model)
+    assert arguments.keys() == PENALTIES.keys()
+    assert penalty_time.make_timer(model, name, arguments[name])() > 0
+
+
+def test_every_variant_of_the_step_is_timed(dense):
+    """Dense, at full rank and shrunk; the ratio of the first to itself is 1."""
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (5, 4, 4, 1), dtype=np.uint8),
+        "label": rng.integers(0, 10, 5).astype(np.int32),
+    }
+    timers = {
+        name: step_time.make_timer(
+            jax.tree.map(jnp.copy, model), sampler, jax.device_put(batch)
+        )
+        for name, (model, sampler) in step_time.variants(dense).items()
+    }
+    figures = step_time.measure(timers, rounds=2, count=1)
+    assert figures["dense"]["ratio_to_dense"] == 1
+    assert all(np.isfinite(row["ms"]) for row in figures.values())
