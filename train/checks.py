@@ -36,7 +36,7 @@ def check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> N
       UserError: Naming the phase. A bug in the user's own code keeps its type, and a
         note says in which phase it came up.
     """
-    model = nnx.eval_shape(nnx.clone, model)
+    model = _without_values(model)
     asked = context.before_run(run)
     spans = phases.spans(plan, run.steps_per_epoch)
     for index, (phase, (start, end)) in enumerate(zip(plan, spans, strict=True)):
@@ -72,8 +72,18 @@ def _in(place: str) -> Iterator[None]:
         raise
 
 
+def _without_values(model: nnx.Module) -> nnx.Module:
+    """The model without its values, but for the ranks that are known."""
+    ranks = known_ranks(model)
+    model = nnx.eval_shape(nnx.clone, model)
+    for path, factors in paths.find_factors(model).items():
+        factors.set_rank(ranks[path])
+    return model
+
+
 def _applied(action: Any, model: nnx.Module, choice: Any) -> nnx.Module:
-    return nnx.eval_shape(lambda model: action.apply(model, choice), model)
+    changed = nnx.eval_shape(lambda model: action.apply(model, choice), model)
+    return _without_values(changed)
 
 
 def _check_fit(run: Run, running: phases.Running, model: nnx.Module) -> None:
@@ -118,8 +128,6 @@ def _check_dense(run: Run, phase: phases.Phase) -> None:
 def _trace(run: Run, running: phases.Running, model: nnx.Module) -> None:
     """Runs the phase's step and its evaluation on abstract arrays."""
     ranks, sampler = known_ranks(model), running.phase.sampler
-    model = nnx.clone(model)
-    active.set_ranks(model, ranks)  # a pass at the model's own ranks reads them
     sampler_state = sampler.init(ranks)
     structure, params, model_state = split_model(model)
     state = jax.eval_shape(

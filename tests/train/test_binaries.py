@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import support
 from flax import nnx
+from messages import check_form
 from reference import relative_error
 
 from configs import common
@@ -247,6 +248,7 @@ class TestTruncateRefuses:
             cut_to(run, tmp_path / "cut", selector, value)
         for part in parts:
             assert part in str(caught.value)
+        check_form(str(caught.value))
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
@@ -270,6 +272,7 @@ class TestTruncateRefuses:
             cut_to(run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json"))
         for part in parts:
             assert part in str(caught.value)
+        check_form(str(caught.value))
         assert not (tmp_path / "cut").exists()
 
     def test_all_bad_ranks_at_once(self, run, tmp_path):
@@ -628,4 +631,6 @@ def test_mistakes_are_one_line(run, tmp_path):
     ended = commands.run(cases)
     for message, command in ended.items():
         assert command.message.startswith(f"error: {message}")
+        if not message.startswith("flags: flag "):  # which absl words
+            check_form(command.message)
     assert [path.name for path in tmp_path.rglob("*")] == ["there", "quickstart"]

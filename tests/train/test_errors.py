@@ -2,7 +2,6 @@
 changed."""
 
 import math
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import support
+from messages import check_form
 from support import contents, put
 
 from configs import common
@@ -552,14 +552,6 @@ def test_a_mistake_in_the_config(tmp_path, mistake):
     assert not list(tmp_path.iterdir())
 
 
-def check_form(message: str) -> None:
-    """Each place is named once, and what was given is followed by what to do."""
-    before, got, after = message.partition(" got ")
-    places = before.split(": ")
-    assert got and len(places) == len(set(places)) > 1, message
-    assert re.search(r"[.:] \S|\.\n", after), message
-
-
 def test_all_mistakes_of_a_kind_at_once(tmp_path):
     config = make_config()
     put(config, "sede", 1)
@@ -582,6 +574,7 @@ def test_data_that_is_not_there(tmp_path, name):
         loop.train_and_evaluate(config, tmp_path / "run")
     for part in (f"'{name}'", str(folder), "download_and_prepare()", "TFDS_DATA_DIR"):
         assert part in str(caught.value)
+    check_form(str(caught.value))
     assert not list(tmp_path.iterdir())
 
 
