@@ -45,6 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if cifar10 and depth not in HOYER:
         raise UserError(
             f"config argument: depth must be of {sorted(HOYER)}, got {depth}."
+            " Choose one."
         )
     config = common.resnet(depth, batch_size=100) if cifar10 else common.mnist_lenet()
     layer = {"with_s": True, "scheme": 2 if spatial else 0}

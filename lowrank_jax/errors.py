@@ -25,6 +25,8 @@ class ExistingFile(UserError, FileExistsError):
 def at(place: str) -> Iterator[None]:
     """Puts a place in front of the message of a user's mistake.
 
+    A message that begins with the place already is left as it is.
+
     >>> with at("config.phases[0]"):
     ...     raise UserError("until: must be at least 1, got 0.")
     Traceback (most recent call last):
@@ -34,6 +36,8 @@ def at(place: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if str(error).startswith(f"{place}: "):
+            raise
         raise type(error)(f"{place}: {error}") from error
 
 

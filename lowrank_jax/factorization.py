@@ -237,6 +237,7 @@ def _twin(
         raise UserError(
             f"a rule must be 'dense', 'full' or a mapping of {sorted(_RULE_KEYS)}, got"
             f" {rule!r}."
+            " Write one of these."
         )
     if options.get("param", is_param) is not is_param:
         raise UserError(
@@ -245,7 +246,10 @@ def _twin(
         )
     fold_options = {"scheme": options["scheme"]} if "scheme" in options else {}
     if not fold_options.keys() <= kind.fold_options:
-        raise UserError(f"scheme is for convolutions, got it for {type(layer)}.")
+        raise UserError(
+            f"scheme is for convolutions, got it for {type(layer)}."
+            " Drop it for this layer."
+        )
     fold = kind.fold_of(layer, **fold_options)
     max_rank = _allocated_rank(options, fold.full_rank)
     kernel = _kernel(layer)
@@ -273,7 +277,9 @@ def _form(options: Mapping[str, Any]) -> tuple[type[Factors], dict[str, Any]]:
     """The form that a rule asks for, and what the rule chooses of it."""
     name = options.get("form", Factors.form)
     if name not in FORMS:
-        raise UserError(f"form must be one of {sorted(FORMS)}, got {name!r}.")
+        raise UserError(
+            f"form must be one of {sorted(FORMS)}, got {name!r}. Choose one."
+        )
     form = FORMS[name]
     given = {key: value for key, value in options.items() if key in form.rule_options}
     if foreign := set(options) - set(given) - _COMMON_KEYS:
@@ -286,15 +292,21 @@ def _form(options: Mapping[str, Any]) -> tuple[type[Factors], dict[str, Any]]:
 
 def _allocated_rank(options: Mapping[str, Any], full_rank: int) -> int:
     if "max_rank" in options and "rank_fraction" in options:
-        raise UserError(f"give max_rank or rank_fraction, not both, got {options}.")
+        raise UserError(
+            f"give max_rank or rank_fraction, not both, got {options}. Drop one."
+        )
     if "max_rank" in options:
         rank = options["max_rank"]
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise UserError(f"max_rank must be a whole number >= 0, got {rank!r}.")
+            raise UserError(
+                f"max_rank must be a whole number >= 0, got {rank!r}. Correct it."
+            )
         return min(rank, full_rank)
     if "rank_fraction" in options:
         fraction = options["rank_fraction"]
         if isinstance(fraction, bool) or not isinstance(fraction, int | float):
-            raise UserError(f"rank_fraction must be a number, got {fraction!r}.")
+            raise UserError(
+                f"rank_fraction must be a number, got {fraction!r}. Give one in (0, 1]."
+            )
         return fraction_of(fraction, full_rank)
     return full_rank

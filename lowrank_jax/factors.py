@@ -89,6 +89,7 @@ class Factors(Ranked):
             raise UserError(
                 f"Factors: middle must be (*stack, n, r, r) beside u {u.shape}, without"
                 f" s, got {middle.shape} and s {getattr(s, 'shape', None)}."
+                " Make them with the layer's from_dense."
             )
         self.u = nnx.Param(u)
         self.s = nnx.data(None if s is None else nnx.Param(s))
@@ -175,11 +176,15 @@ class Factors(Ranked):
           UserError: A value of another kind, or two that do not go together.
         """
         if not isinstance(with_s, bool):
-            raise UserError(f"with_s must be true or false, got {with_s!r}.")
+            raise UserError(f"with_s must be true or false, got {with_s!r}. Choose.")
         if isinstance(depth, bool) or not isinstance(depth, int):
-            raise UserError(f"depth must be a whole number >= 2, got {depth!r}.")
+            raise UserError(
+                f"depth must be a whole number >= 2, got {depth!r}. Correct it."
+            )
         if init not in ("svd", "random"):
-            raise UserError(f"init must be 'svd' or 'random', got {init!r}.")
+            raise UserError(
+                f"init must be 'svd' or 'random', got {init!r}. Choose one."
+            )
         if init == "svd":
             return cls.from_matrix(matrix, max_rank, with_s=with_s, depth=depth)
         if rngs is None or depth != 2:

@@ -117,9 +117,13 @@ def stable_rank_normalization(
       every_steps: Project at steps divisible by this only.
     """
     if not stable_rank >= 1:
-        raise UserError(f"projection stable_rank: must be >= 1, got {stable_rank}.")
+        raise UserError(
+            f"projection stable_rank: must be >= 1, got {stable_rank}. Raise it."
+        )
     if every_steps < 1:
-        raise UserError(f"projection every_steps: must be >= 1, got {every_steps}.")
+        raise UserError(
+            f"projection every_steps: must be >= 1, got {every_steps}. Raise it."
+        )
 
     def normalized(u, s, v):
         p, sigma, q = linalg.canonical_form(u, s, v)

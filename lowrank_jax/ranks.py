@@ -71,7 +71,7 @@ def fraction_of(fraction: float, rank: int) -> int:
     >>> fraction_of(7 / 25, 25), fraction_of(0.25, 10), fraction_of(1e-7, 4096)
     (7, 3, 1)
     """
-    check_fraction("rank fraction", fraction)
+    check_fraction("rank_fraction", fraction)
     product = fractions.Fraction(fraction) * rank
     nearest = round(product)
     exact = abs(product - nearest) <= fractions.Fraction(1, 10**9) * max(rank, 1)
@@ -81,7 +81,9 @@ def fraction_of(fraction: float, rank: int) -> int:
 def check_fraction(where: str, fraction: float) -> None:
     """Raises UserError unless a fraction is in (0, 1]."""
     if not 0 < fraction <= 1:
-        raise UserError(f"{where}: must be in (0, 1], got {fraction}.")
+        raise UserError(
+            f"{where}: must be in (0, 1], got {fraction}. Give a fraction of that kind."
+        )
 
 
 def at_most(ranks: Ranks, rank: int) -> dict[str, Any]:

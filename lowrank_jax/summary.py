@@ -90,7 +90,7 @@ def summary(model: nnx.Module, *example: Any) -> Summary:
     >>> model = factorize(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), [(".*", {"max_rank": 2})])
     >>> table = summary(model, jax.ShapeDtypeStruct((1, 8), "float32"))
     >>> table.params, table.macs, table.rows[0].form, table.rows[0].rank
-    (28, 24, 'factors', 2)
+    (28, 24, 'factored', 2)
     """
     sizes, counted = param_sizes(model), set()
     costs = layer_costs(model, *example) if example else {}

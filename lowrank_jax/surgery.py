@@ -71,7 +71,9 @@ def truncate(
         no such form; all at once.
     """
     if form not in FORMS:
-        raise UserError(f"form: must be one of {sorted(FORMS)}, got {form!r}.")
+        raise UserError(
+            f"form: must be one of {sorted(FORMS)}, got {form!r}. Choose one."
+        )
     ranks = check_ranks(model, ranks)
     model = nnx.clone(model)
     turned: dict[int, Factors] = {}

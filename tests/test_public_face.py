@@ -1,5 +1,6 @@
 """What `import lowrank_jax as lr` gives, used as the README does."""
 
+import importlib.metadata
 import types
 
 import jax
@@ -170,3 +171,21 @@ def test_the_functional_loop_takes_the_same_steps(data):
     nnx.update(functional, params)
     np.testing.assert_allclose(functional(x), model(x), atol=1e-5)
     assert lr.get_ranks(functional) == lr.get_ranks(model) == lr.max_ranks(model)
+
+
+def test_a_save_needs_no_installed_distribution(tmp_path, monkeypatch):
+    """In a checkout that was never installed, the package itself says its version."""
+    found = importlib.metadata.Distribution.from_name
+
+    def absent(name: str) -> importlib.metadata.Distribution:
+        if name.replace("-", "_") == "lowrank_jax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", absent)
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("lowrank_jax")
+    model = lr.factorize(MyModel(rngs=nnx.Rngs(0)))
+    lr.checkpoint.save(tmp_path / "saved", model)
+    saved = lr.checkpoint.open_checkpoint(tmp_path / "saved")
+    assert saved.metadata["library_version"] == lr.__version__

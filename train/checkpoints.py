@@ -135,6 +135,7 @@ def truncate_checkpoint(
     allowed = list(allow_imports)
     with errors.at("--output"):
         checkpoint.check_new_folder(output)
+    selector = selecting.complete(selector)
     with errors.at("--checkpoint"):
         saved = checkpoint.open_checkpoint(path)
         abstract = models.abstract_checkpoint_model(saved, allow_imports=allowed)
@@ -156,7 +157,7 @@ def truncate_checkpoint(
         model = _recalibrated(open_run(), model, recalibration_batches)
     after = active.get_ranks(model)
     metadata = {key: saved.metadata[key] for key in ("config", "facts")}
-    metadata["truncated"] = {"selector": dict(selector), "form": form, "from": before}
+    metadata["truncated"] = {"selector": selector, "form": form, "from": before}
     checkpoint.save(output, model, step=saved.step, metadata=metadata)
     after_cost = models.model_cost(model, task)
     _print_table(cost, before, after_cost, after)

@@ -170,11 +170,15 @@ def _check_sums(task: Task, sums: Mapping[str, Any]) -> None:
     """A task's evaluation must give scalars, a weight, and its headline figure."""
     problems = [
         f"config.task: sums must be scalars, got {name} of shape {value.shape}."
+        " Sum over the batch."
         for name, value in sums.items()
         if value.shape != ()
     ]
     if "weight" not in sums:
-        problems.append(f"config.task: sums must have a 'weight', got {sorted(sums)}.")
+        problems.append(
+            f"config.task: sums must have a 'weight', got {sorted(sums)}."
+            " Add the number of examples."
+        )
     if not problems:
         figures = task.figures(dict.fromkeys(sums, 1.0))
         missing = {"loss", task.headline} - set(figures)
@@ -182,5 +186,6 @@ def _check_sums(task: Task, sums: Mapping[str, Any]) -> None:
             problems.append(
                 f"config.task: figures must have {sorted(missing)}, got"
                 f" {sorted(figures)}."
+                " Return them from figures."
             )
     errors.raise_all(problems)

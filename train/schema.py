@@ -45,7 +45,10 @@ def is_number(value: Any) -> bool:
 
 def _compare_mapping(value: Any, schema: Mapping[str, Any], where: str) -> list[str]:
     if not isinstance(value, Mapping):
-        return [f"{where}: must be a mapping with {sorted(schema)}, got {value!r}."]
+        return [
+            f"{where}: must be a mapping with {sorted(schema)}, got {value!r}."
+            " Write them as keys."
+        ]
     unknown, missing = sorted(value.keys() - schema), sorted(schema.keys() - value)
     problems = []
     if unknown:

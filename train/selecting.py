@@ -22,13 +22,14 @@ the largest choice."""
 
 def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Writes out the default arguments of a selector, given by name and arguments."""
-    return registry.complete(spec, TABLE, positional=1)
+    with errors.at("selector"):
+        return registry.complete(spec, TABLE, positional=1)
 
 
 def select(spec: Mapping[str, Any], context: selectors.Context) -> dict[str, Any]:
     """Returns the ranks that a selector, given by name and arguments, chooses."""
     function = registry.resolve(spec["name"], TABLE, allow_imports=None)
-    with errors.at(f"selector {spec['name']}"):
+    with errors.at("selector"), errors.at(spec["name"]):
         return selectors.choose(function, context, spec["args"])
 
 

@@ -67,8 +67,6 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> checkpoint.Saved 
       UserError: It holds something else.
     """
     file = workdir / "config.json"
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir: must be a folder, got {workdir}. Name another.")
     if not file.exists():
         if workdir.exists() and any(workdir.iterdir()):
             raise UserError(

@@ -30,7 +30,10 @@ _RECALIBRATE = flags.DEFINE_bool(
     "recalibrate", False, "Re-estimate BatchNorm on training data."
 )
 _RECALIBRATION_BATCHES = flags.DEFINE_integer(
-    "recalibration_batches", 50, "How many training batches to do it on."
+    "recalibration_batches",
+    50,
+    "How many training batches to do it on.",
+    lower_bound=1,
 )
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where the data set is, if elsewhere."

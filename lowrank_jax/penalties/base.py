@@ -112,13 +112,17 @@ def sum_over_layers(weight: float, term: Term) -> Penalty:
 def check_weight(weight: float) -> None:
     """Raises UserError for a weight that would reward large columns."""
     if not weight >= 0:
-        raise UserError(f"penalty weight: must be >= 0, got {weight}.")
+        raise UserError(
+            f"penalty weight: must be >= 0, got {weight}. Give a weight of that kind."
+        )
 
 
 def check_every_steps(every_steps: int) -> None:
     """Raises UserError for an interval below one step."""
     if every_steps < 1:
-        raise UserError(f"penalty every_steps: must be >= 1, got {every_steps}.")
+        raise UserError(
+            f"penalty every_steps: must be >= 1, got {every_steps}. Raise it."
+        )
 
 
 def annealed(
@@ -136,9 +140,11 @@ def check_annealed(start: float, end: float, anneal_steps: int) -> None:
     """Raises UserError unless both ends are positive, at least a step apart."""
     for name, value in (("start", start), ("end", end)):
         if not value > 0:
-            raise UserError(f"penalty {name}: must be > 0, got {value}.")
+            raise UserError(f"penalty {name}: must be > 0, got {value}. Raise it.")
     if anneal_steps < 1:
-        raise UserError(f"penalty anneal_steps: must be >= 1, got {anneal_steps}.")
+        raise UserError(
+            f"penalty anneal_steps: must be >= 1, got {anneal_steps}. Raise it."
+        )
 
 
 def unit(values: Float[Array, "*stack r"]) -> Float[Array, "*stack r"]:

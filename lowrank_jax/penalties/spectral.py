@@ -88,7 +88,7 @@ def modified_stable_rank(
     """
     check_weight(weight)
     if power not in (1, 2):
-        raise UserError(f"penalty power: must be 1 or 2, got {power}.")
+        raise UserError(f"penalty power: must be 1 or 2, got {power}. Choose one.")
 
     def term(target: RankValue, u, s, v) -> Float[Array, ""]:
         powers = unit(linalg.singular_values(u, s, v)) ** power

@@ -54,7 +54,9 @@ def geometric(*, decay: float) -> RankSampler:
       decay: Ratio of the chances of two neighbouring ranks, in (0, 1).
     """
     if not 0 < decay < 1:
-        raise UserError(f"geometric: decay must be in (0, 1), got {decay}.")
+        raise UserError(
+            f"geometric: decay must be in (0, 1), got {decay}. Give one between them."
+        )
 
     def sample(state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int):
         del step

@@ -43,7 +43,7 @@ def sandwich(*, passes: int = 4, smallest: float = 0.125) -> RankSampler:
     """
     fraction_of(smallest, 1)
     if passes < 2:
-        raise UserError(f"sandwich: passes must be at least 2, got {passes}.")
+        raise UserError(f"sandwich: passes must be at least 2, got {passes}. Raise it.")
 
     def init(model: ModelOrRanks) -> TableState:
         return table_at([1.0, smallest], model)
@@ -101,7 +101,7 @@ def family(*, profiles: Sequence[Ranks]) -> RankSampler:
         from one to the next smaller every rank falls or stays.
     """
     if not profiles:
-        raise UserError("family: profiles must hold at least one, got none.")
+        raise UserError("family: profiles must hold at least one, got none. Add one.")
 
     def check(model: ModelOrRanks) -> None:
         _check_profiles(profiles, limits_of(model))

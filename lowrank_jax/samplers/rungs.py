@@ -44,7 +44,9 @@ def ladder(
             f" {tuple(chances)}. Divide them by their sum."
         )
     if warmup_steps < 0:
-        raise UserError(f"ladder: warmup_steps must be at least 0, got {warmup_steps}.")
+        raise UserError(
+            f"ladder: warmup_steps must be at least 0, got {warmup_steps}. Raise it."
+        )
     top = list(fractions).index(1)
 
     def sample(state: TableState, key: PRNGKeyArray, step: Int[Array, ""] | int):

@@ -45,6 +45,7 @@ def beam_search(
     if width < 1 or steps < 1:
         raise UserError(
             f"beam: width and steps must be at least 1, got {width} and {steps}."
+            " Raise them."
         )
     budget = check_budget(costs, max_ranks, fraction, measure)
     start = dict(max_ranks)

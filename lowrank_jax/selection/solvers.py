@@ -28,7 +28,7 @@ def by_energy(
     {'a': 3}
     """
     if not 0 < energy <= 1:
-        raise UserError(f"energy: must be in (0, 1], got {energy}.")
+        raise UserError(f"energy: must be in (0, 1], got {energy}. Give a share of it.")
     _check_finite(importances)
     ranks = {}
     for path, importance in importances.items():
@@ -125,9 +125,14 @@ def check_budget(
         everywhere costs more, or MACs are asked for of layers that were never run.
     """
     if measure not in ("params", "macs"):
-        raise UserError(f"measure: must be 'params' or 'macs', got {measure!r}.")
+        raise UserError(
+            f"measure: must be 'params' or 'macs', got {measure!r}. Choose one."
+        )
     if not 0 < fraction <= 1:
-        raise UserError(f"{measure}_fraction: must be in (0, 1], got {fraction}.")
+        raise UserError(
+            f"{measure}_fraction: must be in (0, 1], got {fraction}."
+            " Give a share of it."
+        )
     dense = sum(getattr(costs[path], f"dense_{measure}") for path in max_ranks)
     if measure == "macs" and max_ranks and not dense:
         raise UserError(

@@ -99,7 +99,7 @@ ROWS: dict[str, Row] = {
     "rank_fraction": Row(
         *values(0.01, 0.3, 0.5, 0.9, 1.0),
         bad=[
-            ({"value": bad}, r"rank fraction: must be in \(0, 1\], got")
+            ({"value": bad}, r"rank_fraction: must be in \(0, 1\], got")
             for bad in (0, 1.01, -0.5, float("nan"), float("inf"))
         ]
         + [({"value": None}, "rank_fraction: must be a number, got None")],

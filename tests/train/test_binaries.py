@@ -1,35 +1,32 @@
-"""Truncation and evaluation, from the command line and as functions.
-
-Subprocesses take seconds to import JAX, so they run side by side, and only where the
-command line itself is tested.
-"""
+"""Truncation and evaluation, from the command line and as functions."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
 from flax import nnx
+from messages import check_form
 from reference import relative_error
 
 from configs import common
 from lowrank_jax import checkpoint
 from lowrank_jax.active import max_ranks, set_ranks
+from lowrank_jax.errors import UserError
 from lowrank_jax.paths import find_factors
+from lowrank_jax.surgery import merge
 from train import checkpoints, loop, selecting
 from train import evaluate as evaluate_binary
 from train.data import pipeline
 from train.model import load_model
 
-ROOT = Path(__file__).parents[2]
 FULL = {"head": 10, "hidden/0": 64}
+CUT = {"head": 3, "hidden/0": 16}
 FIGURES = {"accuracy", "loss", "params", "macs", "ranks"}
 
 
@@ -233,16 +230,16 @@ class TestTruncateRefuses:
     @pytest.mark.parametrize(
         "selector, value, parts",
         [
-            ("rank", -1, ("selector rank: ", "-1")),
-            ("rank_fraction", 0.0, ("selector rank_fraction: ", "(0, 1]", "0.0")),
-            ("rank_fraction", 1.5, ("selector rank_fraction: ", "1.5")),
-            ("energy", 0.0, ("selector energy: ", "(0, 1]", "0.0")),
-            ("energy", 1.5, ("selector energy: ", "1.5")),
-            ("params_fraction", 2.0, ("selector params_fraction: ", "2.0")),
+            ("rank", -1, ("selector: rank: ", "-1")),
+            ("rank_fraction", 0.0, ("selector: rank_fraction: ", "(0, 1]", "0.0")),
+            ("rank_fraction", 1.5, ("selector: rank_fraction: ", "1.5")),
+            ("energy", 0.0, ("selector: energy: ", "(0, 1]", "0.0")),
+            ("energy", 1.5, ("selector: energy: ", "1.5")),
+            ("params_fraction", 2.0, ("selector: params_fraction: ", "2.0")),
             (
                 "params_fraction",
                 1e-4,
-                ("selector params_fraction: ", "at least", "0.0001"),
+                ("selector: params_fraction: ", "at least", "0.0001"),
             ),
         ],
     )
@@ -251,6 +248,7 @@ class TestTruncateRefuses:
             cut_to(run, tmp_path / "cut", selector, value)
         for part in parts:
             assert part in str(caught.value)
+        check_form(str(caught.value))
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
@@ -274,6 +272,7 @@ class TestTruncateRefuses:
             cut_to(run, tmp_path / "cut", "ranks", str(tmp_path / "ranks.json"))
         for part in parts:
             assert part in str(caught.value)
+        check_form(str(caught.value))
         assert not (tmp_path / "cut").exists()
 
     def test_all_bad_ranks_at_once(self, run, tmp_path):
@@ -310,15 +309,18 @@ class TestTruncateRefuses:
         with pytest.raises(ValueError, match="--checkpoint: metadata must be JSON"):
             cut_to(tmp_path / "bad", tmp_path / "cut", "rank", 4)
 
-    def test_a_newer_format(self, run, tmp_path):
+    @pytest.mark.parametrize("version", [1, 99])
+    def test_another_format(self, run, tmp_path, version):
+        """An older one as well, by name: it says what to read it with."""
         shutil.copytree(run / "checkpoints", tmp_path / "new")
         (file,) = (tmp_path / "new").glob("*/metadata/metadata")
         metadata = json.loads(file.read_text())
-        file.write_text(json.dumps({**metadata, "format_version": 99}))
-        with pytest.raises(
-            ValueError, match="--checkpoint: must be of format 2, got 99"
-        ):
-            checkpoints.open_model(tmp_path / "new").figures()
+        file.write_text(json.dumps({**metadata, "format_version": version}))
+        message = f"^--checkpoint: must be of format 2, got {version} .*Use the library"
+        with pytest.raises(UserError, match=message):
+            checkpoints.open_model(tmp_path / "new")
+        with pytest.raises(UserError, match=message):
+            cut_to(tmp_path / "new", tmp_path / "cut", "rank", 4)
 
     def test_a_checkpoint_of_another_program(self, run, tmp_path):
         """One without a config, as someone's own loop writes it, is named as such."""
@@ -326,6 +328,58 @@ class TestTruncateRefuses:
         checkpoint.save(tmp_path / "own", model)
         with pytest.raises(ValueError, match="must hold config, facts and rank_rules"):
             checkpoints.open_model(tmp_path / "own").figures()
+
+
+@pytest.fixture(scope="module")
+def gauge(run, tmp_path_factory) -> Path:
+    """The run cut to `CUT` in the gauge-aligned form; the factored one is beside it."""
+    folder = tmp_path_factory.mktemp("gauge")
+    (folder / "ranks.json").write_text(json.dumps(CUT))
+    for form in ("factored", "gauge"):
+        cut_to(run, folder / form, "ranks", folder / "ranks.json", form=form)
+    return folder / "gauge"
+
+
+class TestGauge:
+    """The gauge-aligned form: the same model in fewer numbers, and no smaller one."""
+
+    def test_it_is_evaluated_and_merged(self, gauge):
+        """With the figures of the factored form at the same ranks, less r^2 numbers."""
+        row = checkpoints.open_model(gauge).figures()
+        factored = checkpoints.open_model(gauge.parent / "factored").figures()
+        assert row["ranks"] == factored["ranks"] == CUT
+        saved = sum(rank**2 for rank in CUT.values())
+        assert row["params"] == factored["params"] - saved
+        assert row["params"] == sum(np.size(x) for x in _params(gauge))
+        assert row["accuracy"] == factored["accuracy"]
+        assert row["loss"] == pytest.approx(factored["loss"], rel=1e-4)
+        model, inputs = load(gauge), images()
+        assert not find_factors(merge(model))
+        expected = load(gauge.parent / "factored")(inputs)
+        for form in (model, merge(model)):
+            assert relative_error(form(inputs), expected) < 1e-5
+
+    def test_its_metadata_say_how_it_was_made(self, gauge):
+        about = checkpoint.open_checkpoint(gauge).metadata["truncated"]
+        assert about["form"] == "gauge" and about["from"] == FULL
+        assert about["selector"] == {"name": "ranks", "args": {"value": CUT}}
+
+    def test_its_own_ranks_are_no_cut(self, gauge, tmp_path):
+        """A cap above them leaves it as it is."""
+        assert cut_to(gauge, tmp_path / "cut", "rank", 16)["ranks"] == CUT
+        expected = checkpoints.open_model(gauge).figures()
+        assert checkpoints.open_model(tmp_path / "cut").figures() == expected
+        (row,) = checkpoints.open_model(gauge).sweep([1.0])
+        assert row == {"rank_fraction": 1.0, **expected}
+
+    def test_a_lower_rank_is_refused_by_name(self, gauge, tmp_path):
+        """By cutting again, and by a sweep; nothing is written."""
+        message = "hidden/0: rank must be 16, the only one of its form, got 8. Cut the"
+        with pytest.raises(UserError, match=message):
+            cut_to(gauge, tmp_path / "cut", "rank", 8)
+        assert not list(tmp_path.iterdir())
+        with pytest.raises(UserError, match=message):
+            checkpoints.open_model(gauge).sweep([1.0, 0.5])
 
 
 class TestEvaluate:
@@ -377,37 +431,13 @@ class TestEvaluate:
 # The command line.
 
 
-def start(*args: Any) -> subprocess.Popen:
-    command = [sys.executable, "-W", "ignore", "-m", *map(str, args)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, list[str], list[str]]:
-    """Exit status and lines of stdout and stderr."""
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out.splitlines(), err.splitlines()
-
-
-def figures(process: subprocess.Popen) -> Any:
-    """What the last line of a binary that went well holds."""
-    status, out, err = finish(process)
-    assert status == 0, err
-    return json.loads(out[-1])
-
-
 @pytest.fixture(scope="module")
 def smoke_run(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """The quickstart's config through the binary."""
     workdir = tmp_path_factory.mktemp("smoke") / "run"
     config = "--config=configs/digits_mlp.py:smoke"
-    return workdir, figures(start("train.main", config, f"--workdir={workdir}"))
+    ended = commands.run({"main": ("train.main", config, f"--workdir={workdir}")})
+    return workdir, ended["main"].result
 
 
 def test_main(smoke_run):
@@ -424,21 +454,25 @@ def test_main(smoke_run):
 def test_truncate_and_evaluate(smoke_run, tmp_path):
     """From a run to a cut checkpoint to its figures; the picture is a PNG."""
     workdir, cut, picture = smoke_run[0], tmp_path / "cut", tmp_path / "frontier.png"
-    cutting = start(
-        "train.truncate",
-        f"--checkpoint={workdir}",
-        f"--output={cut}",
-        "--params_fraction=0.25",
+    run_flag = f"--checkpoint={workdir}"
+    ended = commands.run(
+        {
+            "cut": (
+                "train.truncate",
+                run_flag,
+                f"--output={cut}",
+                "--params_fraction=0.25",
+            ),
+            "figures": ("train.evaluate", f"--checkpoint={cut}"),
+            "sweep": (
+                "train.evaluate",
+                run_flag,
+                "--rank_fractions=1,0.5",
+                f"--plot={picture}",
+            ),
+        }
     )
-    sweeping = start(
-        "train.evaluate",
-        f"--checkpoint={workdir}",
-        "--rank_fractions=1,0.5",
-        f"--plot={picture}",
-    )
-    result = figures(cutting)
-    evaluating = start("train.evaluate", f"--checkpoint={cut}")
-    rows, row = figures(sweeping), figures(evaluating)
+    result, row, rows = (ended[name].result for name in ("cut", "figures", "sweep"))
     assert set(result) == {"output", "params", "macs", "ranks"}
     assert result["output"] == str(cut)
     assert set(row) == FIGURES
@@ -446,43 +480,157 @@ def test_truncate_and_evaluate(smoke_run, tmp_path):
         k: result[k] for k in ("params", "macs", "ranks")
     }
     assert row["accuracy"] > 0.5
-    assert [one["rank_fraction"] for one in rows] == [1.0, 0.5]
-    assert all(set(one) == FIGURES | {"rank_fraction"} for one in rows)
+    assert [row["rank_fraction"] for row in rows] == [1.0, 0.5]
+    assert all(set(row) == FIGURES | {"rank_fraction"} for row in rows)
     assert rows[0]["ranks"] == {"hidden/0": 64, "hidden/1": 256}
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+OWN = "own_package.selector"
+
+
+def test_any_selector_by_name_and_arguments(run, tmp_path):
+    """A search over the data, one by several arguments, and one's own by import path,
+    whose ranks are checked; the form is a flag beside it."""
+
+    def cut(name: str, select: str, **args: Any) -> tuple[str, ...]:
+        flags = [f"--select={select}", f"--select_args={json.dumps(args)}"]
+        return ("train.truncate", f"--checkpoint={run}", f"--output={name}", *flags)
+
+    outputs = {
+        name: str(tmp_path / name)
+        for name in ("beam", "budget", "own", "raised", "gauge", "again", "typo")
+    }
+    ended = commands.run(
+        {
+            "beam": cut(
+                outputs["beam"],
+                "beam",
+                measure="params",
+                fraction=0.5,
+                width=1,
+                steps=2,
+            ),
+            "budget": cut(
+                outputs["budget"], "energy_budget", measure="macs", fraction=0.25
+            ),
+            "own": cut(outputs["own"], f"{OWN}:all_but", path="head"),
+            "raised": cut(outputs["raised"], f"{OWN}:raised"),
+            "typo": cut(outputs["typo"], f"{OWN}:all_but", pth="head"),
+            "gauge": (*cut(outputs["gauge"], "rank", value=8), "--form=gauge"),
+            "again": (
+                "train.truncate",
+                f"--checkpoint={outputs['gauge']}",
+                f"--output={outputs['again']}",
+                "--rank=4",
+            ),
+            "sweep": (
+                "train.evaluate",
+                f"--checkpoint={outputs['gauge']}",
+                "--rank_fractions=1,0.5",
+            ),
+        }
+    )
+    dense = 80 * 10 + 64 * 80
+    for name, share in (("beam", 0.5), ("budget", 0.25)):
+        ranks = ended[name].result["ranks"]
+        sizes = min(90 * ranks["head"], 80 * 10), min(144 * ranks["hidden/0"], 64 * 80)
+        assert sum(sizes) <= share * dense  # of each layer in its cheaper form
+        assert min(ranks.values()) >= 1
+    assert ended["own"].result["ranks"] == {"head": 10, "hidden/0": 32}
+    args = {"path": "head", "fraction": 0.5}  # the default is recorded
+    about = checkpoint.open_checkpoint(outputs["own"]).metadata["truncated"]
+    assert about["selector"] == {"name": f"{OWN}:all_but", "args": args}
+    lines = ended["raised"].err.splitlines()
+    assert ended["raised"].status == 1 and [line.split(". ")[0] for line in lines] == [
+        f"error: selector: {OWN}:raised: head: rank must be in [0, 10], got 11",
+        "hidden/0: rank must be in [0, 64], got 65",
+    ]
+    assert ended["typo"].message.startswith("error: selector: args: must be of ['path'")
+    assert ended["gauge"].result["ranks"] == {"head": 8, "hidden/0": 8}
+    only = "head: rank must be 8, the only one of its form, got 4"
+    for name in ("again", "sweep"):
+        assert ended[name].status == 1 and ended[name].err.startswith("error: ")
+        assert only in ended[name].err
+    for name in ("raised", "again", "typo"):
+        assert not Path(outputs[name]).exists()
+
+
 def test_mistakes_are_one_line(run, tmp_path):
-    """Exit status 1, one line of `error:`, nothing on stdout, nothing written."""
-    (tmp_path / "there").mkdir()
-    checkpoint_flag = f"--checkpoint={run}"
-    new, there, missing = (tmp_path / name for name in ("new", "there", "missing"))
+    """Exit status 1, one line of `error:`, nothing on stdout, nothing written. What can
+    be known of flags and folders is refused before a checkpoint or data are opened."""
+    there, new, missing = (tmp_path / name for name in ("there", "new", "missing"))
+    (there / "quickstart").mkdir(parents=True)
+    absent, output = f"--checkpoint={missing}", f"--output={new}"
+    cut, evaluate = ("train.truncate", absent, output), ("train.evaluate", absent)
+    config = "--config=configs/digits_mlp.py"
+    no_data = "--config.data.name=no_such_package_h7:data"
     cases = {
         "flags: exactly one of --select, --rank, --rank_fraction, --ranks, --energy,"
         " --params_fraction, --macs_fraction must be given, got ['--rank',"
-        " '--energy']": (
-            "train.truncate",
-            checkpoint_flag,
-            f"--output={new}",
-            "--rank=3",
-            "--energy=0.5",
-        ),
+        " '--energy']": (*cut, "--rank=3", "--energy=0.5"),
+        "flags: exactly one of --select, --rank,": cut,
         f"--output: must not exist yet, got {there}": (
             "train.truncate",
-            checkpoint_flag,
+            f"--checkpoint={run}",
             f"--output={there}",
             "--rank=3",
         ),
-        f"--checkpoint: must be a folder with a checkpoint, got {missing}": (
-            "train.evaluate",
-            f"--checkpoint={missing}",
+        f"--checkpoint: must be a folder with a checkpoint, got {missing}": evaluate,
+        "--recalibration_batches: acts only with --recalibrate, got 3": (
+            *cut,
+            "--rank=3",
+            "--recalibration_batches=3",
         ),
+        "--select_args: acts only with --select, got": (
+            *cut,
+            "--rank=3",
+            "--select_args={}",
+        ),
+        "--select_args: must be JSON, got '{'": (
+            *cut,
+            "--select=rank",
+            "--select_args={",
+        ),
+        "flags: flag --recalibration_batches=0: 0 is not": (
+            *cut,
+            "--rank=3",
+            "--recalibrate",
+            "--recalibration_batches=0",
+        ),
+        "flags: flag --form=dense: ": (*cut, "--rank=3", "--form=dense"),
+        "--recalibration_batches: acts only with --rank_fractions, got 3": (
+            *evaluate,
+            "--recalibration_batches=3",
+        ),
+        "--plot: acts only with --rank_fractions, got": (*evaluate, "--plot=x.png"),
+        "--plot: must be a place that can be written, got /proc": (
+            *evaluate,
+            "--rank_fractions=1",
+            "--plot=/proc/x.png",
+        ),
+        "--output: must be a place that can be written, got /proc/x": (
+            "train.truncate",
+            absent,
+            "--output=/proc/x",
+            "--rank=3",
+        ),
+        "--workdir: must be a place that can be written, got /proc/x": (
+            "train.main",
+            config,
+            no_data,
+            "--workdir=/proc/x",
+        ),
+        f"--workdir: must be new or of an earlier quickstart, got {there}": (
+            "train.quickstart",
+            config,
+            f"--workdir={there}",
+        ),
+        "--checkpoint, --output: must be given, got none": ("train.truncate",),
     }
-    running = {message: start(*args) for message, args in cases.items()}
-    for message, process in running.items():
-        status, out, err = finish(process)
-        assert (status, out) == (1, [])
-        (line,) = (line for line in err if line)
-        assert line.startswith(f"error: {message}")
-    assert [p.name for p in tmp_path.iterdir()] == ["there"]
-    assert not list(there.iterdir())
+    ended = commands.run(cases)
+    for message, command in ended.items():
+        assert command.message.startswith(f"error: {message}")
+        if not message.startswith("flags: flag "):  # which absl words
+            check_form(command.message)
+    assert [path.name for path in tmp_path.rglob("*")] == ["there", "quickstart"]

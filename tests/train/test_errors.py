@@ -1,6 +1,7 @@
 """A mistake in a config or workdir: one clear error before any work, nothing
 changed."""
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 import pytest
 import support
+from messages import check_form
 from support import contents, put
 
 from configs import common
 from lowrank_jax import checkpoint
+from lowrank_jax.errors import UserError
 from train import loop
 from train.model import load_model
 
@@ -119,9 +122,13 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
             "until",
         ),
     ),
-    "phase of no steps": ("phases/0/until", {"steps": 0}, ("(only).until", "0")),
-    "phase of half a step": ("phases/0/until", {"steps": 0.5}, ("(only).until", "0.5")),
-    "passes_loss": ("phases/0/passes_loss", "max", ("(only).passes_loss", "'max'")),
+    "phase of no steps": ("phases/0/until", {"steps": 0}, ("(only): until", "0")),
+    "phase of half a step": (
+        "phases/0/until",
+        {"steps": 0.5},
+        ("(only): until", "0.5"),
+    ),
+    "passes_loss": ("phases/0/passes_loss", "max", ("(only): passes_loss", "'max'")),
     "incomplete shrink": (
         "phases/0/shrink",
         {"every_epochs": 1},
@@ -218,22 +225,22 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "bad fraction of a sampler": (
         "phases/0/sampler",
         named("uniform_fraction", fractions=[0.5, 1.5]),
-        ("config.phases (only)", "1.5"),
+        ("config.phases[0] (only)", "1.5"),
     ),
     "family of other layers": (
         "phases/0/sampler",
         named("family", profiles=[{"head": 2}]),
-        ("config.phases (only)", "family", "hidden/0"),
+        ("config.phases[0] (only)", "family", "hidden/0"),
     ),
     "family above the rank": (
         "phases/0/sampler",
         named("family", profiles=[{**RANKS, "head": 9}]),
-        ("config.phases (only)", "head", "[0, 4]", "9"),
+        ("config.phases[0] (only)", "head", "[0, 4]", "9"),
     ),
     "ranks of another batch": (
         "phases/0/sampler",
         named("per_example", batch_size=64),
-        ("config.phases (only)", "config.data.batch_size 65", "64"),
+        ("config.phases[0] (only)", "config.data.batch_size 65", "64"),
     ),
     "unknown teacher": (
         "phases/0/teacher/name",
@@ -270,6 +277,14 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
         {"momentun": 0.9},
         ("config.phases[0] (only)", "optimizer: args", "'momentun'", "'momentum'"),
     ),
+    **{
+        f"learning rate of {value}": (
+            "phases/0/optimizer/learning_rate",
+            value,
+            ("config.phases[0] (only): optimizer: learning_rate: must be", str(value)),
+        )
+        for value in (-0.1, math.nan, math.inf)
+    },
     "unknown schedule": (
         "phases/0/optimizer/schedule/name",
         "linear",
@@ -363,7 +378,7 @@ MISTAKES |= {
     "a condition without a limit": (
         "phases/0/until",
         {"condition": named("stable_ranks_stand_still", every_steps=1)},
-        ("(only).until", "'steps'"),
+        ("(only): until", "'steps'"),
     ),
     "to an epoch that is over": (
         "phases/1/until",
@@ -383,7 +398,7 @@ MISTAKES |= {
     "an optimizer state of another word": (
         "phases/0/optimizer_state",
         "old",
-        ("(only).optimizer_state", "('new', 'kept')", "'old'"),
+        ("(only): optimizer_state", "('new', 'kept')", "'old'"),
     ),
     "no parameter to train": (
         "phases/0/trainable",
@@ -395,7 +410,7 @@ MISTAKES |= {
         ["("],
         ("config.phases[0] (only)", "trainable", "regular expression", "'('"),
     ),
-    "nothing to train": ("phases/0/trainable", [], ("(only).trainable", "[]")),
+    "nothing to train": ("phases/0/trainable", [], ("(only): trainable", "[]")),
     "unknown action": (
         "phases/0/on_end",
         ends_with("distil"),
@@ -530,8 +545,10 @@ def test_a_mistake_in_the_config(tmp_path, mistake):
         put(config, where, what)
     with pytest.raises(ValueError) as caught:
         loop.train_and_evaluate(config, tmp_path / "run")
+    message = str(caught.value)
     for part in expected:
-        assert part in str(caught.value)
+        assert part in message
+    check_form(message)
     assert not list(tmp_path.iterdir())
 
 
@@ -557,6 +574,7 @@ def test_data_that_is_not_there(tmp_path, name):
         loop.train_and_evaluate(config, tmp_path / "run")
     for part in (f"'{name}'", str(folder), "download_and_prepare()", "TFDS_DATA_DIR"):
         assert part in str(caught.value)
+    check_form(str(caught.value))
     assert not list(tmp_path.iterdir())
 
 
@@ -614,10 +632,20 @@ def test_a_run_of_another_config(finished):
     assert contents(finished) == before
 
 
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    """Before the data are read: these are not there."""
+    if not Path("/proc").is_dir():
+        pytest.skip("only on Linux")
+    config = make_config()
+    put(config, "data/name", "no_such_package_h7:data")
+    with pytest.raises(UserError, match="--workdir: must be a place that can be wri"):
+        loop.train_and_evaluate(config, Path("/proc/run"))
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda path: path.write_text("mine"), "must be a folder"),
+        (lambda path: path.write_text("mine"), "must be in a folder"),
         (lambda path: (path.mkdir(), (path / "a").write_text("mine")), "other files"),
     ],
     ids=["a file", "foreign files"],

@@ -15,6 +15,7 @@ SPEC = {
     "schedule": {"name": "constant", "args": {"warmup_steps": 0}},
     "weight_decay": 0.0,
     "decayed": ".*",
+    "decay_columns": "all",
     "clip_norm": 0.0,
 }
 
@@ -33,11 +34,11 @@ def test_steps_multiply_at_each_fraction(fractions):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, "0.1", None, True])
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "clip_norm"])
 def test_numbers_that_are_none_are_refused(name, value):
-    """Before anything runs, with the place; 0 is allowed."""
-    message = rf"config\.optimizer: {name}: must be a finite number of at least 0, got"
+    """When the optimizer is built, before anything runs; 0 is allowed."""
+    message = rf"^{name}: must be a finite number of at least 0, got {value!r}\. Give"
     with pytest.raises(UserError, match=message):
-        optim.make_optimizer({**SPEC, name: value}, 10, where="optimizer")
-    optim.make_optimizer({**SPEC, name: 0.0}, 10, where="optimizer")
+        optim.Optimizer.build({**SPEC, name: value})
+    optim.Optimizer.build({**SPEC, name: 0.0})
 
 
 @pytest.mark.parametrize(
@@ -56,5 +57,5 @@ def test_numbers_that_are_none_are_refused(name, value):
 def test_schedules_that_would_go_wrong_are_refused(name, args, message):
     """By the argument's name."""
     spec = {**SPEC, "schedule": {"name": name, "args": args}}
-    with pytest.raises(UserError, match=message):
-        optim.make_optimizer(spec, 10, where="optimizer")
+    with pytest.raises(UserError, match=f"^schedule: {message}"):
+        optim.Optimizer.build(spec)

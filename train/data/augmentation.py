@@ -21,7 +21,9 @@ Augment = Callable[[PRNGKeyArray, Images], Images]
 def random_crop(key: PRNGKeyArray, images: Images, *, padding: int) -> Images:
     """Pads with zeros by `padding` pixels, then cuts each image at its own offset."""
     if not isinstance(padding, int) or padding < 1:
-        raise UserError(f"padding must be an integer of at least 1, got {padding!r}")
+        raise UserError(
+            f"padding must be an integer of at least 1, got {padding!r}. Raise it."
+        )
     batch, x, y, c = images.shape
     border = (padding, padding)
     padded = jnp.pad(images, ((0, 0), border, border, (0, 0)))
@@ -73,7 +75,10 @@ def _problem(op: Any) -> str:
         return f"must be a pair of a name and its arguments, got {op!r}. Write both."
     name, args = op
     if not isinstance(name, str) or name not in AUGMENTATIONS:
-        return f"must be one of {sorted(AUGMENTATIONS)}, got {name!r}."
+        return (
+            f"must be one of {sorted(AUGMENTATIONS)}, got {name!r}."
+            " Correct the spelling."
+        )
     if not isinstance(args, Mapping):
         return (
             f"{name}: arguments must be a mapping, got {args!r}. Write {{}} for none."

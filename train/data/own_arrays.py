@@ -110,7 +110,10 @@ def _read_array(name: Any, value: Any) -> np.ndarray:
     if computed != dtype and dtype.kind in "iu" and array.size:
         limits, low, high = np.iinfo(computed), array.min(), array.max()
         if low < limits.min or high > limits.max:
-            raise UserError(f"must fit into {computed}, got {low} to {high}.")
+            raise UserError(
+                f"must fit into {computed}, got {low} to {high}."
+                " Scale them, or give floats."
+            )
     return array.astype(computed, copy=False)
 
 

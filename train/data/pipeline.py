@@ -72,6 +72,7 @@ class Dataset:
             raise UserError(
                 f"{self.name}: batch_size must be in [1, {size}] (the training "
                 f"examples), got {batch_size}. Change batch_size."
+                " Raise it."
             )
         return size // batch_size
 
@@ -89,6 +90,7 @@ class Dataset:
             raise UserError(
                 f"{self.name}: seed and start_step must be at least 0, got seed {seed} "
                 f"and start_step {start_step}."
+                " Raise them."
             )
         train = self.splits["train"]
 
@@ -109,6 +111,7 @@ class Dataset:
         if split not in SPLITS:
             raise KeyError(
                 f"{self.name}: split must be one of {SPLITS}, got {split!r}."
+                " Choose one."
             )
         subset = self.splits[split]
         if not len(subset):
@@ -235,7 +238,7 @@ def prefetch(iterator: Iterable[T], size: int = 2) -> Iterator[T]:
     returned generator stops the thread and closes `iterator`.
     """
     if size < 1:
-        raise UserError(f"prefetch: size must be at least 1, got {size}.")
+        raise UserError(f"prefetch: size must be at least 1, got {size}. Raise it.")
     return _prefetch(iterator, size)
 
 

@@ -270,6 +270,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         if len(row) != len(headers):
             raise UserError(
                 f"table: rows must have {len(headers)} cells, got {len(row)}: {row}."
+                " Fill them up."
             )
     columns = list(zip(headers, *cells, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]

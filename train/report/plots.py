@@ -64,12 +64,15 @@ def _check(series: Mapping[str, Sequence[Mapping[str, Any]]], headline: str) -> 
     problems = [
         f"plot_frontier: {name}[{index}] must have {headline}, and params and macs"
         f" above 0, got {dict(row)}."
+        " Give evaluated rows."
         for name, rows in series.items()
         for index, row in enumerate(rows)
         if row.get(headline) is None or not _costs_something(row)
     ]
     if not any(len(rows) for rows in series.values()):
-        problems.append("plot_frontier: series must hold at least one row, got none.")
+        problems.append(
+            "plot_frontier: series must hold at least one row, got none. Give some."
+        )
     raise_all(problems)
 
 
