@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from lowrank_jax import active, counting, factorization, paths, surgery
+from lowrank_jax import active, counting, errors, factorization, paths, surgery
 from lowrank_jax.errors import UserError
-from lowrank_jax.ranks import Ranks
+from lowrank_jax.ranks import Ranks, lowest
 from lowrank_jax.selection import solvers
 from train import registry, schema, selecting
 
@@ -226,7 +226,10 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Writes out the default arguments of an action, and of its selector."""
     spec = registry.complete(spec, ACTIONS)
     selector = spec["args"].get("selector")
-    if isinstance(selector, Mapping) and selector.get("name") != "selected":
+    if selector is None:
+        return spec
+    errors.raise_all(schema.compare(selector, schema.NAMED, "selector"))
+    if selector["name"] != "selected":
         args = {**spec["args"], "selector": selecting.complete(selector)}
         return {**spec, "args": args}
     return spec
@@ -236,11 +239,7 @@ def _chooser(
     spec: Mapping[str, Any],
 ) -> Callable[[nnx.Module, Context], dict[str, Any]]:
     """What runs a selector, given by name and arguments, on a model."""
-    if not isinstance(spec, Mapping) or set(spec) != {"name", "args"}:
-        raise UserError(
-            f"selector: must be a mapping of 'name' and 'args', got {spec!r}. Write"
-            ' {"name": "energy", "args": {"value": 0.9}}.'
-        )
+    errors.raise_all(schema.compare(spec, schema.NAMED, "selector"))
 
     def choose(model: nnx.Module, context: Context) -> dict[str, Any]:
         if spec["name"] != "selected":
@@ -250,6 +249,10 @@ def _chooser(
                 "selector 'selected': needs an action 'select' at the end of an earlier"
                 " phase, got none. Add one."
             )
-        return active.check_ranks(model, context.target_ranks)
+        limits = active.rank_limits(model)  # layers may have been cut since
+        return {
+            path: lowest(rank, limits[path].active) if path in limits else rank
+            for path, rank in context.target_ranks.items()
+        }
 
     return choose

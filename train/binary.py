@@ -101,7 +101,8 @@ def _message_of(error: Exception) -> str | None:
     if isinstance(error, flags.Error):
         return f"error: {_flags_message(error)}"
     # A full disk reaches us through several layers, as a cause or as text alone.
-    for link in _chain(error):
+    # What merely came up while another error was handled is a bug of its own.
+    for link in _causes(error):
         code = link.errno if isinstance(link, OSError) else _errno_in(str(link))
         if code in _DISK_ERRORS:
             place = getattr(link, "filename", None) or "disk"
@@ -110,6 +111,13 @@ def _message_of(error: Exception) -> str | None:
                 f" {os.strerror(code)!r}. {_DISK_ERRORS[code]}."
             )
     return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an exception and what it was raised from, the outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

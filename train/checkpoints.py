@@ -16,10 +16,16 @@ from lowrank_jax import (
     paths,
     surgery,
 )
+from lowrank_jax.forms import Factors
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.selection import curves, selectors
 from train import context, evaluation, selecting
-from train import model as models
+from train.model import (
+    abstract_checkpoint_model,
+    checkpoint_task,
+    load_model,
+    model_cost,
+)
 from train.report import logs
 from train.run import Run, open_checkpoint_run
 from train.state import split_model
@@ -103,7 +109,7 @@ def open_model(
     allowed = list(allow_imports)
     with errors.at("--checkpoint"):
         saved = checkpoint.open_checkpoint(path)
-        model = models.load_model(saved, allow_imports=allowed)
+        model = load_model(saved, allow_imports=allowed)
     run = open_checkpoint_run(saved, data_dir=data_dir, allow_imports=allowed)
     return Opened(run, model)
 
@@ -113,7 +119,7 @@ def truncate_checkpoint(
     output: str | Path,
     selector: Mapping[str, Any],
     *,
-    form: str = "factored",
+    form: str = Factors.form,
     recalibration_batches: int = 0,
     data_dir: str | None = None,
     allow_imports: Sequence[str] = (),
@@ -138,9 +144,9 @@ def truncate_checkpoint(
     selector = selecting.complete(selector)
     with errors.at("--checkpoint"):
         saved = checkpoint.open_checkpoint(path)
-        abstract = models.abstract_checkpoint_model(saved, allow_imports=allowed)
-    task = models.checkpoint_task(saved, allow_imports=allowed)
-    cost = models.model_cost(abstract, task)
+        abstract = abstract_checkpoint_model(saved, allow_imports=allowed)
+    task = checkpoint_task(saved, allow_imports=allowed)
+    cost = model_cost(abstract, task)
     before = saved.metadata["ranks"]
     open_run = functools.cache(
         functools.partial(
@@ -151,7 +157,7 @@ def truncate_checkpoint(
         open_run()  # data that are not there are missed before anything is read
     ranks = selecting.select(selector, _about(saved, abstract, cost, open_run))
     model = checkpoint.load(saved, abstract, ranks={**before, **ranks})
-    if form != "factored":
+    if form != Factors.form:
         model = surgery.truncate(model, {}, form=form)
     if recalibration_batches:
         model = _recalibrated(open_run(), model, recalibration_batches)
@@ -159,7 +165,7 @@ def truncate_checkpoint(
     metadata = {key: saved.metadata[key] for key in ("config", "facts")}
     metadata["truncated"] = {"selector": selector, "form": form, "from": before}
     checkpoint.save(output, model, step=saved.step, metadata=metadata)
-    after_cost = models.model_cost(model, task)
+    after_cost = model_cost(model, task)
     _print_table(cost, before, after_cost, after)
     return {
         "output": str(output),

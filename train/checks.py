@@ -43,7 +43,8 @@ def check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> N
         place = phases.place_of(index, phase.name)
         with _in(place):
             running = phase.begin(start, end, asked.target_ranks)
-            _check_fit(run, running, model)
+            sampler = run.config["phases"][index]["sampler"]["name"]
+            _check_fit(running, sampler, model)
             _trace(run, running, model)
         for name, action in phase.on_end:
             with _in(f"{place}: on_end ({name})"):
@@ -86,11 +87,16 @@ def _applied(action: Any, model: nnx.Module, choice: Any) -> nnx.Module:
     return _without_values(changed)
 
 
-def _check_fit(run: Run, running: phases.Running, model: nnx.Module) -> None:
+def _check_fit(running: phases.Running, sampler: str, model: nnx.Module) -> None:
     """What the phase asks of the model's layers and parameters."""
-    phase = running.phase
-    if not paths.find_factors(model):
-        _check_dense(run, phase)
+    phase, layers = running.phase, paths.find_factors(model)
+    if not layers:
+        _check_dense(phase, sampler)
+    if fixed := [path for path, factors in layers.items() if not factors.nested]:
+        raise UserError(
+            f"layers must be in a form that is trained, got another for {fixed}. Start"
+            " from the factored checkpoint that they were cut from, or merge them."
+        )
     keys = list(checkpoint.flatten(checkpoint.model_items(model)["params"]))
     patterns = {f"trainable {p.pattern!r}": p.pattern for p in phase.trainable}
     if phase.optimizer.decays:
@@ -109,13 +115,12 @@ def _check_fit(run: Run, running: phases.Running, model: nnx.Module) -> None:
         projections.check_stateless(projection, model)
 
 
-def _check_dense(run: Run, phase: phases.Phase) -> None:
+def _check_dense(phase: phases.Phase, sampler: str) -> None:
     """What acts on factors has nothing to act on in a dense model."""
     idle = [
         key for key in ("penalties", "projections", "shrink") if getattr(phase, key)
     ]
-    spec = next(s for s in run.config["phases"] if s["name"] == phase.name)
-    if spec["sampler"]["name"] != "full":
+    if sampler != "full":
         idle.append("sampler")
     if idle:
         raise UserError(
@@ -143,8 +148,11 @@ def _trace(run: Run, running: phases.Running, model: nnx.Module) -> None:
     evaluate = evaluation.make_sums(structure, run.task)
     arrays = evaluation.settable(structure, ranks)
     _check_sums(run.task, jax.eval_shape(evaluate, params, model_state, arrays, batch))
-    step = make_train_step(structure, running, run.task, jax.random.key(0))
-    jax.eval_shape(step, state, _abstract_batch(run, run.batch_size))
+    for epoch in range(len(running.phase.trainable)):
+        step = make_train_step(
+            structure, running, run.task, jax.random.key(0), epoch=epoch
+        )
+        jax.eval_shape(step, state, _abstract_batch(run, run.batch_size))
 
 
 def _abstract_batch(run: Run, size: int) -> dict[str, jax.ShapeDtypeStruct]:

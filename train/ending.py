@@ -36,6 +36,7 @@ class Ended(NamedTuple):
 
 def end_phase(
     running: Running,
+    place: str,
     model: nnx.Module,
     opt_state: optax.OptState,
     context: Callable[[dict[str, Any] | None], Context],
@@ -47,6 +48,7 @@ def end_phase(
 
     Args:
       running: The phase.
+      place: How messages name it.
       model: After its last step.
       opt_state: After its last step.
       context: What actions may ask, given the target ranks so far.
@@ -54,7 +56,7 @@ def end_phase(
       keep: Whether the next phase goes on with the optimizer state.
     """
     for name, action in running.phase.on_end:
-        with errors.at(f"config.phases ({running.phase.name}): on_end ({name})"):
+        with errors.at(f"{place}: on_end ({name})"):
             choice = action.choose(model, context(target_ranks))
             old, model = model, action.apply(model, choice)
         if action.selects:

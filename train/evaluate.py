@@ -84,9 +84,10 @@ def _main() -> None:
         print(logs.table(*_table([{"rank_fraction": "as saved", **figures}])))
         logs.emit(figures)
         return
-    rows = opened.sweep(
-        fractions, _SPLIT.value, recalibration_batches=_RECALIBRATION_BATCHES.value
-    )
+    with errors.at("--rank_fractions"):
+        rows = opened.sweep(
+            fractions, _SPLIT.value, recalibration_batches=_RECALIBRATION_BATCHES.value
+        )
     print(logs.table(*_table(rows)))
     task = opened.run.task
     plots.plot_frontier(

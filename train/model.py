@@ -72,7 +72,7 @@ def checkpoint_task(
     saved: checkpoint.Saved, *, allow_imports: Sequence[str] | None
 ) -> Task:
     """Builds the task that a checkpoint's model was trained for."""
-    config, facts, _ = _about(saved)
+    config, facts, _ = about(saved)
     return build_task(config, facts, allow_imports=allow_imports)
 
 
@@ -80,7 +80,7 @@ def abstract_checkpoint_model(
     saved: checkpoint.Saved, *, allow_imports: Sequence[str] | None
 ) -> nnx.Module:
     """Builds the structure of a checkpoint's model, made low-rank as it is."""
-    config, facts, rules = _about(saved)
+    config, facts, rules = about(saved)
     task = build_task(config, facts, allow_imports=allow_imports)
 
     def build() -> nnx.Module:
@@ -103,8 +103,12 @@ def model_cost(model: nnx.Module, task: Task) -> counting.ModelCost:
     return counting.count(model, *task.example)
 
 
-def _about(saved: checkpoint.Saved) -> tuple[Any, Any, list[tuple[str, Any]]]:
-    """A checkpoint's config, the facts of its data, and the rules of its structure."""
+def about(saved: checkpoint.Saved) -> tuple[Any, Any, list[tuple[str, Any]]]:
+    """Returns a checkpoint's config, the facts of its data, its structure's rules.
+
+    Raises:
+      UserError: It was written by something else.
+    """
     try:
         config, facts = saved.metadata["config"], saved.metadata["facts"]
         rules = [tuple(pair) for pair in saved.metadata["rank_rules"]]

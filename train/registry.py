@@ -79,7 +79,14 @@ def build(
     8
     """
     function = resolve(spec["name"], table, allow_imports=allow_imports)
-    return call(function, *positional, **{**extra, **spec["args"]})
+    # what says the same as the default is left to it: JSON has lists, code has tuples
+    defaults = complete({**spec, "args": {}}, {spec["name"]: function})["args"]
+    args = {
+        name: value
+        for name, value in spec["args"].items()
+        if name not in defaults or defaults[name] != value
+    }
+    return call(function, *positional, **{**extra, **args})
 
 
 def call(function: Callable[..., Any], /, *positional: Any, **args: Any) -> Any:

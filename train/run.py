@@ -9,9 +9,9 @@ from jaxtyping import Array
 
 from lowrank_jax import checkpoint, counting, errors
 from lowrank_jax.errors import UserError
-from train import model as models
 from train import registry
 from train.data import pipeline
+from train.model import build_model, build_task, model_cost
 from train.models import MODELS
 from train.tasks.base import Task
 
@@ -46,13 +46,25 @@ class Run(NamedTuple):
         """Returns whether training examples are held out for validation."""
         return self.data.sizes["validation"] > 0
 
+    def complete_model(
+        self,
+        spec: Mapping[str, Any],
+        *,
+        allow_imports: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """Writes out the default arguments of a model for this task."""
+        supplied = {"rngs", *self.task.model_args}
+        return registry.complete(
+            spec, MODELS, supplied=supplied, allow_imports=allow_imports
+        )
+
     def fresh_model(self) -> nnx.Module:
         """Builds the config's model, factorized by its rules, from its seed."""
-        return models.build_model(self.config, self.task, allow_imports=None)
+        return build_model(self.config, self.task, allow_imports=None)
 
     def cost(self, model: nnx.Module) -> counting.ModelCost:
         """Counts a model for one example."""
-        return models.model_cost(model, self.task)
+        return model_cost(model, self.task)
 
     def training_batches(self, count: int) -> Batches:
         """Returns the first training batches of the config's seed."""
@@ -80,21 +92,20 @@ def open_run(
 ) -> Run:
     """Opens the data of a config and builds its task.
 
-    The defaults of the model's arguments are written out.
+    The defaults of the model's and the data's arguments are written out.
 
     Args:
       config: The whole config as plain values.
       allow_imports: Packages that names may import from, None for all.
     """
     with errors.at("config.data"):
-        data = pipeline.load_data(config["data"], allow_imports=allow_imports)
-    task = models.build_task(config, data.facts, allow_imports=allow_imports)
+        about = pipeline.complete(config["data"], allow_imports=allow_imports)
+        data = pipeline.load_data(about, allow_imports=allow_imports)
+    task = build_task(config, data.facts, allow_imports=allow_imports)
+    run = Run({**config, "data": about}, task, data)
     with errors.at("config.model"):
-        supplied = {"rngs", *task.model_args}
-        model = registry.complete(
-            config["model"], MODELS, supplied=supplied, allow_imports=allow_imports
-        )
-    return Run({**config, "model": model}, task, data)
+        model = run.complete_model(config["model"], allow_imports=allow_imports)
+    return run._replace(config={**run.config, "model": model})
 
 
 def open_checkpoint_run(

@@ -35,6 +35,17 @@ def difference(theirs: Any, ours: Any, where: str = "config") -> list[str]:
             for key in sorted({*theirs, *ours})
             for line in difference(theirs.get(key), ours.get(key), f"{where}.{key}")
         ]
+    if (
+        isinstance(theirs, list)
+        and isinstance(ours, list)
+        and len(theirs) == len(ours)
+        and all(isinstance(item, Mapping) for item in theirs + ours)
+    ):
+        return [
+            line
+            for index, pair in enumerate(zip(theirs, ours, strict=True))
+            for line in difference(*pair, f"{where}[{index}]")
+        ]
     return [] if theirs == ours else [f"{where}: {theirs!r} there, {ours!r} here"]
 
 

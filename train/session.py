@@ -11,7 +11,7 @@ from lowrank_jax import active, checkpoint, optimizer_state, shrinking
 from lowrank_jax.errors import UserError
 from train import context, ending
 from train.compiled import compile_phase
-from train.phases import Phase
+from train.phases import Phase, place_of
 from train.report import logs
 from train.run import Run
 from train.state import carried_state, new_state
@@ -190,6 +190,7 @@ class Session:
         kept = not over and self._phases[index].optimizer_state == "kept"
         ended = ending.end_phase(
             self.running,
+            place_of(index - 1, self.running.phase.name),
             self.model(),
             self.state.opt_state,
             self._context,

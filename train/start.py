@@ -10,8 +10,8 @@ from flax import nnx
 from lowrank_jax import active, checkpoint, errors, paths
 from lowrank_jax.errors import UserError
 from train import checks, folders, phases
-from train import model as models
 from train.config import differences, to_json
+from train.model import about, factorize, load_model
 from train.report import logs
 from train.run import Run, open_run
 
@@ -52,7 +52,7 @@ def start_run(config: Any, workdir: Path) -> Start:
         model = _initial_model(run)
         checks.check_phases(run, plan, model)
     else:
-        model = models.load_model(saved, allow_imports=None)
+        model = load_model(saved, allow_imports=None)
     _describe(run, plan, model, saved)
     workdir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(run.config, indent=1, sort_keys=True)
@@ -95,20 +95,16 @@ def _initial_model(run: Run) -> nnx.Module:
         return run.fresh_model()
     with errors.at("config.init_from"):
         saved = checkpoint.open_checkpoint(run.config["init_from"])
-        theirs = saved.metadata
-        ours = run.metadata()
-        if (theirs["config"]["model"], theirs["facts"]) != (
-            ours["config"]["model"],
-            ours["facts"],
-        ):
+        their_config, facts, _ = about(saved)
+        theirs = run.complete_model(their_config["model"])
+        if (theirs, facts) != (run.config["model"], run.data.facts):
             raise UserError(
-                "must be a checkpoint of the same model and data, got"
-                f" {theirs['config']['model']} for {theirs['facts']}, here"
-                f" {ours['config']['model']} for {ours['facts']}. Correct config.model"
-                " or the path."
+                f"must be a checkpoint of the same model and data, got {theirs} for"
+                f" {facts}, here {run.config['model']} for {run.data.facts}. Correct"
+                " config.model or the path."
             )
-        model = models.load_model(saved, allow_imports=None)
-    model = models.factorize(model, run.config)
+        model = load_model(saved, allow_imports=None)
+    model = factorize(model, run.config)
     _check_same_layers(run, model)
     return model
 

@@ -134,14 +134,19 @@ def fill_state(
     """
     phase = running.phase
     model = structure.merge(params, model_state, None)
+    # copies: what a part remembers of the parameters is donated beside them
+    init_penalties = [penalties.stateful(p).init(model) for p in running.penalties]
+    init_projections = [
+        projections.stateful(p).init(model) for _, p in phase.projections
+    ]
     return TrainState(
         jnp.int32(step),
         params,
         model_state,
         running.optimizer.init(params),
         sampler_state,
-        tuple(penalties.stateful(p).init(model) for p in running.penalties),
-        tuple(projections.stateful(p).init(model) for _, p in phase.projections),
+        tuple(jax.tree.map(jnp.copy, init_penalties)),
+        tuple(jax.tree.map(jnp.copy, init_projections)),
     )
 
 
@@ -154,18 +159,20 @@ def carried_state(
     """
     structure, fresh = new_state(model, running, int(old.step))
     phase = running.phase
+    kept_penalties = [
+        penalties.carry(penalties.stateful(penalty), state, model)
+        for penalty, state in zip(running.penalties, old.penalties, strict=True)
+    ]
+    kept_projections = [
+        projections.carry(projections.stateful(projection), state, model)
+        for (_, projection), state in zip(
+            phase.projections, old.projections, strict=True
+        )
+    ]
     return structure, fresh._replace(
         sampler_state=samplers.carry(phase.sampler, old.sampler_state, model),
-        penalties=tuple(
-            penalties.carry(penalties.stateful(penalty), state, model)
-            for penalty, state in zip(running.penalties, old.penalties, strict=True)
-        ),
-        projections=tuple(
-            projections.carry(projections.stateful(projection), state, model)
-            for (_, projection), state in zip(
-                phase.projections, old.projections, strict=True
-            )
-        ),
+        penalties=tuple(jax.tree.map(jnp.copy, kept_penalties)),
+        projections=tuple(jax.tree.map(jnp.copy, kept_projections)),
     )
 
 

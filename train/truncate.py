@@ -12,6 +12,7 @@ checkpoint stands alone. Ends with one line of JSON: `{"output", "params", "macs
 from absl import flags
 
 from lowrank_jax import errors
+from lowrank_jax.forms import FORMS, Factors
 from train import binary, checkpoints, folders, selecting
 from train.report import logs
 
@@ -22,8 +23,8 @@ _OUTPUT = flags.DEFINE_string("output", None, "New folder for the cut checkpoint
 _SELECTORS = selecting.define_flags()
 _FORM = flags.DEFINE_enum(
     "form",
-    "factored",
-    ["factored", "gauge"],
+    Factors.form,
+    sorted(FORMS),
     "Form of the cut layers: factored can be cut again, gauge is smaller.",
 )
 _RECALIBRATE = flags.DEFINE_bool(

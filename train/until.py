@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from lowrank_jax import factorization
+from lowrank_jax import errors, factorization
 from lowrank_jax.errors import UserError
 from lowrank_jax.selection import curves, solvers
 from train import registry, schema
@@ -79,9 +79,6 @@ def build_until(spec: Mapping[str, Any]) -> Until:
         )
     condition = None
     if "condition" in spec:
-        problems = schema.compare(spec["condition"], schema.NAMED, "condition")
-        if problems:
-            raise UserError("\n".join(problems))
         condition = registry.build(spec["condition"], CONDITIONS)
     return Until(unit, count, condition)
 
@@ -90,6 +87,7 @@ def complete_until(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Writes out the default arguments of the condition, if there is one."""
     if "condition" not in spec:
         return dict(spec)
+    errors.raise_all(schema.compare(spec["condition"], schema.NAMED, "condition"))
     condition = registry.complete(spec["condition"], CONDITIONS)
     return {**spec, "condition": condition}
 

@@ -183,6 +183,21 @@ def load_dataset(
     return Dataset(raw.name, raw.facts, splits)
 
 
+def complete(
+    spec: Mapping[str, Any], *, allow_imports: Sequence[str] | None
+) -> dict[str, Any]:
+    """Writes out the default arguments of a data set that is a function."""
+    if not _is_import_path(spec["name"]):
+        return dict(spec)
+    named = {"name": spec["name"], "args": spec["args"]}
+    return {**spec, **registry.complete(named, {}, allow_imports=allow_imports)}
+
+
+def _is_import_path(name: str) -> bool:
+    """ "package.module:function", but not "cifar10:3.0.2"."""
+    return ":" in name and not name.rpartition(":")[2][:1].isdigit()
+
+
 def load_data(
     spec: Mapping[str, Any], *, allow_imports: Sequence[str] | None
 ) -> Dataset:
@@ -196,7 +211,7 @@ def load_data(
       UserError: As `load_dataset`, or the name stands for nothing.
     """
     name = spec["name"]
-    if ":" in name and not name.rpartition(":")[2][:1].isdigit():  # not "cifar10:3.0.2"
+    if _is_import_path(name):
         name = registry.resolve(name, {}, allow_imports=allow_imports)
     return load_dataset(
         name,
