@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -342,22 +341,28 @@ class Factors(Ranked):
             getattr(self, name).set_value(array)
         self.set_rank(rank)
         if min(flatten_rank(rank), default=allocated) < allocated:
-            for name, mask in self.rank_masks(rank).items():
-                array = getattr(self, name)
-                array.set_value(jnp.where(mask, array[...], 0))
+            self.zero_masked()
 
-    def rank_masks(self, rank: RankValue) -> dict[str, Bool[np.ndarray, "..."]]:
-        """Tells for each array which of its numbers lie within a rank."""
-        ranks = np.broadcast_to(np.asarray(rank), self.stack_shape)
-        acting = np.arange(self.max_rank) < ranks[..., None]
+    def zero_masked(self) -> None:
+        """Sets what lies past the active rank to zero, in place; it may be traced."""
+        for name, mask in self.rank_masks().items():
+            array = getattr(self, name)
+            array.set_value(jnp.where(mask, array[...], 0))
+
+    def rank_masks(self) -> dict[str, Bool[Array, "..."]]:
+        """Tells for each array which of its numbers lie within the active rank.
+
+        Broadcastable; with one rank per example, within the highest of them.
+        """
+        acting = self.mask()
+        if self.per_example:
+            acting = acting.any(axis=-2)
         masks = {}
         for name, axes in self._rank_arrays():
-            mask = np.asarray(True)
+            mask: Any = True
             for axis in axes:
-                shape = [
-                    *self.stack_shape,
-                    *[1] * (getattr(self, name).ndim - ranks.ndim),
-                ]
+                trailing = getattr(self, name).ndim - len(self.stack_shape)
+                shape = [*self.stack_shape, *[1] * trailing]
                 shape[axis] = self.max_rank
                 mask = mask & acting.reshape(shape)
             masks[name] = mask
@@ -390,10 +395,10 @@ class Factors(Ranked):
         self.middle = nnx.data(None)
 
     def set_rank(self, rank: RankValue | Int[Array, "..."]) -> None:
-        if self.middle is not None and np.ndim(rank) == len(self.stack_shape) + 1:
+        value = jnp.asarray(rank, jnp.int32)
+        if self.middle is not None and value.ndim == len(self.stack_shape) + 1:
             raise UserError(
                 "rank: factors with square ones in between take no rank per example,"
-                f" got shape {np.shape(rank)}. Use another sampler, or canonicalize"
-                " first."
+                f" got shape {value.shape}. Use another sampler, or canonicalize first."
             )
-        super().set_rank(rank)
+        super().set_rank(value)

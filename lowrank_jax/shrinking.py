@@ -153,7 +153,7 @@ def _acting(model: nnx.Module) -> nnx.Module:
         rank = factors.limits().active
         if min(flatten_rank(rank), default=0) == largest(rank):
             continue
-        for name, mask in factors.rank_masks(rank).items():
+        for name, mask in factors.rank_masks().items():
             getattr(marks, name).set_value(mask | (getattr(factors, name)[...] != 0))
     return marked
 

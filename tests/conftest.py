@@ -38,8 +38,10 @@ LONG = {
     "tests/test_configs.py",
     "tests/train/test_binaries.py",
     "tests/train/test_binary.py",
+    "tests/train/test_checks.py",
     "tests/train/test_loop.py",
     "tests/train/test_models.py",
+    "tests/train/test_parts.py",
     "tests/train/test_phases.py",
 }
 """Files that `make test-fast` leaves out: each takes more than 20 s on one core."""

@@ -4,21 +4,25 @@ The runs are real: digits, the loop, checkpoints, a SIGTERM where one stops.
 """
 
 import contextlib
+import dataclasses
 import json
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import common
 from lowrank_jax import checkpoint
-from train import loop
+from train import checkpoints, loop, phases
+from train.config import to_json
 from train.report import logs
+from train.run import open_run
 from train.stopping import Interrupted
 
 DIGITS = 1437
@@ -153,3 +157,43 @@ def compiled_anew() -> Iterator[None]:
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()
+
+
+# What a test asks of a config or a checkpoint, in one call.
+
+
+def fresh_model(config: Mapping[str, Any]) -> nnx.Module:
+    """The model that a config starts with."""
+    return open_run(to_json(config)).fresh_model()
+
+
+def begin(spec: Mapping[str, Any], *, steps: int = 10, **fields: Any) -> phases.Running:
+    """Begins the phase of a config at step 0.
+
+    Args:
+      spec: Of `common.phase`, as plain values.
+      steps: How long it is.
+      **fields: Values of fields that no config can name, such as a forced sampler.
+    """
+    (phase,) = phases.build_phases([phases.complete(spec)])
+    return dataclasses.replace(phase, **fields).begin(0, steps, None)
+
+
+def evaluate(path: Path, split: str = "test", **options: Any) -> dict[str, Any]:
+    """Figures of a checkpoint at its ranks."""
+    return checkpoints.open_model(path, **options).figures(split)
+
+
+def sweep(
+    path: Path, fractions: Sequence[float], split: str = "test", **options: Any
+) -> list[dict[str, Any]]:
+    """Figures of a checkpoint at fractions of its ranks."""
+    return checkpoints.open_model(path).sweep(fractions, split, **options)
+
+
+def truncate(
+    path: Path, output: Path, name: str, value: Any, **options: Any
+) -> dict[str, Any]:
+    """Cuts a checkpoint by a selector of one value."""
+    selector = {"name": name, "args": {"value": value}}
+    return checkpoints.truncate_checkpoint(path, output, selector, **options)

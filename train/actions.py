@@ -166,8 +166,11 @@ def truncate(*, selector: Mapping[str, Any]) -> Action:
       selector: Name and arguments, of `lowrank_jax.selection`; "selected" takes the
         ranks that `select` chose at the end of an earlier phase.
     """
+    choose = _chooser(selector)
+    if selector["name"] in selecting.BY_RANKS:
+        return Action(choose, surgery.truncate, Kind.CUT)
     return Action(
-        _chooser(selector),
+        choose,
         surgery.truncate,
         Kind.CUT,
         largest=lambda model, choice: active.max_ranks(model),

@@ -126,25 +126,25 @@ def _check_dense(run: Run, phase: phases.Phase) -> None:
 
 
 def _trace(run: Run, running: phases.Running, model: nnx.Module) -> None:
-    """Runs the phase's step and its evaluation on abstract arrays."""
+    """Runs the evaluation and the phase's step on abstract arrays."""
     ranks, sampler = known_ranks(model), running.phase.sampler
-    sampler_state = sampler.init(ranks)
     structure, params, model_state = split_model(model)
     state = jax.eval_shape(
-        lambda *arrays: fill_state(structure, *arrays, running, 0, sampler_state),
+        lambda *arrays: fill_state(structure, *arrays, running, 0),
         params,
         model_state,
+        sampler.init(ranks),
     )
     if sampler.per_example:
         _check_examples(sampler, state.sampler_state, run.batch_size)
-    step = make_train_step(structure, running, run.task, jax.random.key(0))
-    jax.eval_shape(step, state, _abstract_batch(run, run.batch_size))
     size = run.config["data"]["eval_batch_size"]
     batch = _abstract_batch(run, size)
     batch["weight"] = jax.ShapeDtypeStruct((size,), jnp.float32)
     evaluate = evaluation.make_sums(structure, run.task)
     arrays = evaluation.settable(structure, ranks)
     _check_sums(run.task, jax.eval_shape(evaluate, params, model_state, arrays, batch))
+    step = make_train_step(structure, running, run.task, jax.random.key(0))
+    jax.eval_shape(step, state, _abstract_batch(run, run.batch_size))
 
 
 def _abstract_batch(run: Run, size: int) -> dict[str, jax.ShapeDtypeStruct]:

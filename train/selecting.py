@@ -15,6 +15,10 @@ from train import registry
 TABLE = {name: row.function for name, row in selectors.SELECTORS.items()}
 """The selectors by the name they have in configs and flags."""
 
+BY_RANKS = ("rank", "rank_fraction", "ranks")
+"""Those that look at ranks alone: what they choose of the largest model there can be is
+the largest choice."""
+
 
 def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Writes out the default arguments of a selector, given by name and arguments."""

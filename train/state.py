@@ -110,18 +110,17 @@ def new_state(
     """
     structure, params, model_state = split_model(model)
     sampler_state = running.phase.sampler.init(active.get_ranks(model))
-    return structure, fill_state(
-        structure, params, model_state, running, step, sampler_state
-    )
+    parts = (params, model_state, sampler_state)
+    return structure, fill_state(structure, *parts, running, step)
 
 
 def fill_state(
     structure: Structure,
     params: Any,
     model_state: Any,
+    sampler_state: Any,
     running: Running,
     step: int,
-    sampler_state: Any,
 ) -> TrainState:
     """Makes a state of a model in parts; runs on abstract arrays.
 
@@ -129,9 +128,9 @@ def fill_state(
       structure: Of the model.
       params: Its parameters.
       model_state: Its other arrays.
+      sampler_state: The sampler's, which is made of plain ranks.
       running: The phase.
       step: Of the run.
-      sampler_state: Of the phase's sampler; made of plain ranks, outside any trace.
     """
     phase = running.phase
     model = structure.merge(params, model_state, None)

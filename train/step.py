@@ -177,9 +177,9 @@ class _TrainStep:
         model = self.structure.merge(state.params, state.model_state, self.root_key)
         for path, factors in find_factors(model).items():
             ranks = [ranks[path] for ranks in passes if path in ranks]
-            if len(ranks) == len(passes):  # else one pass runs at the full rank
+            if len(ranks) == len(passes):  # else one pass runs at the active rank
                 factors.set_rank(jnp.stack(ranks).max(axis=0))
-                factors.zero_masked()
+            factors.zero_masked()
         return nnx.as_pure(nnx.state(model, nnx.Param))
 
     def _freeze(self, tree: Any, frozen: Callable[[Array], Array]) -> Any:

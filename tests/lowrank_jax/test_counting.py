@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from lowrank_jax.active import max_ranks
+from lowrank_jax.active import get_ranks, max_ranks, set_ranks
 from lowrank_jax.counting import count
 from lowrank_jax.factorization import factorize
 from lowrank_jax.surgery import truncate
@@ -317,3 +317,29 @@ def test_what_the_count_cannot_see_is_named():
     cost = count(abstract(Own), image(3, 4))
     assert cost.unseen == {"mixer": 20, "masked": 10}
     assert (cost.dense_params, cost.dense_macs) == (20 + 12 + 10, 0)
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [{"conv": [2, 2], "head": 3}, {"conv": [1, 2], "head": 2}, {"conv": 0, "head": 0}],
+    ids=["masked", "masked, different in a stack", "masked to nothing"],
+)
+def test_a_masked_model_costs_what_its_cut_costs(ranks):
+    """Costs speak of the active ranks, whatever is allocated."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.conv = nnx.Conv(4, 6, (3, 3), feature_group_count=2, rngs=rngs)
+            self.head = nnx.Linear(6, 5, rngs=rngs)
+
+        def __call__(self, images):
+            return self.head(self.conv(images).mean(axis=(1, 2)))
+
+    model = factorize(Net(nnx.Rngs(0)))
+    set_ranks(model, ranks)
+    costs = [count(m, image(5, 5, 4)) for m in (model, truncate(model, ranks))]
+    masked, cut = (
+        (cost.params(get_ranks(model)), cost.macs(get_ranks(model))) for cost in costs
+    )
+    full = costs[0].params(max_ranks(model)), costs[0].macs(max_ranks(model))
+    assert masked == cut and masked < full

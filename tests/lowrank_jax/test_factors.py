@@ -207,3 +207,49 @@ def test_the_rank_is_no_parameter():
     state = nnx.state(make(with_s=True), nnx.Param)
     assert set(nnx.to_pure_dict(state)) == {"u", "s", "v"}
     assert len(jax.tree.leaves(nnx.state(make(), Rank))) == 1
+
+
+@pytest.mark.parametrize("form", ["s", "middle"])
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+def test_what_is_masked_becomes_zero_at_a_traced_rank(stack, form):
+    """The product stays, and its arrays are those of a cut with zeros behind."""
+    if form == "s":
+        factors = make(stack, with_s=True)
+    else:
+        middle = random(*stack, 2, R, R, seed=3)
+        factors = Factors(
+            random(*stack, I, R), random(*stack, R, O, seed=1), None, middle
+        )
+    mixed = np.arange(np.prod(stack, dtype=int)).reshape(stack) % (R + 1)
+    graphdef, state = nnx.split(factors)
+
+    @jax.jit
+    def zeroed(rank):
+        traced = nnx.merge(graphdef, state, copy=True)
+        traced.set_rank(rank)
+        traced.zero_masked()
+        return nnx.state(traced)
+
+    for rank in [*(np.full(stack, r) for r in range(R + 1)), mixed]:
+        found = nnx.merge(graphdef, zeroed(jnp.asarray(rank, jnp.int32)))
+        factors.set_rank(rank.tolist())
+        np.testing.assert_array_equal(found.matrix(), factors.matrix())
+        tail = np.arange(R) >= rank[..., None]
+        for name, axes in factors.rank_axes.items():
+            if getattr(factors, name) is None:
+                continue
+            array = np.array(getattr(factors, name)[...])
+            for axis in axes:
+                shape = [*stack, *[1] * (array.ndim - len(stack))]
+                shape[axis] = R
+                array = np.where(tail.reshape(shape), 0, array)
+            np.testing.assert_array_equal(getattr(found, name)[...], array)
+
+
+def test_ranks_per_example_keep_what_one_example_reaches():
+    factors = make()
+    before = np.array(factors.u[...])
+    factors.set_rank(jnp.asarray([1, 2, 0]))
+    factors.zero_masked()
+    np.testing.assert_array_equal(factors.u[:, :2], before[:, :2])
+    assert not np.any(factors.u[:, 2:]) and not np.any(factors.v[2:])

@@ -18,23 +18,35 @@ import numpy as np
 import pytest
 from flax import nnx
 from reference import relative_error
+from support import begin
 
-from lowrank_jax import factorization, penalties
+from configs import common
+from lowrank_jax import factorization
 from lowrank_jax.paths import find_factors
 from lowrank_jax.samplers import RankSampler
-from train import optim
 from train.state import new_state
 from train.step import make_train_step
+from train.tasks.base import Task
+from train.tasks.classification import classification
 
 LEARNING_RATE, MOMENTUM, DECAY, LASSO = 0.05, 0.9, 1e-2, 1e-3
-OPTIMIZER = {
-    "name": "sgd",
-    "args": {"momentum": MOMENTUM},
-    "learning_rate": LEARNING_RATE,
-    "schedule": {"name": "constant", "args": {"warmup_steps": 0}},
-    "weight_decay": DECAY,
-    "decayed": r".*/(kernel|embedding|u|v)",
-    "clip_norm": 0.0,
+PHASE = common.phase(
+    name="maestro",
+    until={"steps": 10},
+    optimizer=common.optimizer(
+        "sgd",
+        learning_rate=LEARNING_RATE,
+        args={"momentum": MOMENTUM},
+        weight_decay=DECAY,
+    ),
+    penalties=(common.named("hierarchical_group_lasso", weight=LASSO),),
+)
+FACTS = {
+    "arrays": {
+        "image": {"shape": [10, 10, 2], "dtype": "uint8"},
+        "label": {"shape": [], "dtype": "int32"},
+    },
+    "num_classes": 5,
 }
 FULL_RANKS = {"conv1": 4, "conv2": 6, "fc1": 12, "fc2": 5}
 FORCED = [
@@ -224,12 +236,18 @@ def forced() -> RankSampler:
         table = {path: [row[path] for row in rows] for path in FULL_RANKS}
         return jnp.int32(0), {p: jnp.asarray(r, jnp.int32) for p, r in table.items()}
 
-    def sample(state: tuple[jax.Array, dict[str, jax.Array]], key: jax.Array):
+    def sample(state: tuple[jax.Array, dict[str, jax.Array]], key: jax.Array, step):
         position, table = state
         ranks = {path: column[position] for path, column in table.items()}
         return ranks, (position + 1, table)
 
     return RankSampler(init, sample)
+
+
+def images_as_they_are() -> Task:
+    """Classification of images in float64, which its own inputs would round."""
+    task = classification(FACTS, mean=[0.0], std=[1.0], augment=[])
+    return task._replace(inputs=lambda batch, key: (batch["image"],))
 
 
 def named(tree: Any) -> Weights:
@@ -304,17 +322,10 @@ def test_ten_steps_are_those_of_the_numpy_reference(float64):
     Every layer is forced below its full rank at least twice; the convolutions and the
     linear layers take both orders of the product. Measured: 1.5e-15.
     """
-    optimizer = optim.make_optimizer(OPTIMIZER, len(FORCED), where="optimizer")
+    running = begin(PHASE, steps=len(FORCED), sampler=forced())
     weights = random_weights()
-    structure, state = new_state(low_rank_net(weights), optimizer, forced(), 0)
-    step = make_train_step(
-        structure,
-        optimizer,
-        forced(),
-        [penalties.hierarchical_group_lasso(weight=LASSO)],
-        lambda key, images: images,
-        jax.random.key(0),
-    )
+    structure, state = new_state(low_rank_net(weights), running, 0)
+    step = make_train_step(structure, running, images_as_they_are(), jax.random.key(0))
     moments = zeros_like(weights)
     for number in range(len(FORCED)):
         images, labels = batch(number)

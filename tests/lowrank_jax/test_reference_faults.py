@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from reference import relative_error
+from support import begin
 
 from configs import common, maestro
 from lowrank_jax import (
@@ -34,27 +34,31 @@ from lowrank_jax import (
     surgery,
 )
 from lowrank_jax.active import get_ranks, max_ranks, set_ranks
+from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.layers import LowRankConv, LowRankLinear
 from lowrank_jax.paths import find_factors
 from lowrank_jax.ranks import at_fraction, fraction_of
-from train import loop, phases
+from train import loop, phases, registry
 from train.config import to_json
 from train.data import pipeline
+from train.model import abstract_model, load_model
+from train.models import MODELS
 from train.models.mlp import MLP
-from train.state import (
-    Structure,
-    abstract_model,
-    build_model,
-    join_model,
-    load_model,
-    new_state,
-    split_model,
-)
+from train.phases import Running
+from train.state import Structure, carried_state, new_state
 from train.step import Step, make_train_step
+from train.tasks.classification import classification
 
 FULL_RANKS = {"head": 3, "hidden/0": 6}
 SGD = common.optimizer("sgd", learning_rate=0.05, args={"momentum": 0.9})
+FACTS = {
+    "arrays": {
+        "image": {"shape": [4, 4, 1], "dtype": "uint8"},
+        "label": {"shape": [], "dtype": "int32"},
+    },
+    "num_classes": 3,
+}
 
 
 @functools.cache
@@ -76,20 +80,14 @@ def batch(seed: int, size: int = 8) -> dict[str, jax.Array]:
     return {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
 
 
-def make_step(
-    structure: Structure,
-    optimizer: optax.GradientTransformation,
-    sampler: samplers.RankSampler,
-    penalties: tuple[penalties.Penalty, ...] = (),
-) -> Step:
-    return make_train_step(
-        structure,
-        optimizer,
-        sampler,
-        penalties,
-        lambda key, images: images,
-        jax.random.key(0),
-    )
+def begin_phase(**values: Any) -> Running:
+    """A phase of ten steps."""
+    return begin(common.phase(name="only", until={"steps": 10}, **values))
+
+
+def make_step(structure: Structure, running: Running) -> Step:
+    task = classification(FACTS, mean=[0.0], std=[1.0], augment=[])
+    return make_train_step(structure, running, task, jax.random.key(0))
 
 
 def host(tree: Any) -> dict[str, np.ndarray]:
@@ -111,10 +109,8 @@ def test_the_maestro_config_trains_with_ordered_dropout():
     Lasso and shrinking are on as well.
     """
     config = maestro_config()
-    (phase,) = phases.build_phases(config, steps_per_epoch=430)
-    model = abstract_model(
-        lambda: build_model(config, (28, 28, 1), 10, allow_imports=None)
-    )
+    (phase,) = phases.build_phases(config["phases"])
+    model = abstract_model(lambda: lenet(config))
     limits = {path: factors.max_rank for path, factors in find_factors(model).items()}
     drawn, _ = make_draw(phase.sampler, 236)(phase.sampler.init(limits), 0, 0)
     ranks = {path: np.asarray(column) for path, column in drawn.items()}
@@ -128,6 +124,18 @@ def test_the_maestro_config_trains_with_ordered_dropout():
     assert phase.penalties and phase.shrink
 
 
+def lenet(config: Mapping[str, Any]) -> nnx.Module:
+    """The config's model for MNIST, without its data."""
+    model = registry.build(
+        config["model"],
+        MODELS,
+        rngs=nnx.Rngs(0),
+        image_shape=(28, 28, 1),
+        num_classes=10,
+    )
+    return factorization.factorize(model, [tuple(r) for r in config["rank_rules"]])
+
+
 def deviating(
     ranks: Mapping[str, np.ndarray], limits: Mapping[str, int], row: int
 ) -> tuple[str, int]:
@@ -139,9 +147,12 @@ def deviating(
 
 def test_a_sampled_rank_reaches_the_training_step(small_model):
     """In the real step columns past the sampled rank stand still, all others move."""
-    sampler, optimizer = samplers.single_layer(), optax.sgd(0.1)
-    structure, state = new_state(small_model, optimizer, sampler, 0)
-    step = make_step(structure, optimizer, sampler)
+    running = begin_phase(
+        optimizer=common.optimizer("sgd", learning_rate=0.1),
+        sampler=common.named("single_layer"),
+    )
+    structure, state = new_state(small_model, running, 0)
+    step = make_step(structure, running)
     seen = set()
     for number in range(9):  # one pass over all pairs
         old = host(state.params)
@@ -183,13 +194,13 @@ def test_a_misspelled_word_is_an_error(place):
     for part in path:
         section = section[part]
     section[key] = value
-    with pytest.raises(ValueError, match=value if isinstance(value, str) else key):
-        phases.build_phases(to_json(config), steps_per_epoch=430)
+    with pytest.raises(UserError, match=value if isinstance(value, str) else key):
+        phases.build_phases(to_json(config)["phases"])
 
 
 def test_the_config_without_a_misspelling_builds():
     """The control of the test above."""
-    assert phases.build_phases(maestro_config(), steps_per_epoch=430)
+    assert phases.build_phases(maestro_config()["phases"])
 
 
 # Ranks are not in its checkpoints.
@@ -208,9 +219,11 @@ def test_ranks_are_in_the_checkpoint(small_model, tmp_path):
     loaded = checkpoint.load(saved, small_model)
     assert get_ranks(loaded) == {"head": 1, "hidden/0": 2}
     np.testing.assert_array_equal(loaded(images), model(images))
-    lower = checkpoint.load(saved, small_model, ranks={"hidden/0": 3, "head": 2})
-    expected = surgery.truncate(model, {"hidden/0": 3, "head": 2})
+    lower = checkpoint.load(saved, small_model, ranks={"hidden/0": 1, "head": 1})
+    expected = surgery.truncate(model, {"hidden/0": 1, "head": 1})
     np.testing.assert_array_equal(lower(images), expected(images))
+    with pytest.raises(UserError, match=r"hidden/0: rank must be in \[0, 2\], got 3"):
+        checkpoint.load(saved, small_model, ranks={"hidden/0": 3})
 
 
 # Pruning loses parameters from the optimizer.
@@ -219,20 +232,21 @@ def test_ranks_are_in_the_checkpoint(small_model, tmp_path):
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_shrinking_keeps_every_parameter_in_the_optimizer(small_model, name):
     """Every parameter keeps its moments, cut to its shape, and goes on moving."""
-    optimizer = optax.sgd(0.05, momentum=0.9) if name == "sgd" else optax.adam(1e-2)
-    sampler = samplers.full()
-    structure, state = new_state(small_model, optimizer, sampler, 0)
-    step = make_step(structure, optimizer, sampler)
+    adam = common.optimizer("adam", learning_rate=1e-2)
+    running = begin_phase(optimizer=SGD if name == "sgd" else adam)
+    structure, state = new_state(small_model, running, 0)
+    step = make_step(structure, running)
     for number in range(2):
         state, _ = step(state, batch(number))
     before = host(state.opt_state)
 
-    model = join_model(structure, state.params, state.model_state)
+    model = structure.merge(state.params, state.model_state, None)
     ranks = {"hidden/0": 4, "head": 1}
-    shrunk = shrinking.shrink(model, ranks, state.opt_state, optimizer)
+    shrunk = shrinking.shrink(model, ranks, state.opt_state, running.optimizer)
     assert shrunk.restarted == []
-    structure, params, model_state = split_model(shrunk.model)
-    old, moments = host(params), host(shrunk.opt_state)
+    structure, state = carried_state(shrunk.model, running, state)
+    state = state._replace(opt_state=shrunk.opt_state)
+    old, moments = host(state.params), host(shrunk.opt_state)
     assert moments.keys() == before.keys()
     assert len(moments) >= len(old) == 6
     for path, array in moments.items():
@@ -242,13 +256,7 @@ def test_shrinking_keeps_every_parameter_in_the_optimizer(small_model, name):
         np.testing.assert_array_equal(array, before[path][kept])
         assert np.any(array != 0)
 
-    state = state._replace(
-        params=params,
-        model_state=model_state,
-        opt_state=shrunk.opt_state,
-        sampler_state=sampler.init(ranks),
-    )
-    state, _ = make_step(structure, optimizer, sampler)(state, batch(2))
+    state, _ = make_step(structure, running)(state, batch(2))
     for path, array in host(state.params).items():
         assert array.shape == old[path].shape
         assert np.all(np.any(array != old[path], axis=0)), path
@@ -300,7 +308,7 @@ def test_the_gradient_of_the_lasso_is_finite_at_zero(name, live, with_s):
     def gradient(columns: int) -> nnx.State:
         s = jnp.ones(columns) if with_s else None
         arrays = jnp.float32(u[:, :columns]), jnp.float32(v[:columns])
-        return nnx.grad(lambda f: penalty({"": f}, 0))(Factors(*arrays, s))
+        return nnx.grad(lambda factors: penalty(factors, 0))(Factors(*arrays, s))
 
     padded, alone = gradient(5), gradient(live)
     for part, axis in (("u", -1), ("v", 0)):
@@ -377,7 +385,7 @@ def make_draw(sampler: samplers.RankSampler, count: int) -> Callable[..., Any]:
     def draw(state: Any, seed: int, start: int) -> tuple[dict[str, jax.Array], Any]:
         def body(state, number):
             key = jax.random.fold_in(jax.random.key(seed), number)
-            ranks, state = sampler.sample(state, key)
+            ranks, state = sampler.sample(state, key, number)
             return state, ranks
 
         state, ranks = jax.lax.scan(body, state, start + jnp.arange(count))
@@ -428,7 +436,7 @@ class Sealed:
     def __len__(self) -> int:
         return self.size
 
-    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         raise AssertionError("the test split was read")
 
 
@@ -445,7 +453,7 @@ class Run(NamedTuple):
 def finished_run(tmp_path_factory) -> Run:
     """Maestro on the digits for three epochs, the test split sealed."""
     config = common.base(seed=0)
-    config.data = common.digits(batch_size=100)
+    common.digits(config, batch_size=100)
     config.model = {"name": "mlp", "args": {"hidden": (8,)}}
     config.keep_checkpoints = 1
     lasso = {"name": "hierarchical_group_lasso", "args": {"weight": 0.02}}
@@ -483,8 +491,7 @@ def test_training_never_reads_the_test_split(finished_run):
 def test_a_run_leaves_its_ranks_sampler_and_optimizer_in_the_checkpoint(finished_run):
     """After shrinking in the loop: ranks that load, a moment for each parameter.
 
-    The sampler was made anew when ranks were cut, at step 26, and has been used in each
-    of the 13 steps since.
+    The sampler's state is that of 39 draws by hand, kept over the cut at step 26.
     """
     saved = finished_run.saved
     full = {"head": 8, "hidden/0": 8}
@@ -498,7 +505,12 @@ def test_a_run_leaves_its_ranks_sampler_and_optimizer_in_the_checkpoint(finished
     for path, shape in arrays["params"].items():
         assert [m for p, m in moments.items() if p.endswith(f"/{path}")] == [shape]
 
-    (phase,) = phases.build_phases(finished_run.config, 13)
-    template = {"sampler": phase.sampler.init(ranks)}
-    place = checkpoint.restore(saved, template)["sampler"].position
-    assert int(place) == (13 - 1) % sum(ranks.values()) + 1
+    (phase,) = phases.build_phases(finished_run.config["phases"])
+    state, sample = phase.sampler.init(full), jax.jit(phase.sampler.sample)
+    for step in range(39):
+        if step == 26:
+            state = phase.sampler.keep(state, ranks)
+        step_key = jax.random.fold_in(jax.random.key(0), step)
+        _, state = sample(state, jax.random.split(step_key)[0], step)
+    found = checkpoint.restore(saved, {"sampler": state})["sampler"]
+    jax.tree.map(np.testing.assert_array_equal, found, state)

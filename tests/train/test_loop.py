@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import support
 from flax import nnx
@@ -21,7 +20,9 @@ from support import (
     DIGITS,
     assert_same_checkpoints,
     at_step,
+    begin,
     compiled_anew,
+    fresh_model,
     interrupt,
     metric_lines,
     put,
@@ -30,13 +31,16 @@ from support import (
 )
 
 from configs import common
-from lowrank_jax import checkpoint, penalties, samplers
+from lowrank_jax import checkpoint, penalties
 from lowrank_jax.active import max_ranks, set_ranks
-from train import checkpoints, evaluation, loop, optim, phases
+from lowrank_jax.errors import UserError
+from lowrank_jax.paths import find_factors
+from train import checks, loop, optim, phases
 from train.config import to_json
 from train.data import pipeline
-from train.state import build_model, model_state_of, new_state
-from train.step import make_train_step, normalize
+from train.run import open_run
+from train.state import model_state_of, new_state
+from train.step import make_train_step
 
 STEPS_PER_EPOCH = 4
 BATCH_SIZE = 65
@@ -53,11 +57,12 @@ MODELS = {
     },
 }
 SGD = common.optimizer("sgd", learning_rate=0.1, args={"momentum": 0.5})
+named = common.named
 
 
 def phase(until: int, *, name: str = "only", **changes: Any) -> dict[str, Any]:
     """A phase of so many steps; plain training of the factors unless changed."""
-    values = {"sampler": {"name": "full", "args": {}}, "optimizer": SGD, **changes}
+    values = {"optimizer": SGD, **changes}
     return common.phase(name=name, until={"steps": until}, **values)
 
 
@@ -76,20 +81,31 @@ TRACES: list[tuple[str, tuple[int, ...]]] = []
 def count_traces(*, tag: str) -> penalties.Penalty:
     """No penalty at all: notes each trace of the step, with the allocated ranks."""
 
-    def penalty(factors, step):
+    def penalty(model, step=0):
         if isinstance(step, jax.core.Tracer):
-            TRACES.append((tag, tuple(one.max_rank for one in factors.values())))
+            layers = find_factors(model).values()
+            TRACES.append((tag, tuple(factors.max_rank for factors in layers)))
         return jnp.float32(0)
 
     return penalty
 
 
+def traces_of_checks(config: dict[str, Any]) -> int:
+    """How many of them come from the check before the first step."""
+    run, before = open_run(to_json(config)), len(TRACES)
+    plan = phases.build_phases(run.config["phases"])
+    checks.check_phases(run, plan, run.fresh_model())
+    count = len(TRACES) - before
+    del TRACES[before:]
+    return count
+
+
 def counter(tag: str) -> dict[str, Any]:
-    return {"name": "count_traces", "args": {"tag": tag}}
+    return named("count_traces", tag=tag)
 
 
 def lasso(weight: float) -> dict[str, Any]:
-    return {"name": "hierarchical_group_lasso", "args": {"weight": weight}}
+    return named("hierarchical_group_lasso", weight=weight)
 
 
 def two_phases(weight: float = 0.05) -> Any:
@@ -105,15 +121,15 @@ def two_phases(weight: float = 0.05) -> Any:
         phase(
             8,
             name="maestro",
-            sampler={"name": "single_layer", "args": {}},
+            sampler=named("single_layer"),
             penalties=(lasso(weight), counter("maestro")),
             shrink=shrink,
         ),
         phase(
             4,
             name="nested",
-            sampler={"name": "sandwich", "args": {"passes": 3}},
-            teacher={"name": "full", "args": {"label_weight": 0.5}},
+            sampler=named("sandwich", passes=3),
+            teacher=named("full", target_weight=0.5),
             penalties=(counter("nested"),),
             optimizer=adam,
         ),
@@ -132,6 +148,7 @@ def whole_run(tmp_path_factory) -> dict[str, Any]:
     """The run of two phases that nobody stops."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     TRACES.clear()
+    checked = traces_of_checks(two_phases())
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         result = loop.train_and_evaluate(two_phases(), workdir)
@@ -139,7 +156,7 @@ def whole_run(tmp_path_factory) -> dict[str, Any]:
         "workdir": workdir,
         "checkpoints": workdir / "checkpoints",
         "result": result,
-        "traces": list(TRACES),
+        "traces": TRACES[checked:],
         "stderr": said.getvalue(),
     }
 
@@ -218,8 +235,8 @@ class TestResume:
     @pytest.mark.parametrize(
         "model, sampler",
         [
-            ("convnet", {"name": "uniform_fraction", "args": {}}),  # BatchNorm
-            ("vit", {"name": "full", "args": {}}),  # dropout
+            ("convnet", named("uniform_fraction")),  # BatchNorm
+            ("vit", named("full")),  # dropout
         ],
     )
     def test_models_with_a_state_of_their_own(self, tmp_path, model, sampler):
@@ -243,31 +260,19 @@ class TestOrder:
             for x in metric_lines(whole_run["workdir"])
             if x["step"] == step and "validation/1.0/loss" in x
         ]
-        row = evaluation.evaluate_checkpoint(
-            whole_run["checkpoints"] / str(step), split="validation"
-        )
+        row = support.evaluate(whole_run["checkpoints"] / str(step), "validation")
         assert line["validation/1.0/accuracy"] == row["accuracy"]
         assert line["validation/1.0/loss"] == pytest.approx(row["loss"], rel=1e-6)
         assert line["validation/1.0/params"] == row["params"]
 
     def test_checkpoint_n_holds_n_updates(self, stopped_run):
         """The one at step 3 is the initial state after steps 0, 1 and 2, by hand."""
-        config = to_json(two_phases())
-        data = pipeline.load_data(config["data"], allow_imports=None)
-        first = phases.build_phases(config, STEPS_PER_EPOCH)[0]
-        model = build_model(
-            config, data.image_shape, data.num_classes, allow_imports=None
-        )
-        structure, state = new_state(model, first.optimizer, first.sampler, 0)
-        step = make_train_step(
-            structure,
-            first.optimizer,
-            first.sampler,
-            first.penalties,
-            lambda key, images: normalize(images),
-            jax.random.key(config["seed"]),
-        )
-        batches = data.train_batches(BATCH_SIZE, seed=config["seed"])
+        run = open_run(to_json(two_phases()))
+        running = phases.build_phases(run.config["phases"])[0].begin(0, 8, None)
+        structure, state = new_state(run.fresh_model(), running, 0)
+        root_key = jax.random.key(run.config["seed"])
+        step = make_train_step(structure, running, run.task, root_key)
+        batches = run.data.train_batches(BATCH_SIZE, seed=run.config["seed"])
         for _ in range(3):
             state, _ = step(state, next(batches))
         stored = stored_arrays(at_step(stopped_run, 3))
@@ -303,14 +308,16 @@ class TestTraces:
         config = make_config(
             phase(
                 6,
-                sampler={"name": "independent", "args": {}},
+                sampler=named("independent"),
                 penalties=(counter("resumed"),),
             )
         )
         TRACES.clear()
+        checked = traces_of_checks(config)
+        assert checked
         interrupt(config, workdir, 2)
         loop.train_and_evaluate(config, workdir)
-        assert len(TRACES) == 2
+        assert len(TRACES) == checked + 2  # a run that goes on was checked before
 
 
 class TestShrinking:
@@ -328,20 +335,36 @@ class TestShrinking:
 
     def test_optimizer_and_sampler_state_are_cut_with_the_parameters(self, whole_run):
         arrays = stored_arrays(at_step(whole_run["workdir"], 4))
-        ranks = checkpoint.open_checkpoint(whole_run["checkpoints"] / "4").metadata[
-            "ranks"
-        ]
+        metadata = at_step(whole_run["workdir"], 4).metadata
+        ranks, rank_axes = metadata["ranks"], metadata["rank_axes"]
         for path, rank in ranks.items():
             shapes = [
-                array.shape[checkpoint.rank_axes(key)[0]]
+                array.shape[axes[0]]
                 for key, array in arrays.items()
-                if f"{path}/factors" in key and checkpoint.rank_axes(key)
+                for name, axes in rank_axes.items()
+                if key.endswith(name) and name.startswith(f"{path}/")
             ]
             assert shapes == [rank] * 4  # u and v, and the momentum of each
         momentum = [a for k, a in arrays.items() if k.startswith("opt_state")]
         assert momentum and all(np.any(array) for array in momentum)
         assert len(arrays["sampler/order"]) == sum(ranks.values())
-        assert int(arrays["sampler/position"]) == sum(ranks.values())  # made anew
+
+    def test_the_sampler_goes_on_with_the_pairs_that_are_left(
+        self, whole_run, stopped_run
+    ):
+        """In their order; what was taken before the cut at step 4 stays taken."""
+        before, saved = at_step(stopped_run, 3), at_step(whole_run["workdir"], 4)
+        old, new = stored_arrays(before), stored_arrays(saved)
+        limits = list(saved.metadata["ranks"].values())
+
+        def pairs(arrays: dict[str, np.ndarray]) -> list[tuple[int, int]]:
+            layers, ranks = arrays["sampler/layers"], arrays["sampler/ranks"]
+            return [(int(layers[n]), int(ranks[n])) for n in arrays["sampler/order"]]
+
+        left = [(layer, rank) for layer, rank in pairs(old) if rank <= limits[layer]]
+        assert pairs(new) == left != pairs(old)
+        taken = sum(pair in left for pair in pairs(old)[:4])
+        assert int(new["sampler/position"]) == taken
 
     def test_every_cut_is_said(self, whole_run):
         said = re.findall(r"shrink (\S+): rank (\d+) -> (\d+)", whole_run["stderr"])
@@ -378,26 +401,25 @@ class TestShrinking:
 # One step by itself.
 
 
-def step_parts(model: str, sampler: samplers.RankSampler, **options: Any):
+def step_parts(model: str, sampler: dict[str, Any], **changes: Any):
     """Model, structure, state, batch and the step under plain SGD of rate 1."""
     rng = np.random.default_rng(0)
     batch = {
         "image": jnp.asarray(rng.normal(size=(6, 8, 8, 1)), jnp.float32),
         "label": jnp.asarray(rng.integers(0, 10, size=6), jnp.int32),
     }
-    config = to_json(make_config(phase(1), model=model))
-    network = build_model(config, (8, 8, 1), 10, allow_imports=None)
-    optimizer = optax.sgd(1.0)
-    structure, state = new_state(network, optimizer, sampler, 0)
-    step = make_train_step(
-        structure,
-        optimizer,
-        sampler,
-        (),
-        lambda key, images: images,
-        jax.random.key(0),
-        **options,
+    only = phase(
+        1,
+        sampler=sampler,
+        optimizer=common.optimizer("sgd", learning_rate=1.0),
+        **changes,
     )
+    config = make_config(only, model=model)
+    config["task"]["args"] |= {"mean": [0.0], "std": [1.0]}  # images as they are
+    run = open_run(to_json(config))
+    network, running = run.fresh_model(), begin(config["phases"][0])
+    structure, state = new_state(network, running, 0)
+    step = make_train_step(structure, running, run.task, jax.random.key(0))
     return network, structure, state, batch, step
 
 
@@ -415,21 +437,24 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def matryoshka(*fractions: float) -> samplers.RankSampler:
-    return samplers.matryoshka(fractions=fractions)
+def matryoshka(*fractions: float) -> dict[str, Any]:
+    return named("matryoshka", fractions=fractions)
+
+
+def full_teacher(target_weight: float = 0.0) -> dict[str, Any]:
+    return named("full", target_weight=target_weight)
 
 
 class TestDistillation:
-    @pytest.mark.parametrize("label_weight", [0.0, 0.25])
+    @pytest.mark.parametrize("target_weight", [0.0, 0.25])
     @pytest.mark.parametrize("passes_loss", ["mean", "sum"])
-    def test_losses_by_numpy(self, label_weight, passes_loss):
+    def test_losses_by_numpy(self, target_weight, passes_loss):
         """The first pass learns from the labels, the others from it and the labels."""
         fractions = (1.0, 0.5, 0.25)
         network, _, state, batch, step = step_parts(
             "mlp",
             matryoshka(*fractions),
-            distill=True,
-            label_weight=label_weight,
+            teacher=full_teacher(target_weight),
             passes_loss=passes_loss,
         )
         logs_of = [
@@ -439,7 +464,7 @@ class TestDistillation:
         hard = [-one[np.arange(6), labels].mean() for one in logs_of]
         soft = [-(np.exp(logs_of[0]) * one).sum(-1).mean() for one in logs_of]
         others = [
-            label_weight * h + (1 - label_weight) * s
+            target_weight * h + (1 - target_weight) * s
             for h, s in zip(hard[1:], soft[1:], strict=True)
         ]
         _, metrics = step(state, batch)
@@ -451,7 +476,7 @@ class TestDistillation:
     def test_the_teacher_gets_no_gradient(self):
         """The gradient is that of the formula with the targets as constants."""
         network, structure, state, batch, step = step_parts(
-            "mlp", matryoshka(1.0, 0.5), distill=True, label_weight=0.0
+            "mlp", matryoshka(1.0, 0.5), teacher=full_teacher()
         )
         targets = jnp.asarray(
             np.exp(log_softmax(logits_at(network, 1.0, batch["image"]))), jnp.float32
@@ -475,9 +500,9 @@ class TestDistillation:
             assert relative_error(old - np.asarray(new), gradient) < 2e-5, key
 
     def test_a_full_pass_is_added_to_a_sampler_without_one(self):
-        sampler = samplers.uniform_fraction(fractions=(0.25,))
+        sampler = named("uniform_fraction", fractions=(0.25,))
         network, _, state, batch, step = step_parts(
-            "mlp", sampler, distill=True, label_weight=0.0
+            "mlp", sampler, teacher=full_teacher()
         )
         full, quarter = (
             log_softmax(logits_at(network, f, batch["image"])) for f in (1.0, 0.25)
@@ -494,7 +519,9 @@ class TestDistillation:
         alone.train()
         alone(batch["image"])
         expected = checkpoint.flatten(model_state_of(alone))
-        before = {k: np.array(x) for k, x in checkpoint.flatten(state[2]).items()}
+        before = {
+            k: np.array(x) for k, x in checkpoint.flatten(state.model_state).items()
+        }
         after, _ = step(state, batch)
         found = checkpoint.flatten(after.model_state)
         assert found.keys() == expected.keys() and found
@@ -518,8 +545,8 @@ class TestInitFrom:
         still = common.optimizer("sgd", learning_rate=0.0)
         config = make_config(phase(1, optimizer=still), init_from=str(dense_run))
         loop.train_and_evaluate(config, tmp_path / "run")
-        dense = evaluation.evaluate_checkpoint(dense_run)
-        here = evaluation.evaluate_checkpoint(tmp_path / "run")
+        dense = support.evaluate(dense_run)
+        here = support.evaluate(tmp_path / "run")
         assert dense["accuracy"] > 0.3  # it has learned
         assert here["accuracy"] == dense["accuracy"]
         assert here["loss"] == pytest.approx(dense["loss"], rel=1e-5)
@@ -527,11 +554,11 @@ class TestInitFrom:
 
     def test_a_truncated_checkpoint_trains_on(self, whole_run, tmp_path):
         cut = tmp_path / "cut"
-        checkpoints.truncate_checkpoint(whole_run["workdir"], cut, "rank_fraction", 0.5)
+        support.truncate(whole_run["workdir"], cut, "rank_fraction", 0.5)
         config = make_config(phase(8), init_from=str(cut))
         loop.train_and_evaluate(config, tmp_path / "run")
-        before = evaluation.evaluate_checkpoint(cut, split="train")
-        after = evaluation.evaluate_checkpoint(tmp_path / "run", split="train")
+        before = support.evaluate(cut, "train")
+        after = support.evaluate(tmp_path / "run", "train")
         assert after["ranks"] == before["ranks"]
         assert after["loss"] < before["loss"]
 
@@ -558,10 +585,10 @@ class TestNonFiniteLoss:
         """The checkpoint is from before, and running it again goes on from there."""
 
         def explode(*, at: int) -> penalties.Penalty:
-            return lambda factors, step: jnp.where(step >= at, jnp.nan, 0.0)
+            return lambda model, step=0: jnp.where(step >= at, jnp.nan, 0.0)
 
         monkeypatch.setitem(penalties.PENALTIES, "explode", explode)
-        penalty = {"name": "explode", "args": {"at": 6}}
+        penalty = named("explode", at=6)
         config = make_config(phase(12, penalties=(penalty,)))
         for _ in range(2):
             with pytest.raises(FloatingPointError, match="step 7 to 8.*learning_rate"):
@@ -573,10 +600,10 @@ class TestNonFiniteLoss:
 
     def test_a_stop_does_not_save_it(self, tmp_path, monkeypatch):
         def explode() -> penalties.Penalty:
-            return lambda factors, step: jnp.float32(jnp.nan)
+            return lambda model, step=0: jnp.float32(jnp.nan)
 
         monkeypatch.setitem(penalties.PENALTIES, "explode", explode)
-        penalty = {"name": "explode", "args": {}}
+        penalty = named("explode")
         config = make_config(phase(12, penalties=(penalty,)))
         stop_after(monkeypatch, 1)
         with pytest.raises(FloatingPointError, match="at step 1"):
@@ -588,17 +615,11 @@ class TestOptimizer:
     @pytest.mark.parametrize("name", ["adamw", "sgd", "adam", "lamb", "lion"])
     def test_kernels_and_factors_decay_biases_and_norms_do_not(self, name):
         """Updates of a step without gradient."""
-        config = to_json(
-            make_config(
-                phase(1),
-                model="convnet",
-                rank_rules=(("head", "dense"), (".*", "full")),
-            )
-        )
-        model = build_model(config, (8, 8, 1), 10, allow_imports=None)
+        rules = (("head", "dense"), (".*", "full"))
+        model = fresh_model(make_config(phase(1), model="convnet", rank_rules=rules))
         params = nnx.as_pure(nnx.state(model, nnx.Param))
         spec = common.optimizer(name, learning_rate=0.5, weight_decay=0.1)
-        optimizer = optim.make_optimizer(spec, 10, where="optimizer")
+        optimizer = optim.Optimizer.build(spec).make(10)
         zero = jax.tree.map(jnp.zeros_like, params)
         updates, _ = optimizer.update(zero, optimizer.init(params), params)
         moved = {key for key, x in checkpoint.flatten(updates).items() if np.any(x)}
@@ -612,7 +633,7 @@ class TestOptimizer:
 
     def test_clipping_is_by_the_global_norm(self):
         spec = common.optimizer("sgd", learning_rate=1.0, clip_norm=2.0)
-        optimizer = optim.make_optimizer(spec, 10, where="optimizer")
+        optimizer = optim.Optimizer.build(spec).make(10)
         params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
         for scale, expected in ((1.0, 2 / 3), (0.1, 0.1)):
             gradient = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([2.0])}
@@ -641,13 +662,18 @@ class TestOptimizer:
                 {"factor": 0.1, "at_fractions": [0.5, 0.8]},
                 {0: 2.0, 4: 2.0, 6: 0.2, 9: 0.02},
             ),
+            (  # two fractions that fall on one step
+                "steps",
+                {"factor": 0.1, "at_fractions": [0.51, 0.59]},
+                {4: 2.0, 7: 0.02},
+            ),
         ],
     )
     def test_schedules(self, name, args, values):
         """The learning rate of a phase of 10 steps, through an update."""
         schedule = {"name": name, "args": args}
         spec = common.optimizer("sgd", learning_rate=2.0, schedule=schedule)
-        optimizer = optim.make_optimizer(spec, 10, where="optimizer")
+        optimizer = optim.Optimizer.build(spec).make(10)
         state, found = optimizer.init(jnp.zeros(1)), []
         for _ in range(11):
             update, state = optimizer.update(jnp.ones(1), state, jnp.zeros(1))
@@ -678,7 +704,8 @@ def data(*, examples):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (examples, 3, 2, 1), dtype=np.uint8)
     labels = (images[:, 0, 0, 0] > 127).astype(np.int64)
-    return {"train": (images, labels), "test": (images[:8], labels[:8])}
+    train = {"image": images, "label": labels}
+    return {"train": train, "test": {key: x[:8] for key, x in train.items()}}
 '''
 
 
@@ -690,25 +717,25 @@ class TestOwnCode:
         config = make_config(phase(4))
         config["data"] |= {"name": "own_h7_code:data", "args": {"examples": 40}}
         config["data"] |= {"batch_size": 10, "validation_examples": 10}
-        config["data"] |= {"mean": [128.0], "std": [74.0]}
-        config["model"] = {"name": "own_h7_code:net", "args": {}}
+        config["task"]["args"] |= {"mean": [128.0], "std": [74.0]}
+        config["model"] = named("own_h7_code:net")
         workdir = tmp_path / "run"
         interrupt(config, workdir, 2)
         result = loop.train_and_evaluate(config, workdir)
         assert result["step"] == 4 and result["frontier"]
-        with pytest.raises(ValueError, match="--allow_imports=own_h7_code"):
-            evaluation.evaluate_checkpoint(workdir)
-        with pytest.raises(ValueError, match="--allow_imports=own_h7_code"):
-            checkpoints.truncate_checkpoint(workdir, tmp_path / "cut", "rank", 1)
+        cut = tmp_path / "cut"
+        with pytest.raises(UserError, match="--allow_imports=own_h7_code"):
+            support.evaluate(workdir)
+        with pytest.raises(UserError, match="--allow_imports=own_h7_code"):
+            support.truncate(workdir, cut, "rank", 1)
         allowed = {"allow_imports": ["own_h7_code"]}
-        row = evaluation.evaluate_checkpoint(workdir, **allowed)
-        assert row["ranks"] == {"layer": 2}
-        checkpoints.truncate_checkpoint(workdir, tmp_path / "cut", "rank", 1, **allowed)
-        assert checkpoint.open_checkpoint(tmp_path / "cut").max_ranks == {"layer": 1}
+        assert support.evaluate(workdir, **allowed)["ranks"] == {"layer": 2}
+        support.truncate(workdir, cut, "rank", 1, **allowed)
+        assert checkpoint.open_checkpoint(cut).max_ranks == {"layer": 1}
 
 
 def test_one_rank_per_example_trains(tmp_path):
-    sampler = {"name": "per_example", "args": {"batch_size": BATCH_SIZE}}
+    sampler = named("per_example", batch_size=BATCH_SIZE)
     adam = common.optimizer("adam", learning_rate=1e-2)
     config = make_config(phase(8, sampler=sampler, optimizer=adam))
     result = loop.train_and_evaluate(config, tmp_path / "run")

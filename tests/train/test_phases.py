@@ -18,18 +18,23 @@ from reference import relative_error
 from support import (
     assert_same_checkpoints,
     at_step,
+    fresh_model,
     interrupt,
     stored_arrays,
+    sweep,
     train,
 )
 
 from configs import common
-from lowrank_jax import checkpoint, factorization, surgery
+from lowrank_jax import checkpoint, counting, factorization, surgery
 from lowrank_jax.active import get_ranks
 from lowrank_jax.paths import find_factors
 from lowrank_jax.selection import curves
-from train import actions, checkpoints, evaluation, loop, phases
-from train.state import build_model, load_model, model_cost
+from train import ending, loop, phases
+from train.actions import Kind
+from train.config import to_json
+from train.model import load_model
+from train.run import open_run
 
 BATCH_SIZE, STEPS_PER_EPOCH = 65, 4
 named = common.named
@@ -54,6 +59,11 @@ def make_config(
 
 def load(saved: checkpoint.Saved) -> nnx.Module:
     return load_model(saved, allow_imports=None)
+
+
+def cost_of(model: nnx.Module) -> counting.ModelCost:
+    """What a model of the digits costs."""
+    return open_run(to_json(make_config(phase()))).cost(model)
 
 
 def logits(model: nnx.Module) -> jax.Array:
@@ -152,13 +162,13 @@ class TestEveryMethod:
     def test_it_truncates_saves_loads_and_evaluates(self, runs, tmp_path, name):
         workdir = runs(name)
         output = tmp_path / "cut"
-        cut = checkpoints.truncate_checkpoint(workdir, output, "rank", 3)
+        cut = support.truncate(workdir, output, "rank", 3)
         assert set(cut["ranks"].values()) <= {1, 2, 3}
         whole = load(checkpoint.open_checkpoint(workdir))
         small = load(checkpoint.open_checkpoint(output))
         expected = surgery.truncate(whole, cut["ranks"])
         np.testing.assert_array_equal(logits(small), logits(expected))
-        figures = evaluation.evaluate_checkpoint(output)
+        figures = support.evaluate(output)
         assert 0 <= figures["accuracy"] <= 1 and figures["ranks"] == cut["ranks"]
 
     @pytest.mark.parametrize("name", METHODS)
@@ -176,8 +186,8 @@ class TestActions:
     def test_canonicalize_orders_the_spectrum(self, runs):
         """With `s` the scales fall and the factors are orthonormal."""
         model = load(checkpoint.open_checkpoint(runs("svd_training")))
-        for one in find_factors(model).values():
-            u, s, v = one.arrays()
+        for factors in find_factors(model).values():
+            u, s, v = factors.arrays()
             assert np.all(np.diff(s) <= 0) and np.all(np.asarray(s) >= 0)
             np.testing.assert_allclose(u.T @ u, np.eye(len(s)), atol=1e-5)
             np.testing.assert_allclose(v @ v.T, np.eye(len(s)), atol=1e-5)
@@ -193,14 +203,12 @@ class TestActions:
         saved = checkpoint.open_checkpoint(runs("bsr"))
         targets = saved.metadata["run"]["target_ranks"]
         assert saved.metadata["ranks"] == targets
-        cost = model_cost(load(saved), (8, 8, 1))
-        layers = cost.layers
+        layers = cost_of(load(saved)).layers
         params = sum(layers[p].params(r) for p, r in targets.items())
         assert params <= 0.5 * sum(layer.dense_params for layer in layers.values())
 
     def test_a_deep_product_is_multiplied_back(self, runs):
-        config = METHODS["lorita"]()
-        built = build_model(config, (8, 8, 1), 10, allow_imports=None)
+        built = fresh_model(METHODS["lorita"]())
         assert {f.depth for f in find_factors(built).values()} == {3}
         model = load(checkpoint.open_checkpoint(runs("lorita")))
         assert {f.depth for f in find_factors(model).values()} == {2}
@@ -255,7 +263,7 @@ class TestConditions:
         workdir = runs("cuttlefish")
         saved = checkpoint.open_checkpoint(workdir)
         config = METHODS["cuttlefish"]()
-        fresh = build_model(config, (8, 8, 1), 10, allow_imports=None)
+        fresh = fresh_model(config)
 
         def stable_ranks(model: nnx.Module) -> dict[str, float]:
             kernels = factorization.kernel_matrices(model)
@@ -278,8 +286,7 @@ class TestConditions:
         wanted = {p: int(np.ceil(now[p] * full[p] / first[p] - 1e-3)) for p in full}
         wanted = {p: min(r, full[p]) for p, r in wanted.items()}
         ranks = get_ranks(low)
-        cost = model_cost(dense, (8, 8, 1))
-        assert cost.layers == {}
+        assert cost_of(dense).layers == {}
         for path, rank in wanted.items():
             i, o = factorization.kernel_matrices(dense)[path].shape
             assert ranks.get(path) == (rank if rank * (i + o) < i * o else None)
@@ -346,14 +353,14 @@ class TestOptimizerState:
         params = nnx.as_pure(nnx.state(model, nnx.Param))
         opt_state = optimizer.update(params, optimizer.init(params), params)[1]
         small = surgery.truncate(model, {"": 2})
-        cut, restarted = actions.carry_opt_state(
-            "cut", model, small, opt_state, optimizer
+        cut, restarted = ending.carry_opt_state(
+            Kind.CUT, model, small, opt_state, optimizer
         )
         assert restarted == []
         trace = cut[0].trace["factors"]["u"]
         np.testing.assert_array_equal(trace, params["factors"]["u"][:, :2])
-        fresh, restarted = actions.carry_opt_state(
-            "rotated", model, surgery.canonicalize(model), opt_state, optimizer
+        fresh, restarted = ending.carry_opt_state(
+            Kind.ROTATED, model, surgery.canonicalize(model), opt_state, optimizer
         )
         assert restarted and not any(x.any() for x in jax.tree.leaves(fresh))
 
@@ -362,8 +369,7 @@ class TestTrainable:
     def test_one_factor_rests_in_each_epoch(self, runs):
         """u in the first and third epoch, v in the second; biases never."""
         workdir = runs("freezing")
-        config = METHODS["freezing"]()
-        fresh = build_model(config, (8, 8, 1), 10, allow_imports=None)
+        fresh = fresh_model(METHODS["freezing"]())
         first = {
             f"params/{k}": np.asarray(x)
             for k, x in checkpoint.flatten(
@@ -385,11 +391,11 @@ class TestTrainable:
         config = make_config(
             phase(2, optimizer=decay, trainable=(".*bias",)), rule="full"
         )
-        fresh = build_model(config, (8, 8, 1), 10, allow_imports=None)
+        fresh = fresh_model(config)
         model = load(train(config, tmp_path / "run"))
-        for path, one in find_factors(model).items():
+        for path, factors in find_factors(model).items():
             before = find_factors(fresh)[path]
-            np.testing.assert_array_equal(one.u[...], before.u[...])
+            np.testing.assert_array_equal(factors.u[...], before.u[...])
 
 
 class TestProjections:
@@ -409,7 +415,7 @@ def test_penalties_count_steps_from_the_phase(tmp_path, monkeypatch):
     seen: list[int] = []
 
     def note(*, tag: str) -> Any:
-        def penalty(factors, step):
+        def penalty(model, step=0):
             jax.debug.callback(lambda n: seen.append(int(n)), step, ordered=True)
             return jnp.float32(0)
 
@@ -430,11 +436,11 @@ def test_penalties_count_steps_from_the_phase(tmp_path, monkeypatch):
 def test_random_factors_are_the_seeds(tmp_path):
     """`init: random` is drawn from the config's seed, and unlike the spectral one."""
     config = make_config(phase(1), rule={"init": "random", "max_rank": 4})
-    build = lambda: build_model(config, (8, 8, 1), 10, allow_imports=None)  # noqa: E731
-    one, other = (find_factors(build())["head"].u[...] for _ in range(2))
-    np.testing.assert_array_equal(one, other)
+    first, again = (find_factors(fresh_model(config))["head"].u[...] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
     config["rank_rules"][0][1]["init"] = "svd"
-    assert relative_error(find_factors(build())["head"].u[...], one) > 0.1
+    spectral = find_factors(fresh_model(config))["head"].u[...]
+    assert relative_error(spectral, first) > 0.1
 
 
 class TestRecalibratedLevels:
@@ -444,7 +450,7 @@ class TestRecalibratedLevels:
             phase(
                 24,
                 sampler=named("uniform_fraction", fractions=(0.5, 1.0)),
-                teacher=named("full", label_weight=0.0),
+                teacher=named("full", target_weight=0.0),
             ),
             rule="full",
             model=named("convnet", widths=(8, 8)),
@@ -452,10 +458,10 @@ class TestRecalibratedLevels:
         )
         rows = loop.train_and_evaluate(config, tmp_path / "run")["frontier"]
         plain, own = (
-            evaluation.evaluate_checkpoint(
+            sweep(
                 tmp_path / "run",
-                split="validation",
-                fractions=(1.0, 0.5),
+                (1.0, 0.5),
+                "validation",
                 recalibration_batches=count,
             )
             for count in (0, 4)
