@@ -178,13 +178,9 @@ class Factors(Ranked):
         if not isinstance(with_s, bool):
             raise UserError(f"with_s must be true or false, got {with_s!r}. Choose.")
         if isinstance(depth, bool) or not isinstance(depth, int):
-            raise UserError(
-                f"depth must be a whole number >= 2, got {depth!r}. Correct it."
-            )
+            raise UserError(f"depth must be a whole number >= 2, got {depth!r}. Mend.")
         if init not in ("svd", "random"):
-            raise UserError(
-                f"init must be 'svd' or 'random', got {init!r}. Choose one."
-            )
+            raise UserError(f"init must be 'svd' or 'random', got {init!r}. Choose.")
         if init == "svd":
             return cls.from_matrix(matrix, max_rank, with_s=with_s, depth=depth)
         if rngs is None or depth != 2:

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 _PROGRAM = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys
 
 import train.checkpoints, train.loop, train.report.plots
+
+gc.freeze()  # else each fork spends a second on collecting all of this when it ends
 
 for number, (module, *arguments) in enumerate(json.load(sys.stdin)):
     child = os.fork()

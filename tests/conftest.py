@@ -41,6 +41,7 @@ LONG = {
     "tests/train/test_checks.py",
     "tests/train/test_loop.py",
     "tests/train/test_models.py",
+    "tests/train/test_own_task.py",
     "tests/train/test_parts.py",
     "tests/train/test_phases.py",
 }
