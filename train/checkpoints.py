@@ -90,6 +90,7 @@ class Opened(NamedTuple):
             calibrate,
             run.cost(self.model),
             lambda: run.eval_batches(split),
+            structure.limits,
         )
 
 
@@ -163,7 +164,8 @@ def truncate_checkpoint(
         model = _recalibrated(open_run(), model, recalibration_batches)
     after = active.get_ranks(model)
     metadata = {key: saved.metadata[key] for key in ("config", "facts")}
-    metadata["truncated"] = {"selector": selector, "form": form, "from": before}
+    forms = {path: f.form for path, f in paths.find_factors(model).items()}
+    metadata["truncated"] = {"selector": selector, "forms": forms, "from": before}
     checkpoint.save(output, model, step=saved.step, metadata=metadata)
     after_cost = model_cost(model, task)
     _print_table(cost, before, after_cost, after)

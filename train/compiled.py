@@ -68,6 +68,10 @@ def compile_phase(
         )
     evaluate = make_evaluator(structure, run.task)
     evaluator = Evaluator(
-        evaluate, calibrate, run.cost(model), lambda: run.eval_batches("validation")
+        evaluate,
+        calibrate,
+        run.cost(model),
+        lambda: run.eval_batches("validation"),
+        structure.limits,
     )
     return Compiled(steps, evaluator)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from lowrank_jax import active, calibration, counting
-from lowrank_jax.ranks import Ranks, at_fraction, check_lower
+from lowrank_jax.ranks import Limits, Ranks, at_fraction, check_lower
 from train.run import Batches
 from train.state import Structure, model_state_of
 from train.tasks.base import Task
@@ -115,12 +115,14 @@ class Evaluator(NamedTuple):
         None to judge all with those that are there.
       cost: What the model costs.
       batches: Makes the batches to evaluate on.
+      limits: What bounds the ranks of the model.
     """
 
     evaluate: Evaluate
     calibrate: Calibrate | None
     cost: counting.ModelCost
     batches: Callable[[], Batches]
+    limits: Mapping[str, Limits]
 
     def at(self, params: Any, model_state: Any, ranks: Ranks) -> Figures:
         """Returns the figures of a model at these ranks, with what it costs there."""
@@ -151,9 +153,11 @@ def sweep(
       ranks: The active ranks.
       fractions: Fractions of them, in (0, 1].
     """
+    levels = [at_fraction(ranks, fraction) for fraction in fractions]
+    for lower in levels:  # all of them, before the first is evaluated
+        check_lower(lower, evaluator.limits)
     rows: list[Figures] = []
-    for fraction in fractions:
-        lower = at_fraction(ranks, fraction)
+    for fraction, lower in zip(fractions, levels, strict=True):
         if rows and rows[-1]["ranks"] == lower:  # a dense model: all are the same
             rows.append({**rows[-1], "rank_fraction": fraction})
             continue
