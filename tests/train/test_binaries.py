@@ -361,7 +361,7 @@ class TestGauge:
 
     def test_its_metadata_say_how_it_was_made(self, gauge):
         about = checkpoint.open_checkpoint(gauge).metadata["truncated"]
-        assert about["form"] == "gauge" and about["from"] == FULL
+        assert set(about["forms"].values()) == {"gauge"} and about["from"] == FULL
         assert about["selector"] == {"name": "ranks", "args": {"value": CUT}}
 
     def test_its_own_ranks_are_no_cut(self, gauge, tmp_path):
