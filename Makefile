@@ -5,7 +5,7 @@
 # test-fast  for every save: no training, no binaries, no comparison with references
 # test-slow  whole recipes; minutes each
 #
-# What the tests compile is kept in .cache/jax, so the second run is much faster.
+# What the tests compile is kept in ~/.cache/lowrank_jax: the second run is faster.
 
 PYTHON ?= python3
 VENV := .venv
@@ -45,4 +45,4 @@ $(READY): requirements.txt pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV)

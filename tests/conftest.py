@@ -2,8 +2,9 @@
 
 Most of the time of a small test is XLA's compilation, so most optimisations are off
 (what is tested is mathematics and contracts, not speed) and compiled programs are kept
-from one run to the next, in .cache/jax or where JAX_COMPILATION_CACHE_DIR says. The
-settings stand in the environment too, so that binaries that tests start have them.
+from one run and one clone to the next, in ~/.cache/lowrank_jax or where
+JAX_COMPILATION_CACHE_DIR says. The settings stand in the environment too, so that
+binaries that tests start have them.
 """
 
 import os
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
     "jax_disable_most_optimizations": True,
     "jax_compilation_cache_dir": os.environ.get(
-        "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache/jax")
+        "JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/lowrank_jax")
     ),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
