@@ -61,5 +61,7 @@ def test_a_rule_without_any_path_is_unused():
 
 
 def test_a_bad_pattern_is_shown():
-    with pytest.raises(ValueError, match=r"^a pattern must be a regular expression.*'a\('"):
+    with pytest.raises(
+        ValueError, match=r"^a pattern must be a regular expression.*'a\('"
+    ):
         match_rules([("a(", 1)], ["a"])
