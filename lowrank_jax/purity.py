@@ -8,12 +8,17 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import flax.errors
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.extend.core import ClosedJaxpr
 
 from lowrank_jax.errors import UserError
+
+_LEAKS = (jax.errors.UnexpectedTracerError, flax.errors.TraceContextError)
+"""What is raised where an array or a module of an earlier trace is used in a later."""
 
 
 def check_pure(
@@ -31,7 +36,7 @@ def check_pure(
 
     Raises:
       UserError: It reads what an earlier trace left behind, or its second trace is not
-        its first.
+        its first. What else the function raises passes through.
     """
     graphdef, arrays = nnx.split(model)
 
@@ -43,16 +48,11 @@ def check_pure(
 
         return jax.make_jaxpr(run, return_shape=True)(arrays, *arguments)
 
-    try:
-        first, result = trace()
-    except jax.errors.UnexpectedTracerError as error:  # kept from an earlier trace
-        raise _kept("traced arrays") from error
-    # The first trace went well, so whatever fails now comes of what it left behind.
     # (jax.checking_leaks also names arrays that are kept and never read, which do no
     # harm, but takes up to minutes in a large process.)
     try:
-        second, _ = trace()
-    except Exception as error:
+        (first, result), (second, _) = trace(), trace()
+    except _LEAKS as error:
         raise _kept("traced arrays") from error
     if any(isinstance(c, jax.core.Tracer) for c in (*first.consts, *second.consts)):
         raise _kept("traced arrays")
@@ -78,9 +78,23 @@ def _type_of(array: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], Any]:
 def _equal(first: ClosedJaxpr, second: ClosedJaxpr) -> bool:
     texts = [re.sub(r"0x[0-9a-f]+", "", str(jaxpr)) for jaxpr in (first, second)]
     return texts[0] == texts[1] and all(
-        a is b or np.array_equal(a, b)
+        a is b or _equal_arrays(a, b)
         for a, b in zip(first.consts, second.consts, strict=True)
     )
+
+
+def _equal_arrays(first: Any, second: Any) -> bool:
+    """Compares two constants; a NaN equals a NaN."""
+    first, second = (
+        np.asarray(jax.random.key_data(x) if _is_key(x) else x) for x in (first, second)
+    )
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return bool(np.all((first == second) | ((first != first) & (second != second))))
+
+
+def _is_key(array: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(array), jax.dtypes.prng_key)
 
 
 def _kept(what: str) -> UserError:

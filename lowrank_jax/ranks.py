@@ -72,7 +72,7 @@ def fraction_of(fraction: float, rank: int) -> int:
     (7, 3, 1)
     """
     check_fraction("rank_fraction", fraction)
-    product = fractions.Fraction(fraction) * rank
+    product = fractions.Fraction(float(fraction)) * rank
     nearest = round(product)
     exact = abs(product - nearest) <= fractions.Fraction(1, 10**9) * max(rank, 1)
     return max(nearest if exact else math.ceil(product), min(rank, 1))

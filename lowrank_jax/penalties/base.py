@@ -31,6 +31,8 @@ class StatefulPenalty(NamedTuple):
         state, of the same shapes and dtypes. Traced.
       keep: Carries the state over a cut, to the model after it; called outside jit.
         None: the state is made anew by `init`.
+      check: Refuses arguments that do not fit the model that training starts from,
+        before step 0. None where there are none such.
     """
 
     init: Callable[[nnx.Module], Any]
@@ -38,6 +40,24 @@ class StatefulPenalty(NamedTuple):
         [nnx.Module, Any, Int[Array, ""] | int], tuple[Float[Array, ""], Any]
     ]
     keep: Callable[[Any, nnx.Module], Any] | None = None
+    check: Callable[[nnx.Module], None] | None = None
+
+
+class CheckedPenalty(NamedTuple):
+    """A penalty whose arguments must fit the model that training starts from.
+
+    Args:
+      function: The penalty; it also takes what that model becomes by cuts.
+      check: As of `StatefulPenalty`.
+    """
+
+    function: Penalty
+    check: Callable[[nnx.Module], None]
+
+    def __call__(
+        self, model: nnx.Module, step: Int[Array, ""] | int = 0
+    ) -> Float[Array, ""]:
+        return self.function(model, step)
 
 
 AnyPenalty: TypeAlias = Penalty | StatefulPenalty
@@ -60,11 +80,14 @@ def stateful(penalty: AnyPenalty) -> StatefulPenalty:
     >>> penalty.apply(nnx.Dict(), penalty.init(nnx.Dict()), 0)
     (2.0, ())
     """
+    check = getattr(penalty, "check", None)
     if hasattr(penalty, "init") and hasattr(penalty, "apply"):
         keep = getattr(penalty, "keep", None)
-        return StatefulPenalty(penalty.init, penalty.apply, keep)
+        return StatefulPenalty(penalty.init, penalty.apply, keep, check)
     return StatefulPenalty(
-        lambda model: (), lambda model, state, step: (penalty(model, step), state)
+        lambda model: (),
+        lambda model, state, step: (penalty(model, step), state),
+        check=check,
     )
 
 
@@ -76,14 +99,18 @@ def carry(penalty: StatefulPenalty, state: Any, model: nnx.Module) -> Any:
 def check_stateless(penalty: AnyPenalty, model: nnx.Module) -> None:
     """Checks that a penalty keeps nothing but the state that it returns.
 
-    Traces it on the model, concrete or abstract, before any step.
+    Traces it on the model that training starts from, concrete or abstract, before any
+    step; its own `check` comes first.
 
     Raises:
-      UserError: It keeps something in a closure or an attribute, its value is no
-        scalar, or its state changes shape from step to step.
+      UserError: Its arguments do not fit the model, it keeps something in a closure or
+        an attribute, its value is no scalar, or its state changes shape from step to
+        step.
     """
-    init, apply, _ = stateful(penalty)
+    init, apply, _, check = stateful(penalty)
     with errors.at("penalty"):
+        if check is not None:
+            check(model)
         state, _ = check_pure(init, model)
         step = jax.ShapeDtypeStruct((), jnp.int32)
         (value, new_state), _ = check_pure(apply, model, state, step)

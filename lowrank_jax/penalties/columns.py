@@ -18,6 +18,7 @@ from lowrank_jax.penalties.base import (
     sum_over_layers,
     unit,
 )
+from lowrank_jax.ranks import name_of
 
 
 def hierarchical_group_lasso(*, weight: float) -> Penalty:
@@ -146,8 +147,9 @@ def _sum_over_scales(
         without = [p for p, factors in find_factors(model).items() if factors.s is None]
         if without:
             raise UserError(
-                f"{', '.join(without)}: penalty {name} needs factors with scales s, got"
-                ' none. Set "with_s": true in rank_rules, or penalize the product.'
+                f"{', '.join(map(name_of, without))}: penalty {name} needs factors with"
+                ' scales s, got none. Set "with_s": true in rank_rules, or penalize the'
+                " product."
             )
         return inner(model, step)
 

@@ -1,5 +1,6 @@
 """Penalties of the product's spectrum, and of factors that are no bases of it."""
 
+import contextlib
 from collections.abc import Mapping
 
 import jax
@@ -13,6 +14,7 @@ from lowrank_jax.errors import UserError, raise_all
 from lowrank_jax.factors import Factors
 from lowrank_jax.paths import find_factors
 from lowrank_jax.penalties.base import (
+    CheckedPenalty,
     Penalty,
     check_every_steps,
     check_weight,
@@ -20,7 +22,14 @@ from lowrank_jax.penalties.base import (
     sum_over_layers,
     unit,
 )
-from lowrank_jax.ranks import Limits, Ranks, RankValue, check_active, name_of
+from lowrank_jax.ranks import (
+    Limits,
+    Ranks,
+    RankValue,
+    check_active,
+    lowest,
+    name_of,
+)
 
 
 def orthogonality(*, weight: float) -> Penalty:
@@ -67,7 +76,7 @@ def modified_stable_rank(
     target_ranks: Mapping[str, RankValue],
     power: int = 2,
     every_steps: int = 1,
-) -> Penalty:
+) -> CheckedPenalty:
     """Adds `weight * sum over layers of sum_{b>t} s_b^power / sum_{b<=t} s_b^power`.
 
     s_b are the singular values of W, falling, and t is the layer's target rank: the
@@ -79,12 +88,15 @@ def modified_stable_rank(
     Args:
       weight: The same for all layers.
       target_ranks: t by path, at least 1: a number, or for a stacked layer also nested
-        lists of one for each matrix. Layers that are not named are not penalized.
+        lists of one for each matrix. Layers that are not named are not penalized. At
+        most what is allocated when training starts; where less is left since, the
+        target is that, and a layer that was cut to rank 0 adds 0.
       power: 1 or 2.
       every_steps: As of `stable_rank`.
 
     Raises:
-      UserError: When called: paths or targets that do not fit the layers, all at once.
+      UserError: When called: paths or targets that do not fit the layers, all at once;
+        in the check before step 0 also targets above the allocated ranks.
     """
     check_weight(weight)
     if power not in (1, 2):
@@ -100,14 +112,18 @@ def modified_stable_rank(
     def penalty(model: nnx.Module, step: Int[Array, ""] | int = 0):
         del step
         layers = find_factors(model)
-        with errors.at("penalty modified_stable_rank.target_ranks"):
-            _check_targets(target_ranks, layers)
+        lowered = _lowered(target_ranks, layers)
+        _check_targets(target_ranks, lowered, layers)
         total = jnp.float32(0)
-        for path, target in target_ranks.items():
-            total += term(target, *layers[path].arrays())
+        for path, target in lowered.items():
+            if layers[path].max_rank:
+                total += term(target, *layers[path].arrays())
         return weight * total
 
-    return _at_every(every_steps, penalty)
+    def check(model: nnx.Module) -> None:
+        _check_targets(target_ranks, target_ranks, find_factors(model))
+
+    return CheckedPenalty(_at_every(every_steps, penalty), check)
 
 
 def frobenius_decay(*, weight: float) -> Penalty:
@@ -138,17 +154,32 @@ def _at_every(every_steps: int, penalty: Penalty) -> Penalty:
     return sparse
 
 
-def _check_targets(targets: Ranks, layers: Mapping[str, Factors]) -> None:
+def _lowered(targets: Ranks, layers: Mapping[str, Factors]) -> dict[str, RankValue]:
+    """Caps targets at what is allocated; what is no rank stays as it is."""
+    lowered = dict(targets)
+    for path in targets.keys() & layers.keys():
+        with contextlib.suppress(ValueError):  # lists of unequal length
+            numbers = np.asarray(targets[path])
+            if numbers.dtype.kind in "iu":
+                lowered[path] = lowest(targets[path], layers[path].max_rank)
+    return lowered
+
+
+def _check_targets(
+    targets: Ranks, lowered: Ranks, layers: Mapping[str, Factors]
+) -> None:
+    """Checks that lowered targets fit the layers, and that all were at least 1."""
     limits = {}
     for path, factors in layers.items():  # penalties are over the allocated columns
         active = np.full(factors.stack_shape, factors.max_rank).tolist()
         limits[path] = Limits(active, factors.max_rank)
-    check_active(targets, limits)
-    raise_all(
-        [
-            f"{name_of(path)}: must be at least 1, got {target}. Raise it, or leave the"
-            " path out."
-            for path, target in targets.items()
-            if np.any(np.less(target, 1))
-        ]
-    )
+    with errors.at("penalty modified_stable_rank.target_ranks"):
+        check_active(lowered, limits)
+        raise_all(
+            [
+                f"{name_of(path)}: must be at least 1, got {target}. Raise it, or leave"
+                " the path out."
+                for path, target in targets.items()
+                if np.any(np.less(target, 1))
+            ]
+        )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from lowrank_jax.active import rank_limits
 from lowrank_jax.errors import UserError
 from lowrank_jax.paths import find_factors
-from lowrank_jax.ranks import Limits, Ranks, at_fraction, largest
+from lowrank_jax.ranks import Limits, Ranks, at_fraction, largest, name_of
 
 SampledRanks: TypeAlias = dict[str, Int[Array, "..."]]
 
@@ -65,17 +65,23 @@ def carry(sampler: RankSampler, state: Any, model: ModelOrRanks) -> Any:
 
 
 def limits_of(model: ModelOrRanks) -> dict[str, Limits]:
-    """Reads what bounds the ranks: of a model, or given ranks as they are."""
+    """Reads what bounds the ranks: of a model, or given ranks as they are.
+
+    Layers come in the order of their paths as text ("layers/10" before "layers/2"), in
+    which JAX rebuilds a dictionary: samplers that number layers draw the same in jit.
+    """
     if not isinstance(model, nnx.Module):  # before Mapping, which nnx.Dict is as well
-        return {path: Limits(rank, largest(rank)) for path, rank in model.items()}
+        return {
+            path: Limits(model[path], largest(model[path])) for path in sorted(model)
+        }
     if sampled := [
         p for p, factors in find_factors(model).items() if factors.per_example
     ]:
         raise UserError(
-            f"{', '.join(sampled)}: a sampler needs one rank a matrix to start from,"
-            " got one per example. Set ranks with set_ranks first."
+            f"{', '.join(map(name_of, sampled))}: a sampler needs one rank a matrix to"
+            " start from, got one per example. Set ranks with set_ranks first."
         )
-    return rank_limits(model)
+    return dict(sorted(rank_limits(model).items()))
 
 
 def init_limits(model: ModelOrRanks) -> LimitsState:
@@ -127,5 +133,5 @@ def round_up(
 
 
 def layer_keys(key: PRNGKeyArray, paths: Mapping[str, Any]) -> dict[str, PRNGKeyArray]:
-    """Makes a key of its own for each layer."""
-    return {path: jax.random.fold_in(key, n) for n, path in enumerate(paths)}
+    """Makes a key of its own for each layer, by its place among the sorted paths."""
+    return {path: jax.random.fold_in(key, n) for n, path in enumerate(sorted(paths))}

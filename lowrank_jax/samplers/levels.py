@@ -129,7 +129,7 @@ def family(*, profiles: Sequence[Ranks]) -> RankSampler:
 
 
 def _draw_row(init: Callable[[ModelOrRanks], TableState]) -> RankSampler:
-    """One row of the table each step, all rows equally likely."""
+    """Takes one row of the table each step, all rows equally likely."""
 
     def sample(state: TableState, key: PRNGKeyArray, step: Int[Array, ""] | int):
         del step

@@ -44,8 +44,7 @@ def beam_search(
     """
     if width < 1 or steps < 1:
         raise UserError(
-            f"beam: width and steps must be at least 1, got {width} and {steps}."
-            " Raise them."
+            f"width and steps: must be at least 1, got {width} and {steps}. Raise them."
         )
     budget = check_budget(costs, max_ranks, fraction, measure)
     start = dict(max_ranks)
@@ -73,9 +72,9 @@ def beam_search(
 def _best(
     scores: Sequence[float], children: Sequence[Ranks]
 ) -> list[tuple[float, Ranks]]:
-    """Scores with their rank vectors, the highest first, NaN last."""
-    known = [-math.inf if math.isnan(score) else score for score in scores]
-    pairs = zip(known, children, strict=True)
+    """Pairs scores with their rank vectors, the highest first, NaN last."""
+    comparable = [-math.inf if math.isnan(score) else score for score in scores]
+    pairs = zip(comparable, children, strict=True)
     return sorted(pairs, key=lambda pair: pair[0], reverse=True)
 
 

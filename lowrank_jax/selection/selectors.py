@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from lowrank_jax import errors
 from lowrank_jax.active import check_ranks, get_ranks
 from lowrank_jax.counting import ModelCost, count
 from lowrank_jax.errors import UserError
@@ -123,7 +124,7 @@ def beam(
     """
     if context.score is None:
         raise UserError(
-            "beam: needs held-out training data to score ranks on, got none. Give a"
+            "score: must be there, from held-out training data, got none. Give a"
             " function as score, or hold out training examples."
         )
     return search.beam_search(
@@ -181,20 +182,21 @@ def choose(
 ) -> dict[str, Any]:
     """Returns the ranks that a selector chooses, one for every layer.
 
+    Messages do not name the selector: the caller does, as the user has named it.
+
     Args:
       function: A selector: of a row of `SELECTORS`, or one's own.
       context: What it may look at.
-      args: Its arguments.
+      args: Its arguments; scalars of NumPy are plain numbers to it.
 
     Raises:
       UserError: Arguments that it does not take, or ranks that are not legal: unknown
         paths, other shapes than the stack's, a rank above the active one.
     """
-    _check_args(function, context, args)
-    found = function(context, **args)
+    found = function(context, **_plain_args(function, context, args))
     if not isinstance(found, Mapping):
         raise UserError(
-            f"{_name_of(function)}: must return a mapping of paths to ranks, got"
+            "a selector must return a mapping of paths to ranks, got"
             f" {found!r}. Return one."
         )
     found = {context.aliases.get(path, path): rank for path, rank in found.items()}
@@ -246,40 +248,40 @@ def ranks_for(
     # A model that is not run is counted all the same: its parameters, and no MACs.
     cost = count(model, *example, **({} if example else {"forward": lambda model: ()}))
     context = context_of(model, cost, score=score)
-    return check_ranks(model, choose(SELECTORS[name].function, context, args))
+    with errors.at(name):
+        return check_ranks(model, choose(SELECTORS[name].function, context, args))
 
 
-def _check_args(
+def _plain_args(
     function: Callable[..., Ranks], context: Context, args: Mapping[str, Any]
-) -> None:
-    """Checks that arguments fit the signature, by name and by plain type."""
+) -> dict[str, Any]:
+    """Returns arguments with NumPy's scalars as plain numbers, checked to fit the
+    signature by name and by type."""
     signature = inspect.signature(function)
-    known = [*signature.parameters][1:]
+    names = [*signature.parameters][1:]
     try:
         signature.bind(context, **args)
     except TypeError as error:
         raise UserError(
-            f"{_name_of(function)}: must be given the arguments {known}, got"
-            f" {args!r} ({error}). Correct them."
+            f"must be given the arguments {names}, got {args!r} ({error})."
+            " Correct them."
         ) from error
-    for name, value in args.items():
+    plain = {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in args.items()
+    }
+    for name, value in plain.items():
         kind = getattr(signature.parameters.get(name), "annotation", None)
         types, words = _PLAIN.get(kind, (object, ""))
         if not isinstance(value, types) or (words and isinstance(value, bool)):
-            place = f".{name}" if known != ["value"] else ""
-            raise UserError(
-                f"{_name_of(function)}{place}: must be {words}, got {value!r}. Give"
-                " one."
-            )
-
-
-def _name_of(function: Callable[..., Ranks]) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+            place = f"{name}: " if names != ["value"] else ""
+            raise UserError(f"{place}must be {words}, got {value!r}. Give one.")
+    return plain
 
 
 _PLAIN: dict[Any, tuple[Any, str]] = {
-    int: (int | np.integer, "a whole number"),
-    float: (int | float | np.number, "a number"),
+    int: (int, "a whole number"),
+    float: (int | float, "a number"),
     str: (str, "a string"),
     Ranks: (Mapping, "a mapping of paths to ranks"),
 }

@@ -1,10 +1,11 @@
 """Solvers: from curves and a budget to one rank per layer."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
@@ -97,14 +98,12 @@ def by_energy_budget(
         }
 
     levels = np.unique(np.concatenate([[0.0], *(r.ravel() for r in removed.values())]))
-    low, high = 0, len(levels) - 1  # the least removed energy that fits the budget
-    while low < high:
-        middle = (low + high) // 2
-        if total_cost(costs, ranks_at(levels[middle]), measure) <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    return ranks_at(levels[low])
+    at_levels = {path: _kept_columns(share, levels) for path, share in removed.items()}
+    fits = _costs_at(costs, max_ranks, at_levels, measure) <= budget
+    # Columns of nothing may save by being there: a table of full rank is merged.
+    if not fits[0] and total_cost(costs, max_ranks, measure) <= budget:
+        return dict(max_ranks)
+    return ranks_at(levels[np.argmax(fits)])
 
 
 def total_cost(costs: Mapping[str, LayerCost], ranks: Ranks, measure: str) -> int:
@@ -121,8 +120,9 @@ def check_budget(
     """Returns the budget that a share of the dense cost is.
 
     Raises:
-      UserError: The measure is another one, the share is out of bounds, rank 1
-        everywhere costs more, or MACs are asked for of layers that were never run.
+      UserError: The measure is another one, the share is out of bounds, both rank 1
+        everywhere and the full ranks cost more, or MACs are asked for of layers that
+        were never run.
     """
     if measure not in ("params", "macs"):
         raise UserError(
@@ -133,19 +133,33 @@ def check_budget(
             f"{measure}_fraction: must be in (0, 1], got {fraction}."
             " Give a share of it."
         )
+    fraction = float(fraction)
     dense = sum(getattr(costs[path], f"dense_{measure}") for path in max_ranks)
-    if measure == "macs" and max_ranks and not dense:
+    if (
+        measure == "macs"
+        and max_ranks
+        and not any(_was_run(costs[p]) for p in max_ranks)
+    ):
         raise UserError(
             "macs_fraction: needs an example input that runs the low-rank layers, to"
             " count their MACs on, got none. Give the model's inputs for a batch of"
             " one."
         )
-    least = total_cost(costs, at_most(max_ranks, 1), measure)
+    # A lookup in a dense table costs no MACs, so that the full ranks may cost less.
+    least = min(
+        total_cost(costs, ranks, measure)
+        for ranks in (at_most(max_ranks, 1), max_ranks)
+    )
+    if least and not dense:
+        raise UserError(
+            f"{measure}_fraction: must be of layers that cost {measure} when dense, got"
+            f" lookups alone, {list(max_ranks)}. Give a share of the params."
+        )
     if least > fraction * dense:
         raise UserError(
             f"{measure}_fraction: must be at least {least / dense:.4g} here (rank 1 in"
-            f" every layer), got {fraction}. Raise it, or set ranks to 0 with a rank"
-            " file."
+            f" every layer, or no cut), got {fraction}. Raise it, or set ranks to"
+            " 0 with a rank file."
         )
     return fraction * dense
 
@@ -210,18 +224,59 @@ def stands_still(
 def _common_fraction(
     costs: Mapping[str, LayerCost], max_ranks: Ranks, share: float, measure: str
 ) -> dict[str, Any]:
-    """Bisects the fraction of all ranks; their cost rises with it."""
+    """Scans the fractions at which a rank changes, from the full ranks down.
+
+    Nothing is taken for granted of the cost: that of a factored table falls to 0 MACs
+    at the rank where the merged one is smaller.
+    """
     budget = check_budget(costs, max_ranks, share, measure)
-    low, high = 1, 1 << 16  # finer than one rank of any layer below 65,536
-    steps = high
-    while low < high:
-        middle = (low + high + 1) // 2
-        ranks = at_fraction(max_ranks, middle / steps)
-        if total_cost(costs, ranks, measure) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return at_fraction(max_ranks, low / steps)
+    full = {path: np.ravel(rank) for path, rank in max_ranks.items()}
+    different = np.unique(np.concatenate([np.ones(1, int), *full.values()]))
+    levels = np.unique(
+        np.concatenate([np.arange(1, n + 1) / n for n in different if n])
+    )
+    levels = levels[::-1]
+    at_levels = {
+        path: np.ceil(levels[:, None] * ranks - 1e-9 * ranks).astype(int)
+        for path, ranks in full.items()
+    }
+    fits = _costs_at(costs, max_ranks, at_levels, measure) <= budget
+    return at_fraction(max_ranks, float(levels[np.argmax(fits)]))
+
+
+def _kept_columns(
+    removed: Float[np.ndarray, "*stack r"], levels: Float[np.ndarray, " n"]
+) -> Int[np.ndarray, "n m"]:
+    """Counts the columns of each matrix that stay when each level of energy may go."""
+    rows = removed.reshape(math.prod(removed.shape[:-1]), removed.shape[-1])
+    kept = np.ones((len(levels), len(rows)), int)
+    for matrix, row in enumerate(rows):
+        rising = row[::-1]
+        kept[:, matrix] += len(row) - np.searchsorted(rising, levels, side="right")
+    return kept
+
+
+def _costs_at(
+    costs: Mapping[str, LayerCost],
+    max_ranks: Ranks,
+    at_levels: Mapping[str, Int[np.ndarray, "n m"]],
+    measure: str,
+) -> Int[np.ndarray, " n"] | int:
+    """Sums what layers cost at each of many levels of their ranks, capped at the full
+    ones; a layer's matrices, in `m`, cost the same at the same rank."""
+    total = np.zeros(1, int)
+    for path, max_rank in max_ranks.items():
+        ranks = np.minimum(at_levels[path], np.ravel(max_rank))
+        table = np.zeros(ranks.max(initial=0) + 1, int)
+        for rank in np.unique(ranks):
+            table[rank] = getattr(costs[path], measure)(int(rank))
+        total = total + table[ranks].sum(axis=-1) // max(ranks.shape[-1], 1)
+    return total
+
+
+def _was_run(cost: LayerCost) -> bool:
+    """Tells whether a count ran the layer; a lookup multiplies by `v` at least."""
+    return any((cost.dense_positions, cost.first_positions, cost.second_positions))
 
 
 def _check_finite(importances: Mapping[str, Float[np.ndarray, "*stack r"]]) -> None:

@@ -148,6 +148,39 @@ def test_macs_need_a_count_that_ran_the_layers():
         solvers.by_macs_fraction(never, {"a": 10}, 0.4)
 
 
+class Table(LayerCost):
+    """Costs nothing from rank 7 on, as a table whose merged form is smaller."""
+
+    def macs(self, rank):
+        return sum(0 if one >= 7 else 10 * one for one in np.ravel(rank).tolist())
+
+
+@pytest.mark.parametrize("share", np.linspace(0.3, 1, 15))
+def test_costs_that_fall_with_the_rank_are_searched_whole(share):
+    """Brute force over fractions and thresholds; bisection misses the full ranks."""
+    costs = {"a": LayerCost(10, 10, 1, 1, 1, 1), "b": Table(20, 10, 1, 0, 0, 10)}
+    limits, budget = {"a": 4, "b": 9}, share * 100
+    found = solvers.by_macs_fraction(costs, limits, share)
+    profiles = [at_fraction(limits, n / 36) for n in range(36, 0, -1)]
+    totals = [solvers.total_cost(costs, one, "macs") for one in profiles]
+    assert found == next(
+        p for p, n in zip(profiles, totals, strict=True) if n <= budget
+    )
+    assert totals != sorted(totals, reverse=True)  # the control
+
+    spectra = {"a": np.array([4.0, 3, 2, 1]), "b": np.linspace(9, 1, 9)}
+    removed = {p: 1 - np.cumsum(s**2) / np.sum(s**2) for p, s in spectra.items()}
+    profiles = [
+        {path: 1 + int((r > level + 1e-12).sum()) for path, r in removed.items()}
+        for level in sorted(np.append(np.concatenate([*removed.values()]), 0.0))
+    ]
+    totals = [solvers.total_cost(costs, one, "macs") for one in profiles]
+    found = solvers.by_energy_budget(costs, limits, spectra, share, measure="macs")
+    assert found == next(
+        p for p, n in zip(profiles, totals, strict=True) if n <= budget
+    )
+
+
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.62, 0.8, 0.999, 1.0])
 def test_macs_fraction_is_within_the_budget_and_maximal(share):
     """Brute force over all common fractions."""

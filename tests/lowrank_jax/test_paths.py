@@ -35,7 +35,9 @@ def test_two_parts_with_one_path_are_refused_by_name(find):
 
 def test_a_colliding_model_is_not_saved(tmp_path):
     """One of its biases would be missing in the checkpoint."""
-    with pytest.raises(UserError, match="path of its own"):
+    with pytest.raises(
+        UserError, match="one array's each, got several for .*part/x/y/bias"
+    ):
         checkpoint.save(tmp_path / "saved", Holder(part=COLLISION))
     assert not (tmp_path / "saved").exists()
 

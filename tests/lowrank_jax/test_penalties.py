@@ -293,6 +293,8 @@ def test_penalties_of_scales_need_scales(name):
     message = rf'in, out: penalty {name} needs .* Set "with_s": true in rank_rules'
     with pytest.raises(UserError, match=message):
         PENALTIES[name](weight=1)(nnx.Dict(layers))
+    with pytest.raises(UserError, match=f"^the model itself: penalty {name} needs"):
+        PENALTIES[name](weight=1)(layers["in"])
 
 
 BAD_ARGUMENTS = [

@@ -15,6 +15,7 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.paths import find_factors
 from lowrank_jax.penalties import StatefulPenalty, carry, check_stateless, stateful
+from lowrank_jax.penalties.base import CheckedPenalty
 
 
 def moving_mean() -> StatefulPenalty:
@@ -106,6 +107,84 @@ def test_honest_penalties_with_a_state_pass():
     assert jax.tree.structure(new) == jax.tree.structure(state)
     model.cut(1)
     assert carry(moving_mean(), state, model)[""].shape == (4, 1)  # anew
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [
+        np.array([1.0, np.nan], np.float32),
+        np.array([1.0, np.nan]).astype(jnp.bfloat16),
+        np.array([True, False]),
+        np.arange(2),
+    ],
+    ids=lambda constant: constant.dtype.name,
+)
+def test_constants_made_anew_are_the_same(constant):
+    """NaN among them, which equals nothing; other numbers are something kept."""
+    model, calls = Factors(**single(arrays(0, False))), []
+
+    def fresh(model, step=0):
+        return jnp.float32(0) + jnp.nansum(jnp.array(constant.copy()))
+
+    def counted(model, step=0):
+        calls.append(step)
+        return jnp.nansum(jnp.array(constant + constant.dtype.type(len(calls) % 2)))
+
+    check_stateless(lambda model, step=0: jnp.float32(fresh(model)), model)
+    with pytest.raises(UserError, match="keeps something"):
+        check_stateless(counted, model)
+
+
+def test_keys_made_anew_are_the_same():
+    """Typed keys are no arrays of NumPy."""
+    number = iter(range(9))
+    for seed, refused in ((lambda: 3, False), (lambda: next(number), True)):
+
+        def noise(model, step=0, seed=seed):
+            with jax.ensure_compile_time_eval():
+                key = jax.random.key(seed())
+            return jax.random.normal(key, ())
+
+        model = Factors(**single(arrays(0, False)))
+        if not refused:
+            check_stateless(noise, model)
+            continue
+        with pytest.raises(UserError, match="keeps something"):
+            check_stateless(noise, model)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, ValueError])
+def test_other_mistakes_of_the_second_trace_are_not_ours(error):
+    """Only a leaked array is something kept; a bug of the user's keeps its type."""
+    calls = []
+
+    def penalty(model, step=0):
+        calls.append(step)
+        if len(calls) > 1:
+            raise error("the file is gone")
+        return jnp.float32(0)
+
+    with pytest.raises(error, match="^the file is gone"):
+        check_stateless(penalty, nnx.Dict())
+
+
+def test_a_check_of_ones_own_comes_before_the_trace():
+    """Of a function with one, and of an object with a state."""
+
+    def check(model):
+        raise UserError("weights: must be there, got none. Add them.")
+
+    def penalty(model, step=0):
+        raise AssertionError("traced")
+
+    objects = [
+        CheckedPenalty(penalty, check),
+        StatefulPenalty(lambda model: (), penalty, check=check),
+    ]
+    for checked in objects:
+        assert stateful(checked).check is check
+        with pytest.raises(UserError, match="^penalty: weights: must be there"):
+            check_stateless(checked, nnx.Dict())
 
 
 @pytest.mark.parametrize(

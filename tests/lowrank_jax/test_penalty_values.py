@@ -12,7 +12,7 @@ from spectra import arrays, balanced, golden, matrices, product, single, spectru
 from lowrank_jax import penalties
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
-from lowrank_jax.penalties import PENALTIES
+from lowrank_jax.penalties import PENALTIES, check_stateless
 
 WEIGHT = 0.3
 
@@ -192,7 +192,11 @@ def test_bad_targets_are_refused_all_at_once():
     targets = {"a": 4, "b": -1, "c": 1.5, "d": [1, 1], "e": [1, [2]], "nowhere": 1}
     chosen = penalties.modified_stable_rank(weight=1, target_ranks=targets)
     with pytest.raises(UserError, match="modified_stable_rank.target_ranks") as error:
+        check_stateless(chosen, model)
+    with pytest.raises(UserError) as called:  # in a run a is lowered, the others stay
         chosen(model)
+    given = str(error.value).removeprefix("penalty: ").splitlines()
+    assert str(called.value).splitlines() == [given[0], *given[2:]]
     unknown, *lines = str(error.value).splitlines()
     assert "got ['nowhere']" in unknown and "['a', 'b', 'c', 'd', 'e']" in unknown
     assert len(lines) == 5
@@ -206,6 +210,39 @@ def test_bad_targets_are_refused_all_at_once():
     assert str(error.value).count("leave the path out") == 2 and "e: " in str(
         error.value
     )
+
+
+@pytest.mark.parametrize("every_steps", [1, 3])
+def test_targets_are_lowered_with_what_is_allocated(every_steps):
+    """A shrink goes below them; the model of the start must have as much."""
+    layers = {"a": arrays(0, False), "b": arrays(1, False, (2,)), "c": arrays(2, False)}
+    model = nnx.Dict({path: Factors(**single(parts)) for path, parts in layers.items()})
+    chosen = penalties.modified_stable_rank(
+        weight=2,
+        target_ranks={"a": 2, "": 1},
+        every_steps=every_steps,
+    )
+    with pytest.raises(UserError, match=r"target_ranks: paths: .* got \[''\]"):
+        check_stateless(chosen, model)
+    targets = {"a": 2, "b": [3, 1], "c": 2}
+    chosen = penalties.modified_stable_rank(
+        weight=2, target_ranks=targets, every_steps=every_steps
+    )
+    check_stateless(chosen, model)
+    model["a"].cut(0)
+    model["b"].cut([2, 2])
+    model["c"].cut(1)
+    least = {"b": [2, 1], "c": 1}
+    same = penalties.modified_stable_rank(
+        weight=2, target_ranks=least, every_steps=every_steps
+    )
+    assert np.isfinite(same(model)) and same(model) > 0
+    np.testing.assert_array_equal(chosen(model), same(model))
+    gradient = nnx.grad(chosen)(model)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    with pytest.raises(UserError, match=r"(?s)a: .*\[0, 0\], got 2.*c: .*\[0, 1\]"):
+        check_stateless(chosen, model)
+    check_stateless(same, model)
 
 
 def test_targets_are_bounded_by_the_allocated_rank_not_the_active_one():

@@ -42,8 +42,8 @@ def test_a_rule_that_only_follows_others_is_used():
 
 
 def test_uncovered_paths_are_all_named():
-    with pytest.raises(ValueError, match=r"^ranks: every layer.*\['b', 'c'\]") as error:
-        match_rules([("a", 1)], ["a", "b", "c"], where="ranks")
+    with pytest.raises(ValueError, match=r"^every layer.*\['b', 'c'\]") as error:
+        match_rules([("a", 1)], ["a", "b", "c"])
     assert "'a'" not in str(error.value)
 
 
@@ -61,5 +61,7 @@ def test_a_rule_without_any_path_is_unused():
 
 
 def test_a_bad_pattern_is_shown():
-    with pytest.raises(ValueError, match=r"^rank_rules: .*regular expression.*'a\('"):
-        match_rules([("a(", 1)], ["a"], where="rank_rules")
+    with pytest.raises(
+        ValueError, match=r"^a pattern must be a regular expression.*'a\('"
+    ):
+        match_rules([("a(", 1)], ["a"])

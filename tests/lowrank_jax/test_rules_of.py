@@ -333,8 +333,8 @@ def test_wrong_rules_name_every_layer(case):
     model = nnx.Sequential(*(linear(4, 4, rngs=rngs) for _ in range(3)))
     rules = [("layers/[02]", rule), (".*", "dense")]
     with pytest.raises(ValueError, match=message) as error:
-        factorize(model, rules, where="config.rank_rules")
-    lines = str(error.value).removeprefix("config.rank_rules: ").split("\n")
+        factorize(model, rules)
+    lines = str(error.value).split("\n")
     assert [line.split(":")[0] for line in lines] == ["layers/0", "layers/2"]
 
 
@@ -347,7 +347,7 @@ def test_kernels_with_nan_or_infinity_are_refused(value, init):
     model = nnx.Sequential(*(linear(4, 4, rngs=rngs) for _ in range(3)))
     model.layers[1].kernel.set_value(model.layers[1].kernel[...].at[2, 1].set(value))
     with pytest.raises(ValueError, match="NaN or infinity") as error:
-        factorize(model, [(".*", {"init": init})], where="rules", rngs=rngs)
-    assert str(error.value).startswith("rules: layers/1: ")
+        factorize(model, [(".*", {"init": init})], rngs=rngs)
+    assert str(error.value).startswith("layers/1: ")
     assert "layers/0" not in str(error.value)
     factorize(model, [("layers/1", "dense"), (".*", {"init": init})], rngs=rngs)

@@ -228,7 +228,7 @@ def test_a_budget_below_rank_one_is_refused(measure):
 
 @pytest.mark.parametrize("options", [{"width": 0}, {"steps": 0}, {"width": -1}])
 def test_widths_and_steps_below_one_are_refused(options):
-    with pytest.raises(ValueError, match="beam: width and steps must be at least 1"):
+    with pytest.raises(ValueError, match="^width and steps: must be at least 1"):
         beam_search(Score(rising(0)), COSTS, LIMITS, 0.5, **options)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from messages import check_form
 
 from lowrank_jax.active import get_ranks, rank_limits, set_ranks
 from lowrank_jax.counting import count
@@ -89,11 +90,11 @@ ROWS: dict[str, Row] = {
         *values(0, 1, 2, 4, 6, 99),
         bad=[
             ({"value": -1}, "rank: must be at least 0, got -1"),
-            ({"value": 2.5}, "rank: must be a whole number, got 2.5"),
-            ({"value": float("nan")}, "rank: must be a whole number, got nan"),
-            ({"value": "8"}, "rank: must be a whole number, got '8'"),
-            ({"value": True}, "rank: must be a whole number, got True"),
-            ({"valu": 8}, "rank: must be given the arguments .'value'., got .*valu"),
+            ({"value": 2.5}, "^must be a whole number, got 2.5"),
+            ({"value": float("nan")}, "^must be a whole number, got nan"),
+            ({"value": "8"}, "^must be a whole number, got '8'"),
+            ({"value": True}, "^must be a whole number, got True"),
+            ({"valu": 8}, "^must be given the arguments .'value'., got .*valu"),
         ],
     ),
     "rank_fraction": Row(
@@ -102,7 +103,7 @@ ROWS: dict[str, Row] = {
             ({"value": bad}, r"rank_fraction: must be in \(0, 1\], got")
             for bad in (0, 1.01, -0.5, float("nan"), float("inf"))
         ]
-        + [({"value": None}, "rank_fraction: must be a number, got None")],
+        + [({"value": None}, "^must be a number, got None")],
     ),
     "ranks": Row(
         *values({"head": 0}, {"head": 1}, {"head": 2}, {}),
@@ -112,7 +113,7 @@ ROWS: dict[str, Row] = {
             ({"value": {"blocks": 7}}, "blocks: rank must be in .*got 7"),
             ({"value": {"head": float("nan")}}, "head: rank must be a whole number"),
             ({"value": {"had": 1}}, r"must name low-rank layers, got \['had'\]"),
-            ({"value": [1, 2]}, "ranks: must be a mapping of paths to ranks"),
+            ({"value": [1, 2]}, "^must be a mapping of paths to ranks"),
         ],
     ),
     "energy": Row(
@@ -137,11 +138,11 @@ ROWS: dict[str, Row] = {
         + [
             (
                 {"measure": "macs", "fraction": 0.5, "width": 0, "steps": 1},
-                "beam: width and steps must be at least 1",
+                "^width and steps: must be at least 1",
             ),
             (
                 {"measure": "macs", "fraction": 0.5, "width": 1.5, "steps": 1},
-                "beam.width: must be a whole number, got 1.5",
+                "^width: must be a whole number, got 1.5",
             ),
         ],
     ),
@@ -233,7 +234,7 @@ def test_bad_values_are_refused_by_name(selector):
     for args, message in ROWS[selector].bad:
         with pytest.raises(UserError, match=message):
             run(selector, "masked", args)
-    with pytest.raises(UserError, match=f"{selector}: must be given the arguments"):
+    with pytest.raises(UserError, match="^must be given the arguments"):
         run(selector, "masked", {})
 
 
@@ -246,7 +247,9 @@ def test_weights_that_are_not_finite_are_refused_by_the_layer():
         {"energy": 0.9},
         {"energy_budget": {"measure": "params", "fraction": 0.5}},
     ):
-        with pytest.raises(UserError, match="^head: importances must be finite"):
+        (name,) = choice
+        message = f"^{name}: head: importances must be finite"
+        with pytest.raises(UserError, match=message):
             ranks_for(model, **choice)
     assert ranks_for(model, rank=1)["head"] == 1
 
@@ -275,9 +278,9 @@ def test_selectors_of_ones_own_are_checked_as_well():
     assert choose(greedy, masked, {"rank": np.int64(1)}) == {**masked.ranks, "head": 1}
     with pytest.raises(UserError, match=r"^head: rank must be in \[0, 3\], got 4"):
         choose(greedy, masked, {"rank": 4})
-    with pytest.raises(UserError, match=r"greedy: must be given .*\['rank'\], got \{"):
+    with pytest.raises(UserError, match=r"^must be given .*\['rank'\], got \{"):
         choose(greedy, masked, {"value": 4})
-    with pytest.raises(UserError, match="<lambda>: must return a mapping"):
+    with pytest.raises(UserError, match="^a selector must return a mapping"):
         choose(lambda context: [1], masked, {})
     with pytest.raises(UserError, match=r"must name low-rank layers, got \['x'\]"):
         choose(lambda context: {"x": 1}, masked, {})
@@ -317,10 +320,78 @@ def test_ranks_for_refuses_what_it_cannot_do():
             ranks_for(model, **choice)
     with pytest.raises(UserError, match="model: must have low-rank layers"):
         ranks_for(Net(nnx.Rngs(0)), rank=2)
-    with pytest.raises(UserError, match="beam: needs held-out training data"):
+    with pytest.raises(UserError, match="^beam: score: .* held-out training data"):
         ranks_for(model, beam=ROWS["beam"].args[0])
     with pytest.raises(UserError, match="beam: must be given the arguments"):
         ranks_for(model, beam=0.5, score=score)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """As Python's, whatever their type; other scalars are refused."""
+    model = model_of("full")
+    for dtype in (np.float16, np.float32, np.float64):
+        assert ranks_for(model, rank_fraction=dtype(0.5)) == ranks_for(
+            model, rank_fraction=0.5
+        )
+        for name in ("energy", "params_fraction"):
+            assert ranks_for(model, **{name: dtype(0.5)}) == ranks_for(
+                model, **{name: 0.5}
+            )
+    assert ranks_for(model, rank=np.int8(2)) == ranks_for(model, rank=2)
+    for bad in (np.complex64(0.5), np.bool_(True), np.array([0.5])):
+        with pytest.raises(UserError, match="^rank_fraction: must be a number, got"):
+            ranks_for(model, rank_fraction=bad)
+
+
+def test_every_message_of_ranks_for_names_the_selector_once():
+    """And the layer or argument after it, what was given, and what to do."""
+    model, example = model_of("masked"), jax.ShapeDtypeStruct((1, 5), jnp.float32)
+    for name, row in SELECTORS.items():
+        for args, _ in ROWS[name].bad:
+            if row.value_type and set(args) != {"value"}:
+                continue
+            value = args["value"] if row.value_type else args
+            with pytest.raises(UserError, match=f"^{name}: ") as error:
+                ranks_for(model, example, score=score, **{name: value})
+            check_form(str(error.value))
+
+
+class Lookup(nnx.Module):
+    """A table that is looked up, whose dense form costs no MACs, and a layer."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.table = nnx.Embed(40, 16, rngs=rngs)
+        self.out = nnx.Linear(16, 16, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.out(self.table(tokens))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"macs_fraction": 1.0},
+        {"energy_budget": {"measure": "macs", "fraction": 1.0}},
+        {"beam": {"measure": "macs", "fraction": 1.0, "width": 2, "steps": 4}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("part", [Lookup, lambda rngs: nnx.Embed(40, 16, rngs=rngs)])
+def test_the_whole_budget_of_a_lookup_cuts_nothing(part, choice):
+    """Its table costs MACs at low ranks and none at the full one, merged."""
+    model = factorize(part(nnx.Rngs(0)))
+    tokens = jax.ShapeDtypeStruct((1, 3), jnp.int32)
+    cost, full = count(model, tokens), get_ranks(model)
+    assert cost.macs(full) < cost.macs(dict.fromkeys(full, 8))
+    assert ranks_for(model, tokens, score=score, **choice) == full
+
+
+def test_lookups_alone_have_no_budget_of_macs_to_keep():
+    """Below the rank where the merged table is smaller they cost more than dense."""
+    model = factorize(nnx.Embed(40, 16, rngs=nnx.Rngs(0)), [(".*", {"max_rank": 4})])
+    tokens = jax.ShapeDtypeStruct((1, 3), jnp.int32)
+    with pytest.raises(UserError, match="^macs_fraction: .* got lookups alone"):
+        ranks_for(model, tokens, macs_fraction=0.5)
 
 
 def test_the_mask_is_what_energy_sees():

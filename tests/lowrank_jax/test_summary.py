@@ -50,8 +50,8 @@ def test_rows_are_the_layers_at_their_active_ranks():
     rows = {row.path: row for row in table.rows}
     assert list(rows) == ["again", "grouped", "mixer"]
     assert [(r.form, r.rank, r.max_rank) for r in table.rows] == [
-        ("factors", 2, 4),
-        ("factors", 2, 2),
+        ("factored", 2, 4),
+        ("factored", 2, 2),
         ("own", None, None),
     ]
     assert rows["again"].params == 4 * (6 + 5) + 5
@@ -86,7 +86,8 @@ def test_it_prints_as_a_plain_table():
     """A header, a row for each layer, what is in none, and the totals."""
     lines = str(summary(low_rank(), EXAMPLE)).splitlines()
     assert lines[0].split() == "path type form rank params MACs effective rank".split()
-    assert lines[1].split()[:6] == ["again", "LowRankLinear", "factors", "2", "of", "4"]
+    first = ["again", "LowRankLinear", "factored", "2", "of", "4"]
+    assert lines[1].split()[:6] == first
     assert [line.split()[0] for line in lines[1:]] == [
         *("again", "grouped", "mixer"),
         *("other", "total"),
