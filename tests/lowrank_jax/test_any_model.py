@@ -392,6 +392,46 @@ def test_a_kernel_is_read_at_the_active_rank_and_differentiably():
     assert np.linalg.matrix_rank(np.asarray(layer.kernel)) == 2
 
 
+READS: dict[str, Callable[[Any], Any]] = {
+    "matmul": lambda kernel: jnp.matmul(jnp.ones((2, 5)), kernel),
+    "dot": lambda kernel: jnp.dot(jnp.ones((2, 5)), kernel),
+    "einsum": lambda kernel: jnp.einsum("bi,io->bo", jnp.ones((2, 5)), kernel),
+    "sum": jnp.sum,
+    "take": lambda kernel: jnp.take(kernel, jnp.array([1, 3]), axis=0),
+    "stack": lambda kernel: jnp.stack([kernel, kernel]),
+    "asarray": jnp.asarray,
+    "astype": lambda kernel: kernel.astype(jnp.bfloat16),
+    "jit": jax.jit(lambda kernel: 2 * kernel + kernel[...]),
+    "closure": lambda kernel: jax.jit(lambda x: jnp.dot(x, kernel))(jnp.ones((2, 5))),
+    "vmap": jax.vmap(lambda row: row * 2),
+    "scan": lambda kernel: jax.lax.scan(lambda c, row: (c, row * 1), 0, kernel)[1],
+    "tree": lambda kernel: jax.tree.leaves(kernel)[0],
+    "penalty": lambda kernel: sum(jnp.sum(x**2) for x in jax.tree.leaves(kernel)),
+    "raw value": lambda kernel: kernel.get_raw_value(),
+    "metadata": lambda kernel: jnp.asarray(len(kernel.get_metadata())),
+    "sharding": lambda kernel: jnp.asarray(kernel.sharding_names is None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*sharding_names:DeprecationWarning")
+@pytest.mark.parametrize("case", READS)
+def test_what_takes_a_param_takes_a_merged_kernel(case):
+    """The same numbers from a dense Param and from the merged one, and gradients."""
+    layer = LowRankLinear(5, 4, rngs=nnx.Rngs(0))
+    layer.factors.set_rank(2)
+    read, dense = READS[case], merge(layer)
+    expected = read(dense.kernel)
+    found = read(layer.kernel)
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), np.asarray(expected, np.float32), rtol=1e-6
+    )
+    if case not in ("metadata", "sharding"):
+        loss = nnx.grad(lambda m: jnp.sum(jnp.float32(read(m.kernel)) ** 2))
+        assert np.any(loss(layer)["factors"]["u"][...])
+    assert "kernel" not in nnx.to_pure_dict(nnx.state(layer))
+
+
 def test_reads_of_an_abstract_model_have_shapes():
     model = nnx.eval_shape(lambda: factorize(Attention(nnx.Rngs(0))))
     assert model.query.kernel.shape == model.query.kernel[...].shape == (4, 2, 3)
@@ -402,8 +442,9 @@ def test_shapes_are_known_at_a_rank_per_example():
     layer = LowRankLinear(5, 4, rngs=nnx.Rngs(0))
     layer.factors.set_rank(np.array([1, 2, 3]))
     assert layer.kernel.shape == (5, 4)
-    with pytest.raises(UserError, match="must be one number to merge"):
-        layer.kernel[...]
+    for read in (lambda kernel: kernel[...], jnp.sum):
+        with pytest.raises(UserError, match="must be one number to merge"):
+            read(layer.kernel)
 
 
 def test_a_subclass_that_keeps_the_forward_multiplies_by_the_factors():
