@@ -21,7 +21,12 @@ from lowrank_jax import checkpoint
 from lowrank_jax.active import max_ranks, set_ranks
 from lowrank_jax.counting import count
 from lowrank_jax.errors import UserError
-from lowrank_jax.factorization import DenseWarning, factorize, rules_of
+from lowrank_jax.factorization import (
+    DenseWarning,
+    factorize,
+    kernel_matrices,
+    rules_of,
+)
 from lowrank_jax.layers import (
     LAYERS,
     LowRankLayer,
@@ -458,6 +463,59 @@ def test_a_subclass_that_keeps_the_forward_multiplies_by_the_factors():
     assert low_rank_type(type(made)) is None and low_rank_type(nnx.LayerNorm) is None
 
 
+class Base(nnx.Linear):
+    """A base of a project's own, whose forward runs and reads more than one name."""
+
+    gain = 2.0
+
+    def scale(self, inputs):
+        return self.gain * inputs
+
+    @property
+    def power(self):
+        return 1
+
+    def __call__(self, inputs):
+        return super().__call__(self.scale(inputs)) ** self.power
+
+
+class Double:
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+BODIES: dict[str, tuple[dict[str, Any], bool]] = {
+    "nothing": ({}, False),
+    "new names": ({"__doc__": "Mine.", "fan": lambda self: 3, "size": 3}, False),
+    "annotations": ({"__annotations__": {"gain": float}, "__module__": "my"}, False),
+    "__init__": (
+        {"__init__": lambda self, *a, **k: Base.__init__(self, 6, 3, **k)},
+        False,
+    ),
+    "the same": ({"__call__": Base.__call__}, False),
+    "__call__": ({"__call__": lambda self, inputs: inputs}, True),
+    "a method": ({"scale": lambda self, inputs: 3 * inputs}, True),
+    "a property": ({"power": property(lambda self: 2)}, True),
+    "a constant": ({"gain": 3.0}, True),
+}
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_what_a_subclass_changes_of_the_forward(case):
+    """All that the base's forward may reach by a name, and nothing else."""
+    body, changes = BODIES[case]
+    register(Base, type("LowRankBase", (LowRankLinear,), {"dense_type": Base}))
+    kind = low_rank_type(type("Sub", (Base,), body))
+    assert issubclass(kind, LowRankLinear) is not changes
+
+
+def test_a_mixin_before_the_base_changes_the_forward():
+    mixed = type("Mixed", (Double, nnx.Linear), {})
+    assert not issubclass(low_rank_type(mixed), LowRankLinear)
+    after = type("After", (nnx.Linear, Double), {})
+    assert issubclass(low_rank_type(after), LowRankLinear)
+
+
 def test_an_own_forward_costs_its_dense_macs_at_every_rank():
     """It runs merged; at rank 0 nothing is left to run."""
     low = factorize(Scaled(6, 4, rngs=nnx.Rngs(0)))
@@ -536,6 +594,53 @@ def test_wrong_rules_for_params_are_refused(case):
     rules, message = WRONG[case]
     with pytest.raises(UserError, match=message):
         factorize(Bare(nnx.Rngs(0)), rules)
+
+
+PAIRS = {
+    "three": [(".*", "full", 1)],
+    "one": [(".*",)],
+    "text": ["ab"],
+    "no pattern": [(3, "full")],
+    "a mapping": {".*": "full"},
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_rules_that_are_no_pairs_are_refused(case):
+    with pytest.raises(UserError, match="rules: must be pairs of a pattern .*, got"):
+        factorize(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), PAIRS[case])
+
+
+@pytest.mark.parametrize(
+    ("model", "rule", "message"),
+    [
+        (nnx.Linear, {"max_rank": -1}, "^the model itself: max_rank must be a whole"),
+        (nnx.Linear, 3, "^the model itself: a rule must be 'dense', 'full' or a map"),
+    ],
+)
+def test_a_model_that_is_a_layer_is_named_so(model, rule, message):
+    with pytest.raises(UserError, match=message):
+        factorize(model(4, 3, rngs=nnx.Rngs(0)), [(".*", rule)])
+
+
+@pytest.mark.parametrize("bug", [TypeError, ValueError, KeyError])
+def test_a_bug_in_a_layer_of_ones_own_keeps_its_traceback(bug):
+    """It is no mistake in the rules, of `factorize` nor of what is read dense."""
+
+    class Other(nnx.Linear):
+        pass
+
+    class LowRankOther(LowRankLinear):
+        @classmethod
+        def fold_of(cls, dense):
+            raise bug("of the user")
+
+    register(Other, LowRankOther)
+    model = Other(4, 3, rngs=nnx.Rngs(0))
+    for read in (factorize, kernel_matrices):
+        with pytest.raises(bug, match="of the user") as error:
+            read(model)
+        assert not isinstance(error.value, UserError)
 
 
 def test_a_model_without_layers_is_told_what_is_known():
