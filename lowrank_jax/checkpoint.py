@@ -31,6 +31,8 @@ from lowrank_jax.storage import StepWriter, read_arrays
 from lowrank_jax.version import __version__
 
 FORMAT_VERSION = 2
+MODEL_ITEMS = ("params", "model_state")
+"""The items that `model_items` makes, whose paths are the model's own."""
 
 
 class Saved(NamedTuple):
@@ -85,9 +87,7 @@ class CheckpointWriter:
         flat, about = _contents(step, model, metadata, items)
         chunk_axes = {
             name: {
-                key: axes[0]
-                for key in leaves
-                if (axes := _axes_of(key, about["rank_axes"]))
+                key: axes[0] for key in leaves if (axes := _axes_of(name, key, about))
             }
             for name, leaves in flat.items()
         }
@@ -267,7 +267,8 @@ def model_items(model: nnx.Module) -> dict[str, Any]:
     Ranks and random keys are left out.
     """
     _, params, _, state = nnx.split(model, nnx.Param, (Rank, nnx.RngState), ...)
-    return {"params": nnx.as_pure(params), "model_state": nnx.as_pure(state)}
+    trees = nnx.as_pure(params), nnx.as_pure(state)
+    return dict(zip(MODEL_ITEMS, trees, strict=True))
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -310,11 +311,15 @@ def _factor_arrays(
     }
 
 
-def _axes_of(key: str, axes: Mapping[str, Any]) -> tuple[int, ...]:
-    """The rank axes of an array: a parameter's, or a moment's that ends in its path."""
+def _axes_of(item: str, key: str, metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The rank axes of an array: a parameter's by its path, a moment's by those of the
+    parameter that its path ends in, the longest there is."""
+    axes, params = metadata["rank_axes"], metadata["arrays"]["params"]
     parts = key.split("/")
-    ends = ("/".join(parts[start:]) for start in range(len(parts)))
-    return tuple(next((axes[end] for end in ends if end in axes), ()))
+    starts = range(1 if item in MODEL_ITEMS else len(parts))
+    ends = ("/".join(parts[start:]) for start in starts)
+    param = next((end for end in ends if end in params or end in axes), None)
+    return tuple(axes.get(param, ()))
 
 
 def _contents(
@@ -383,7 +388,7 @@ def _differences(
         (shape, dtype), leaf = stored[key], leaves[key]
         wanted = list(leaf.shape)
         fits = len(shape) == len(wanted)
-        for axis in _axes_of(key, metadata["rank_axes"]) if fits else ():
+        for axis in _axes_of(name, key, metadata) if fits else ():
             wanted[axis] = max(wanted[axis], shape[axis])
         if not fits or wanted != shape or str(leaf.dtype) != dtype:
             problems.append(

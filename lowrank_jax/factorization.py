@@ -23,7 +23,7 @@ from lowrank_jax.paths import (
     param_sizes,
     replace,
 )
-from lowrank_jax.ranks import fraction_of
+from lowrank_jax.ranks import fraction_of, name_of
 from lowrank_jax.rules import match_rules
 
 LayerRule: TypeAlias = str | Mapping[str, Any]
@@ -79,6 +79,7 @@ def factorize(
     >>> model.factors.max_rank
     2
     """
+    _check_pairs(rules)
     model = nnx.clone(model)
     layers, matrices = find_layers(model), find_own_matrices(model)
     chosen = _chosen_rules(rules, model, layers, matrices)
@@ -107,8 +108,8 @@ def _make_twins(
         if rule != "dense":
             try:
                 twin = _twin(node, rule, shared, rngs)
-            except (TypeError, ValueError) as error:
-                problems.append(f"{path}: {error}")
+            except UserError as error:  # any other is a bug in the code of a layer
+                problems.append(f"{name_of(path)}: {error}")
                 continue
             twins[id(node)], form = twin, id(twin.factors)
             # A module may also hold a layer's kernel itself: a tied head stays tied.
@@ -117,13 +118,27 @@ def _make_twins(
             )
         forms.setdefault(id(kernel), {}).setdefault(form, path)
     problems += [
-        f"{', '.join(paths.values())}: layers with one kernel must have one form, got"
-        " several ranks or schemes, or one of them dense. Give them the same rule."
+        f"{', '.join(map(name_of, paths.values()))}: layers with one kernel must have"
+        " one form, got several ranks or schemes, or one of them dense. Give them the"
+        " same rule."
         for paths in forms.values()
         if len(paths) > 1
     ]
     raise_all(problems)
     return {**aliases, **twins}
+
+
+def _check_pairs(rules: Sequence[tuple[str, LayerRule]]) -> None:
+    raise_all(
+        [
+            "rules: must be pairs of a pattern and what to make of its layers, got"
+            f" {rule!r}. Write ('.*', 'full')."
+            for rule in rules
+            if not isinstance(rule, list | tuple)
+            or len(rule) != 2
+            or not isinstance(rule[0], str)
+        ]
+    )
 
 
 def _chosen_rules(
@@ -217,7 +232,7 @@ def kernel_matrices(model: nnx.Module) -> dict[str, Float[Array, "*stack i o"]]:
         kind = low_rank_type(type(layer))
         try:
             fold = kind.fold_of(layer)
-        except ValueError:  # it has no low-rank form after all, such as a masked kernel
+        except UserError:  # it has no low-rank form after all, such as a masked kernel
             continue
         matrices[path] = fold.to_matrix(getattr(layer, kind.kernel_name)[...])
     return matrices

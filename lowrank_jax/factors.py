@@ -11,13 +11,14 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lowrank_jax import linalg
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
-from lowrank_jax.ranked import Rank, Ranked
+from lowrank_jax.ranked import Rank, Ranked, known_rank
 from lowrank_jax.ranks import RankValue, flatten_rank, largest
 
 
@@ -95,7 +96,7 @@ class Factors(Ranked):
         self.s = nnx.data(None if s is None else nnx.Param(s))
         self.middle = nnx.data(None if middle is None else nnx.Param(middle))
         self.v = nnx.Param(v)
-        self.rank = Rank(jnp.full(stack, allocated, jnp.int32))
+        self.rank = Rank(known_rank(stack, allocated))
         self.per_example = False
 
     @classmethod
@@ -314,18 +315,22 @@ class Factors(Ranked):
         self, dtype: jax.typing.DTypeLike | None = None
     ) -> Float[Array, "*stack i o"]:
         """Returns the merged matrix at the active rank."""
+        self._check_one_rank("merge the factors")
+        return self.active_u(dtype) @ self.active_v(dtype)
+
+    def _check_one_rank(self, purpose: str) -> None:
         if self.per_example:
             raise UserError(
-                "rank: must be one number to merge the factors, got one per example."
-                " Set a rank with set_ranks first."
+                f"rank: must be one number to {purpose}, got one per example. Set a"
+                " rank with set_ranks first."
             )
-        return self.active_u(dtype) @ self.active_v(dtype)
 
     def cut(self, rank: RankValue) -> None:
         """Drops the columns past `rank`, in place.
 
         A stack keeps its largest rank; what its matrices of a lower one have past
-        theirs becomes zero, so that penalties and weight decay see nothing of it.
+        theirs becomes zero, so that penalties and weight decay see nothing of it. So it
+        is under a trace, where an active rank below `rank` is not known and stays.
         """
         allocated = largest(rank)
         for name, axes in self._rank_arrays():
@@ -335,8 +340,8 @@ class Factors(Ranked):
                     array, 0, allocated, axis=array.ndim + axis
                 )
             getattr(self, name).set_value(array)
-        self.set_rank(rank)
-        if min(flatten_rank(rank), default=allocated) < allocated:
+        self.set_rank(self.lowered(rank))
+        if self.rank_is_traced or min(flatten_rank(rank), default=0) < allocated:
             self.zero_masked()
 
     def zero_masked(self) -> None:
@@ -378,6 +383,7 @@ class Factors(Ranked):
         Without `s` the singular values are shared equally; square factors in between
         are gone.
         """
+        self._check_one_rank("have a canonical form")
         u, sigma, v = linalg.canonical_form(
             self.active_u(None), None, self.active_v(None)
         )
@@ -391,10 +397,10 @@ class Factors(Ranked):
         self.middle = nnx.data(None)
 
     def set_rank(self, rank: RankValue | Int[Array, "..."]) -> None:
-        value = jnp.asarray(rank, jnp.int32)
-        if self.middle is not None and value.ndim == len(self.stack_shape) + 1:
+        if self.middle is not None and np.ndim(rank) == len(self.stack_shape) + 1:
             raise UserError(
                 "rank: factors with square ones in between take no rank per example,"
-                f" got shape {value.shape}. Use another sampler, or canonicalize first."
+                f" got shape {np.shape(rank)}. Use another sampler, or canonicalize"
+                " first."
             )
-        super().set_rank(value)
+        super().set_rank(rank)

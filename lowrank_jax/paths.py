@@ -16,6 +16,7 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.layers import LowRankLayer, LowRankParam, low_rank_type
 from lowrank_jax.nnx_internals import attributes
+from lowrank_jax.ranks import name_of
 
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
 _ADDED = re.compile("(.*_)?(bias|scale|pos|positions?|positional)(_.*)?")
@@ -137,8 +138,8 @@ def _visit(root: nnx.Module) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
         path = "/".join(parts)
         if path in seen:
             raise UserError(
-                f"{path}: every part of a model must have a path of its own, got two"
-                " with this one, from a key with '/'. Rename one."
+                f"{name_of(path)}: every part of a model must have a path of its own,"
+                " got two with this one, from a key with '/'. Rename one."
             )
         seen.add(path)
         yield parts, node, parents[-1] if parents else None

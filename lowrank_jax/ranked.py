@@ -78,9 +78,10 @@ class Ranked(nnx.Module):
         array.
 
         A traced or concrete array of shape `(*stack, b)` sets one rank per example.
-        Values are not checked here (they may be traced); `set_ranks` does.
+        Values are not checked here (they may be traced); `set_ranks` does. Known ones
+        stay known under a trace.
         """
-        value = jnp.asarray(rank, jnp.int32)
+        value = _as_rank(rank)
         stack = self.stack_shape
         per_example = value.ndim == len(stack) + 1
         if value.ndim and value.shape[: value.ndim - per_example] != stack:
@@ -91,18 +92,36 @@ class Ranked(nnx.Module):
             )
         self.per_example = per_example
         if not per_example:
-            value = jnp.broadcast_to(value, stack)
+            value = _full(stack, value)
         self.rank.set_value(value)
 
     def limits(self) -> Limits:
         """Returns what bounds the rank: active to cut, allocated to set."""
         return Limits(self._known_rank(), self.max_rank, self.nested)
 
+    def lowered(self, rank: RankValue) -> RankValue | Int[Array, "..."]:
+        """Returns a rank to cut to, no higher than the active one where that is traced.
+
+        A known active rank bounds it by a check (`check_ranks`) instead.
+        """
+        if not self.rank_is_traced:
+            return rank
+        active = self.rank.get_value()
+        if self.per_example:
+            active = jnp.max(active, axis=-1, initial=0)
+        return jnp.minimum(_as_rank(rank), active)
+
+    @property
+    def rank_is_traced(self) -> bool:
+        """Whether the active rank is an argument of a trace, so that nobody knows
+        it."""
+        return isinstance(self.rank.get_value(), jax.core.Tracer)
+
     def _known_rank(self) -> RankValue:
         """The active rank, the highest of a batch; the allocated one where it is
         abstract or traced."""
         rank = self.rank.get_value()
-        if isinstance(rank, jax.core.Tracer | jax.ShapeDtypeStruct):
+        if self.rank_is_traced or isinstance(rank, jax.ShapeDtypeStruct):
             return np.full(self.stack_shape, self.max_rank).tolist()
         if self.per_example:
             return np.max(rank, axis=-1, initial=0).tolist()
@@ -111,3 +130,30 @@ class Ranked(nnx.Module):
     def get_rank(self) -> RankValue:
         """Returns the active rank as plain numbers, nested lists for a stack."""
         return np.asarray(self.rank[...]).tolist()
+
+
+def known_rank(stack: tuple[int, ...], rank: int) -> Int[Array, "*stack"]:
+    """Makes the array of an active rank, known even under a trace."""
+    return _full(stack, _as_rank(rank))
+
+
+def _as_rank(rank: RankValue | Int[Array, "..."]) -> Int[Array, "..."]:
+    """A rank as an int32 array; no trace hides a number that is known."""
+    traced = isinstance(rank, jax.core.Tracer)
+    array = rank if traced else np.asarray(rank)
+    if array.size and not jnp.issubdtype(array.dtype, jnp.integer):
+        raise UserError(
+            f"rank: must be whole numbers, got {array.dtype}. Round them to int32."
+        )
+    if traced:
+        return array.astype(jnp.int32)
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(array, jnp.int32)
+
+
+def _full(stack: tuple[int, ...], value: Int[Array, "..."]) -> Int[Array, "*stack"]:
+    """A rank for each matrix of a stack."""
+    if isinstance(value, jax.core.Tracer):
+        return jnp.broadcast_to(value, stack)
+    with jax.ensure_compile_time_eval():
+        return jnp.broadcast_to(value, stack)

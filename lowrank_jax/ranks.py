@@ -10,15 +10,19 @@ for each matrix.
 
 import fractions
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from jaxtyping import Int
 
 from lowrank_jax.errors import UserError, raise_all
 
 RankValue: TypeAlias = int | Sequence[Any]
-"""A rank outside jit: an int, or a nested list of ints for stacked layers."""
+"""A rank outside jit: an int, or a nested list of ints for stacked layers.
+
+Arrays of NumPy and concrete ones of JAX are taken wherever one is given.
+"""
 
 Ranks: TypeAlias = Mapping[str, RankValue]
 """One rank per layer, by the layer's path."""
@@ -46,9 +50,7 @@ class Limits(NamedTuple):
 
 def flatten_rank(rank: RankValue) -> list[int]:
     """Lists the numbers of a rank: `[r]` for an int, row by row for nested lists."""
-    if isinstance(rank, Sequence):
-        return [number for part in rank for number in flatten_rank(part)]
-    return [int(rank)]
+    return [int(number) for number in np.ravel(rank)]
 
 
 def largest(rank: RankValue) -> int:
@@ -97,8 +99,8 @@ def at_fraction(ranks: Ranks, fraction: float) -> dict[str, Any]:
     """Takes a fraction in (0, 1] of each rank, rounded up."""
 
     def scaled(rank: RankValue) -> Any:
-        if isinstance(rank, int):
-            return fraction_of(fraction, rank)
+        if np.ndim(rank) == 0:
+            return fraction_of(fraction, int(rank))
         return [scaled(part) for part in rank]
 
     return {path: scaled(rank) for path, rank in ranks.items()}
@@ -112,7 +114,7 @@ def check_lower(ranks: Ranks, limits: Mapping[str, Limits]) -> None:
         negative or above the active one, or below it in a form that is not nested; all
         offenders at once.
     """
-    raise_all(_problems(ranks, limits, raises=False))
+    raise_all(_problems(ranks, limits, _problem_to_cut))
 
 
 def check_active(ranks: Mapping[str, Any], limits: Mapping[str, Limits]) -> None:
@@ -120,7 +122,7 @@ def check_active(ranks: Mapping[str, Any], limits: Mapping[str, Limits]) -> None
 
     An array may have a trailing axis, with one rank per example.
     """
-    raise_all(_problems(ranks, limits, raises=True))
+    raise_all(_problems(ranks, limits, _problem_to_set))
 
 
 def unknown_paths(paths: Sequence[str], known: Sequence[str]) -> str:
@@ -136,47 +138,74 @@ def name_of(path: str) -> str:
     return path or "the model itself"
 
 
-def _problems(ranks: Ranks, limits: Mapping[str, Limits], raises: bool) -> list[str]:
+def _problems(
+    ranks: Ranks,
+    limits: Mapping[str, Limits],
+    problem_of: Callable[[Any, Limits], str],
+) -> list[str]:
+    """Unknown paths, and what is wrong with each rank at a known one."""
     unknown = [path for path in ranks if path not in limits]
     problems = [unknown_paths(unknown, list(limits))] if unknown else []
     for path, rank in ranks.items():
-        if path in limits:
-            problem = _problem(rank, limits[path], raises)
-            problems += [f"{name_of(path)}: {problem}"] if problem else []
+        if path in limits and (problem := problem_of(rank, limits[path])):
+            problems.append(f"{name_of(path)}: {problem}")
     return problems
 
 
-def _problem(rank: Any, limits: Limits, raises: bool) -> str:
-    try:
-        array = np.asarray(rank)
-    except ValueError:  # lists of unequal length
-        array = np.asarray(None)
-    stack = limits.stack
-    per_example = (
-        raises and _is_array(rank) and array.shape[:-1] == stack and array.ndim
-    )
-    if array.dtype.kind not in "iu" or not (per_example or array.shape in ((), stack)):
-        lists = f" or nested lists of shape {stack}" if stack else ""
+def _problem_to_cut(rank: Any, limits: Limits) -> str:
+    """What is wrong with a rank to cut to; "" where nothing is."""
+    fix = "columns that were cut or masked do not come back."
+    return _problem(rank, limits, limits.active, fix)
+
+
+def _problem_to_set(rank: Any, limits: Limits) -> str:
+    """What is wrong with a rank to set; "" where nothing is."""
+    fix = "columns that were never allocated cannot act."
+    array = _whole_numbers(rank)
+    if array is None or not _is_per_example(rank, limits.stack):
+        return _problem(rank, limits, limits.allocated, fix)
+    low, high = array.min(-1, initial=limits.allocated), array.max(-1, initial=0)
+    given = f"{low.tolist()} to {high.tolist()} over the examples"
+    if not limits.nested:
+        return only_rank(limits.active, given)
+    return _out_of_bounds(low, high, limits.allocated, given, fix)
+
+
+def _problem(rank: Any, limits: Limits, limit: RankValue, fix: str) -> str:
+    """What is wrong with one number, or one for each matrix; "" where nothing is."""
+    array = _whole_numbers(rank)
+    if array is None or array.shape not in ((), limits.stack):
+        lists = f" or nested lists of shape {limits.stack}" if limits.stack else ""
         return (
             f"rank must be a whole number{lists}, got {rank!r}. Give one of that kind."
         )
-    limit, active = limits.allocated if raises else limits.active, limits.active
-    low, high = array, array
-    if per_example:
-        low, high = array.min(-1, initial=limits.allocated), array.max(-1, initial=0)
-        rank = f"{low.tolist()} to {high.tolist()} over the examples"
-    if not limits.nested and (per_example or (array != np.asarray(active)).any()):
-        return only_rank(active, rank)
-    if (low < 0).any() or (high > np.asarray(limit)).any():
-        fix = (
-            "columns that were never allocated cannot act."
-            if raises
-            else "columns that were cut or masked do not come back."
-        )
-        different = set(flatten_rank(limit))
-        limit = different.pop() if len(different) == 1 else limit
-        return f"rank must be in [0, {limit}], got {rank}. Lower it; {fix}"
-    return ""
+    if not limits.nested and (array != np.asarray(limits.active)).any():
+        return only_rank(limits.active, rank)
+    return _out_of_bounds(array, array, limit, rank, fix)
+
+
+def _whole_numbers(rank: Any) -> Int[np.ndarray, "..."] | None:
+    """A rank as an array, None if it is of something else than whole numbers."""
+    try:
+        array = np.asarray(rank)
+    except ValueError:  # lists of unequal length
+        return None
+    return array if array.dtype.kind in "iu" else None
+
+
+def _out_of_bounds(
+    low: Int[np.ndarray, "..."],
+    high: Int[np.ndarray, "..."],
+    limit: RankValue,
+    rank: Any,
+    fix: str,
+) -> str:
+    """The message for a rank whose numbers are not in [0, limit], "" where they are."""
+    if (low >= 0).all() and (high <= np.asarray(limit)).all():
+        return ""
+    different = set(flatten_rank(limit))
+    limit = different.pop() if len(different) == 1 else limit
+    return f"rank must be in [0, {limit}], got {rank}. Lower it; {fix}"
 
 
 def only_rank(active: RankValue, rank: Any) -> str:
@@ -187,5 +216,7 @@ def only_rank(active: RankValue, rank: Any) -> str:
     )
 
 
-def _is_array(rank: Any) -> bool:
-    return hasattr(rank, "shape") and hasattr(rank, "dtype")
+def _is_per_example(rank: Any, stack: tuple[int, ...]) -> bool:
+    """Whether a rank is an array with one axis more than the stack."""
+    shape = getattr(rank, "shape", ())
+    return bool(shape) and tuple(shape[:-1]) == stack

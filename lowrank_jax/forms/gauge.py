@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Int
 
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
-from lowrank_jax.factors import Factors, Rank
+from lowrank_jax.factors import Factors
+from lowrank_jax.ranked import Rank, known_rank
 from lowrank_jax.ranks import RankValue, only_rank
 
 _ROUNDING = 16 * np.finfo(np.float64).eps
@@ -85,7 +86,7 @@ class GaugeFactors(Factors):
         self.u = nnx.Param(u)
         self.rest = nnx.Param(rest)
         self.columns = Columns(columns)
-        self.rank = Rank(jnp.full(tuple(stack), rank, jnp.int32))
+        self.rank = Rank(known_rank(tuple(stack), rank))
         self.per_example = False
 
     @classmethod
@@ -96,11 +97,16 @@ class GaugeFactors(Factors):
         callback: in float32 an ill-conditioned factor would cost its digits.
 
         Raises:
-          UserError: Matrices of a stack have different ranks, or there are more columns
-            than the matrix has.
+          UserError: Matrices of a stack have different ranks, there are more columns
+            than the matrix has, or the active rank is traced.
         """
         if isinstance(factors, cls):
             return factors
+        if factors.rank_is_traced:
+            raise UserError(
+                "the gauge-aligned form needs a known rank, got a traced one. Make the"
+                " form outside of jit and of nnx.eval_shape, or keep the factored form."
+            )
         active = np.asarray(factors.limits().active)
         if (active != factors.max_rank).any() or factors.max_rank > factors.out_size:
             raise UserError(

@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from lowrank_jax.errors import UserError
@@ -61,6 +62,29 @@ class MergedReads:
     def set_value(self, value: Any) -> NoReturn:
         refuse_writing(type(self).__name__)
 
+    def get_raw_value(self) -> Float[Array, "..."]:
+        return self.get_value()
+
+    @property
+    def raw_value(self) -> Float[Array, "..."]:
+        return self.get_value()
+
+    @raw_value.setter
+    def raw_value(self, value: Any) -> NoReturn:
+        refuse_writing(type(self).__name__)
+
+    def get_metadata(self, *name: str, **options: Any) -> Any:
+        """Reads the metadata of a fresh `nnx.Param`, which are what a merged one
+        has."""
+        return nnx.Param(None).get_metadata(*name, **options)
+
+    def has_metadata(self, name: str) -> bool:
+        return nnx.Param(None).has_metadata(name)
+
+    @property
+    def sharding_names(self) -> Any:
+        return self.get_metadata("out_sharding", default=None)
+
     def __getitem__(self, index: Any) -> Float[Array, "..."]:
         value = self.get_value()
         return value if index is Ellipsis else value[index]
@@ -101,6 +125,10 @@ for _name in _OPERATORS:
 class MergedKernel(MergedReads):
     """The merged kernel of a layer, as it reads itself.
 
+    To JAX it is a tree with the merged array as its one leaf, as an `nnx.Param` is with
+    its value, and is one where such a tree is built again (inside `jax.jit`). So what
+    takes a Param takes it: functions of `jax.numpy`, `jax.tree` and transformations.
+
     Args:
       factors: The layer's factors.
       fold: The layer's fold.
@@ -109,6 +137,22 @@ class MergedKernel(MergedReads):
     def __init__(self, factors: Factors, fold: Fold):
         self.factors = factors
         self.fold = fold
+
+
+def _flatten(kernel: MergedKernel) -> tuple[tuple[Any, ...], None]:
+    return (kernel.get_value(),), None
+
+
+def _flatten_with_keys(kernel: MergedKernel) -> tuple[tuple[Any, ...], None]:
+    return ((jax.tree_util.GetAttrKey("value"), kernel.get_value()),), None
+
+
+jax.tree_util.register_pytree_with_keys(
+    MergedKernel,
+    _flatten_with_keys,
+    lambda _, children: nnx.Param(children[0]),
+    _flatten,
+)
 
 
 def refuse_writing(name: str) -> NoReturn:

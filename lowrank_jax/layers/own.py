@@ -8,6 +8,7 @@ the kernel.
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -114,34 +115,29 @@ def subclass_of(
 
 
 def _changes(dense_type: type, base: type) -> bool:
-    """Whether a class between the two defines anew what the base defines or runs."""
-    known = {name for parent in base.__mro__ for name in vars(parent)} - {"__init__"}
-    between = dense_type.__mro__[: dense_type.__mro__.index(base)]
+    """Whether a subclass has something of its base's otherwise than the base has it.
+
+    All that the base's forward may run or read counts, not `__call__` alone: a helper
+    method, a property, a constant of the class. What the subclass adds under new names
+    does not, nor does its `__init__`, for the attributes that this sets are taken over.
+    """
+    members = dict(inspect.getmembers_static(dense_type))
     return any(
-        name in known and not _is_bookkeeping(name)
-        for parent in between
-        for name in vars(parent)
+        members.get(name) is not member
+        for name, member in inspect.getmembers_static(base)
+        if name != "__init__" and not _is_record(name, member)
     )
 
 
-def _is_bookkeeping(name: str) -> bool:
-    """Whether every class body has this name, or NNX sets it."""
-    return name in _EVERY_CLASS or name.startswith("_pytree")
+def _is_record(name: str, member: Any) -> bool:
+    """Whether Python or NNX writes this about every class, such as `__doc__`."""
+    return name in vars(_Plain) or (name.startswith("__") and not callable(member))
 
 
-_EVERY_CLASS = {*vars(type("_", (nnx.Module,), {}))} | {
-    "__annotations__",
-    "__annotate__",
-    "__annotate_func__",
-    "__annotations_cache__",
-    "__firstlineno__",
-    "__static_attributes__",
-    "__doc__",
-    "__module__",
-    "__qualname__",
-    "__parameters__",
-    "__signature__",
-}
+class _Plain(nnx.Module):
+    """A class that changes nothing, for the names that it has all the same."""
+
+    annotated: int
 
 
 def _subclass(
@@ -151,7 +147,12 @@ def _subclass(
     methods: dict[str, Any],
     **attributes: Any,
 ) -> type[LowRankLayer]:
-    """A class of ours that is a subclass of a dense one."""
+    """Makes a class of ours that is a subclass of a dense one too.
+
+    Ours come first, for the factors; any method that they do not have, the forward of
+    an `OwnForward` included, is the dense class's, which reads `kernel` as a property
+    that merges (`LowRankLayer`). `methods` become class methods.
+    """
 
     def __init__(self, *args: Any, max_rank: int | None = None, **options: Any):
         self._adopt(dense_type(*args, **options), max_rank=max_rank)

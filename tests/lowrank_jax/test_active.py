@@ -121,3 +121,15 @@ def test_a_shape_that_traced_ranks_cannot_have_is_named(model):
 
     with pytest.raises(UserError, match="groups: rank: .*got shape"):
         step(jnp.ones(3, jnp.int32))
+
+
+def test_traced_ranks_must_be_whole_numbers(model):
+    """A float would be cut off in silence, as 2.7 to 2."""
+
+    @jax.jit
+    def step(rank):
+        set_ranks(nnx.clone(model), {"groups": rank})
+
+    with pytest.raises(UserError, match="groups: rank: must be whole numbers, got flo"):
+        step(jnp.full(2, 2.7))
+    step(jnp.full(2, 2, jnp.uint8))

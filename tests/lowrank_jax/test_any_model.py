@@ -21,7 +21,12 @@ from lowrank_jax import checkpoint
 from lowrank_jax.active import max_ranks, set_ranks
 from lowrank_jax.counting import count
 from lowrank_jax.errors import UserError
-from lowrank_jax.factorization import DenseWarning, factorize, rules_of
+from lowrank_jax.factorization import (
+    DenseWarning,
+    factorize,
+    kernel_matrices,
+    rules_of,
+)
 from lowrank_jax.layers import (
     LAYERS,
     LowRankLayer,
@@ -392,6 +397,46 @@ def test_a_kernel_is_read_at_the_active_rank_and_differentiably():
     assert np.linalg.matrix_rank(np.asarray(layer.kernel)) == 2
 
 
+READS: dict[str, Callable[[Any], Any]] = {
+    "matmul": lambda kernel: jnp.matmul(jnp.ones((2, 5)), kernel),
+    "dot": lambda kernel: jnp.dot(jnp.ones((2, 5)), kernel),
+    "einsum": lambda kernel: jnp.einsum("bi,io->bo", jnp.ones((2, 5)), kernel),
+    "sum": jnp.sum,
+    "take": lambda kernel: jnp.take(kernel, jnp.array([1, 3]), axis=0),
+    "stack": lambda kernel: jnp.stack([kernel, kernel]),
+    "asarray": jnp.asarray,
+    "astype": lambda kernel: kernel.astype(jnp.bfloat16),
+    "jit": jax.jit(lambda kernel: 2 * kernel + kernel[...]),
+    "closure": lambda kernel: jax.jit(lambda x: jnp.dot(x, kernel))(jnp.ones((2, 5))),
+    "vmap": jax.vmap(lambda row: row * 2),
+    "scan": lambda kernel: jax.lax.scan(lambda c, row: (c, row * 1), 0, kernel)[1],
+    "tree": lambda kernel: jax.tree.leaves(kernel)[0],
+    "penalty": lambda kernel: sum(jnp.sum(x**2) for x in jax.tree.leaves(kernel)),
+    "raw value": lambda kernel: kernel.get_raw_value(),
+    "metadata": lambda kernel: jnp.asarray(len(kernel.get_metadata())),
+    "sharding": lambda kernel: jnp.asarray(kernel.sharding_names is None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*sharding_names:DeprecationWarning")
+@pytest.mark.parametrize("case", READS)
+def test_what_takes_a_param_takes_a_merged_kernel(case):
+    """The same numbers from a dense Param and from the merged one, and gradients."""
+    layer = LowRankLinear(5, 4, rngs=nnx.Rngs(0))
+    layer.factors.set_rank(2)
+    read, dense = READS[case], merge(layer)
+    expected = read(dense.kernel)
+    found = read(layer.kernel)
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), np.asarray(expected, np.float32), rtol=1e-6
+    )
+    if case not in ("metadata", "sharding"):
+        loss = nnx.grad(lambda m: jnp.sum(jnp.float32(read(m.kernel)) ** 2))
+        assert np.any(loss(layer)["factors"]["u"][...])
+    assert "kernel" not in nnx.to_pure_dict(nnx.state(layer))
+
+
 def test_reads_of_an_abstract_model_have_shapes():
     model = nnx.eval_shape(lambda: factorize(Attention(nnx.Rngs(0))))
     assert model.query.kernel.shape == model.query.kernel[...].shape == (4, 2, 3)
@@ -402,8 +447,9 @@ def test_shapes_are_known_at_a_rank_per_example():
     layer = LowRankLinear(5, 4, rngs=nnx.Rngs(0))
     layer.factors.set_rank(np.array([1, 2, 3]))
     assert layer.kernel.shape == (5, 4)
-    with pytest.raises(UserError, match="must be one number to merge"):
-        layer.kernel[...]
+    for read in (lambda kernel: kernel[...], jnp.sum):
+        with pytest.raises(UserError, match="must be one number to merge"):
+            read(layer.kernel)
 
 
 def test_a_subclass_that_keeps_the_forward_multiplies_by_the_factors():
@@ -415,6 +461,59 @@ def test_a_subclass_that_keeps_the_forward_multiplies_by_the_factors():
     made = low_rank_type(Scaled)(6, 3, max_rank=2, rngs=nnx.Rngs(0))
     assert made.factors.max_rank == 2 and type(made.to_dense()) is Scaled
     assert low_rank_type(type(made)) is None and low_rank_type(nnx.LayerNorm) is None
+
+
+class Base(nnx.Linear):
+    """A base of a project's own, whose forward runs and reads more than one name."""
+
+    gain = 2.0
+
+    def scale(self, inputs):
+        return self.gain * inputs
+
+    @property
+    def power(self):
+        return 1
+
+    def __call__(self, inputs):
+        return super().__call__(self.scale(inputs)) ** self.power
+
+
+class Double:
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+BODIES: dict[str, tuple[dict[str, Any], bool]] = {
+    "nothing": ({}, False),
+    "new names": ({"__doc__": "Mine.", "fan": lambda self: 3, "size": 3}, False),
+    "annotations": ({"__annotations__": {"gain": float}, "__module__": "my"}, False),
+    "__init__": (
+        {"__init__": lambda self, *a, **k: Base.__init__(self, 6, 3, **k)},
+        False,
+    ),
+    "the same": ({"__call__": Base.__call__}, False),
+    "__call__": ({"__call__": lambda self, inputs: inputs}, True),
+    "a method": ({"scale": lambda self, inputs: 3 * inputs}, True),
+    "a property": ({"power": property(lambda self: 2)}, True),
+    "a constant": ({"gain": 3.0}, True),
+}
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_what_a_subclass_changes_of_the_forward(case):
+    """All that the base's forward may reach by a name, and nothing else."""
+    body, changes = BODIES[case]
+    register(Base, type("LowRankBase", (LowRankLinear,), {"dense_type": Base}))
+    kind = low_rank_type(type("Sub", (Base,), body))
+    assert issubclass(kind, LowRankLinear) is not changes
+
+
+def test_a_mixin_before_the_base_changes_the_forward():
+    mixed = type("Mixed", (Double, nnx.Linear), {})
+    assert not issubclass(low_rank_type(mixed), LowRankLinear)
+    after = type("After", (nnx.Linear, Double), {})
+    assert issubclass(low_rank_type(after), LowRankLinear)
 
 
 def test_an_own_forward_costs_its_dense_macs_at_every_rank():
@@ -495,6 +594,53 @@ def test_wrong_rules_for_params_are_refused(case):
     rules, message = WRONG[case]
     with pytest.raises(UserError, match=message):
         factorize(Bare(nnx.Rngs(0)), rules)
+
+
+PAIRS = {
+    "three": [(".*", "full", 1)],
+    "one": [(".*",)],
+    "text": ["ab"],
+    "no pattern": [(3, "full")],
+    "a mapping": {".*": "full"},
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_rules_that_are_no_pairs_are_refused(case):
+    with pytest.raises(UserError, match="rules: must be pairs of a pattern .*, got"):
+        factorize(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), PAIRS[case])
+
+
+@pytest.mark.parametrize(
+    ("model", "rule", "message"),
+    [
+        (nnx.Linear, {"max_rank": -1}, "^the model itself: max_rank must be a whole"),
+        (nnx.Linear, 3, "^the model itself: a rule must be 'dense', 'full' or a map"),
+    ],
+)
+def test_a_model_that_is_a_layer_is_named_so(model, rule, message):
+    with pytest.raises(UserError, match=message):
+        factorize(model(4, 3, rngs=nnx.Rngs(0)), [(".*", rule)])
+
+
+@pytest.mark.parametrize("bug", [TypeError, ValueError, KeyError])
+def test_a_bug_in_a_layer_of_ones_own_keeps_its_traceback(bug):
+    """It is no mistake in the rules, of `factorize` nor of what is read dense."""
+
+    class Other(nnx.Linear):
+        pass
+
+    class LowRankOther(LowRankLinear):
+        @classmethod
+        def fold_of(cls, dense):
+            raise bug("of the user")
+
+    register(Other, LowRankOther)
+    model = Other(4, 3, rngs=nnx.Rngs(0))
+    for read in (factorize, kernel_matrices):
+        with pytest.raises(bug, match="of the user") as error:
+            read(model)
+        assert not isinstance(error.value, UserError)
 
 
 def test_a_model_without_layers_is_told_what_is_known():

@@ -236,6 +236,41 @@ def test_a_module_named_like_ours_is_saved_and_loaded(ranks, tmp_path):
     assert_same(found, truncate(model, ranks or {}))
 
 
+class Alike(nnx.Module):
+    """A layer, and a Param whose path ends in that of the layer's factor."""
+
+    def __init__(self, size: int):
+        self.layer = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+        own = nnx.Dict(u=nnx.Param(jnp.ones((4, size))))
+        self.x = nnx.Dict(layer=nnx.Dict(factors=own))
+
+
+@pytest.mark.parametrize("item", ["params", "opt_state"])
+def test_a_param_with_the_path_of_a_factor_at_its_end_is_not_cut(item, tmp_path):
+    """Only a moment's path has something before the parameter's."""
+    rules = [("layer", "full")]
+    ignored = pytest.warns(UserWarning, match="x/layer/factors/u")
+    with ignored:
+        large, small = (factorize(Alike(size), rules) for size in (6, 3))
+    states = [
+        optax.adam(0.1).init(nnx.as_pure(nnx.state(m, nnx.Param)))
+        for m in (large, small)
+    ]
+    checkpoint.save(tmp_path / "new", large, items={"opt_state": states[0]})
+    saved = checkpoint.open_checkpoint(tmp_path / "new")
+    assert list(saved.metadata["rank_axes"]) == ["layer/factors/u", "layer/factors/v"]
+    with pytest.raises(UserError, match=rf"(?s){item}/.*x/layer/factors/u: .*\[4, 6\]"):
+        if item == "params":
+            checkpoint.load(saved, small)
+        else:
+            checkpoint.restore(saved, {"opt_state": states[1]})
+    cut = truncate(large, {"layer": 2})
+    assert_same(checkpoint.load(saved, large, ranks={"layer": 2}), cut)
+    state = optax.adam(0.1).init(nnx.as_pure(nnx.state(cut, nnx.Param)))
+    found = checkpoint.restore(saved, {"opt_state": state})["opt_state"]
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, state)
+
+
 def test_two_arrays_with_one_path_are_refused_by_name(tmp_path):
     """(bug 8) "x/y" next to "x" that holds "y": nothing is lost in silence."""
     inner = nnx.Dict(y=nnx.LayerNorm(2, rngs=nnx.Rngs(0)))

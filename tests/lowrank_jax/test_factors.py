@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from reference import relative_error, spectrum_error
 
+from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors, Rank
 
 STACKS = {"one": (), "stacked": (2,), "stacked groups": (2, 3)}
@@ -161,6 +162,76 @@ def test_ranks_per_example_cannot_be_merged():
     factors.set_rank(jnp.array([1, 2]))
     with pytest.raises(ValueError, match="one number to merge the factors"):
         factors.matrix()
+
+
+def test_ranks_per_example_have_no_canonical_form():
+    """The function would change; the arrays stay."""
+    factors = make()
+    before = factors.u[...]
+    factors.set_rank(jnp.array([1, 2]))
+    with pytest.raises(UserError, match="one number to have a canonical form, got one"):
+        factors.canonicalize()
+    np.testing.assert_array_equal(factors.u[...], before)
+
+
+@pytest.mark.parametrize("with_s", [False, True])
+@pytest.mark.parametrize(
+    ("stack", "active", "asked", "expected"),
+    [
+        ((), 2, 3, 2),
+        ((), 3, 1, 1),
+        ((2,), [1, 3], 2, [1, 2]),
+        ((2,), [1, 3], np.array([2, 3]), [1, 3]),
+    ],
+)
+def test_a_cut_raises_no_traced_rank(stack, active, asked, expected, with_s):
+    """The lower of the two acts, matrix by matrix; past it everything is zero."""
+    factors = make(stack, with_s=with_s)
+    factors.set_rank(active)
+    wanted = product(factors, expected)
+
+    @nnx.jit
+    def cut(factors):
+        factors = nnx.clone(factors)
+        factors.cut(asked)
+        return factors
+
+    small = cut(factors)
+    assert small.max_rank == np.max(asked) and small.get_rank() == expected
+    np.testing.assert_allclose(small.matrix(), wanted, atol=1e-5)
+    tail = np.arange(small.max_rank) >= np.asarray(expected)[..., None]
+    left = np.where(tail[..., None, :], small.u[...], 0)
+    np.testing.assert_array_equal(left, 0)
+
+
+def test_a_cut_lowers_traced_ranks_per_example_to_the_highest():
+    factors = make()
+    factors.set_rank(jnp.array([1, 2, 0]))
+
+    @nnx.jit
+    def cut(factors):
+        factors = nnx.clone(factors)
+        factors.cut(3)
+        return factors
+
+    assert cut(factors).get_rank() == 2
+
+
+def test_ranks_that_are_known_stay_known_under_a_trace():
+    """New factors, and plain ranks that are set, whatever traces them."""
+    known = []
+
+    @jax.jit
+    def trace(u, v):
+        factors = Factors(u, v)
+        known.append(factors.get_rank())
+        factors.set_rank(np.array(1))
+        known.append(factors.get_rank())
+        return factors.matrix()
+
+    factors = make()
+    trace(factors.u[...], factors.v[...])
+    assert known == [factors.max_rank, 1]
 
 
 def test_a_batch_of_another_size_is_an_error():

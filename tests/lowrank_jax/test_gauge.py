@@ -287,6 +287,40 @@ def test_stacks_of_different_ranks_are_refused_by_name():
         truncate(model, {}, form="gauge")
 
 
+def test_a_traced_rank_has_no_gauge():
+    """A masked model would come out at its allocated rank; a known one is no trouble,
+    and a cut of factors raises no rank."""
+    model = factorize(nnx.Linear(12, 10, rngs=nnx.Rngs(0)), [("", {"max_rank": 8})])
+    set_ranks(model, {"": 2})
+    with pytest.raises(UserError, match="the model itself: .* known rank, got a trac"):
+        nnx.jit(lambda model: truncate(model, {}, form="gauge"))(model)
+    with pytest.raises(UserError, match="known rank, got a traced one"):
+        nnx.eval_shape(lambda model: truncate(model, {"": 5}, form="gauge"), model)
+    assert get_ranks(nnx.jit(lambda m: truncate(m, {"": 5}))(model)) == {"": 2}
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def align(params):
+        model = nnx.merge(graph, params, rest, copy=True)
+        return nnx.state(truncate(model, {}, form="gauge"))
+
+    form = truncate(model, {}, form="gauge")
+    small = nnx.merge(nnx.graphdef(form), align(params))
+    assert get_ranks(small) == {"": 2}
+    assert relative_error(small(jnp.ones((3, 12))), model(jnp.ones((3, 12)))) <= 1e-5
+
+
+def test_a_rule_makes_the_form_abstractly():
+    """Its own factors have a known rank under any trace."""
+    dense = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
+    rules = [("", {"form": "gauge", "max_rank": 3})]
+    abstract = nnx.eval_shape(lambda model: factorize(model, rules), dense)
+    expected = factorize(dense, rules)
+    assert nnx.graphdef(abstract) == nnx.graphdef(expected)
+    traced = nnx.jit(lambda model: factorize(model, rules))(dense)
+    assert relative_error(traced(jnp.ones((2, 6))), expected(jnp.ones((2, 6)))) <= 1e-5
+
+
 WRONG_RULES = {
     "form": ({"form": "lu"}, r"form must be one of \['factored', 'gauge'\]"),
     "options": ({"form": "gauge", "depth": 3}, r"got \['depth'\]"),

@@ -33,6 +33,13 @@ def test_two_parts_with_one_path_are_refused_by_name(find):
         find(Holder(part=COLLISION))
 
 
+def test_a_part_with_the_path_of_the_model_is_refused_by_name():
+    with pytest.raises(
+        UserError, match="^the model itself: every part of a model must"
+    ):
+        find_layers(nnx.Dict({"": linear()}))
+
+
 def test_a_colliding_model_is_not_saved(tmp_path):
     """One of its biases would be missing in the checkpoint."""
     with pytest.raises(

@@ -1,5 +1,6 @@
 """Ranks outside jit: fractions, mappings, and the one check of legality."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -41,6 +42,18 @@ def test_values_and_mappings():
     assert lowest([1, 5], 3) == [1, 3] and lowest(4, 2) == 2
     assert at_most({"a": [1, 5], "b": 2}, 3) == {"a": [1, 3], "b": 2}
     assert at_fraction({"a": [1, 5], "b": 8}, 0.5) == {"a": [1, 3], "b": 4}
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+def test_arrays_are_ranks_as_lists_are(array):
+    """Of NumPy, and concrete ones of JAX."""
+    stack = array([[1, 7], [3, 4]])
+    assert flatten_rank(stack) == [1, 7, 3, 4] and flatten_rank(array(5)) == [5]
+    assert largest(stack) == 7 and largest(array([], int)) == 0
+    assert lowest(array([1, 5]), 3) == [1, 3]
+    ranks = {"a": array([1, 5]), "b": array(8)}
+    assert at_most(ranks, 3) == {"a": [1, 3], "b": 3}
+    assert at_fraction(ranks, 0.5) == {"a": [1, 3], "b": 4}
 
 
 LEGAL = {
