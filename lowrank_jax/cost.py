@@ -37,23 +37,26 @@ class LayerCost:
 
     @property
     def dense_params(self) -> int:
+        """Counts the numbers of the dense matrices."""
         return self.matrices * self.in_size * self.out_size
 
     @property
     def dense_macs(self) -> int:
+        """Counts the MACs of one example through the dense matrices."""
         return self.dense_params * self.dense_positions
 
     def factored_params(self, rank: RankValue) -> int:
         """Counts the numbers in the form's arrays, r (i + o) for each matrix `u v`."""
-        return sum(self.form_params(one) for one in self._ranks(rank))
+        return sum(map(self.form_params, self._ranks(rank)))
 
     def factored_macs(self, rank: RankValue) -> int:
-        return sum(self.form_macs(one) for one in self._ranks(rank))
+        """Counts the MACs of one example through the form's arrays."""
+        return sum(map(self.form_macs, self._ranks(rank)))
 
     def params(self, rank: RankValue) -> int:
         """Counts the parameters of the smaller form, matrix by matrix."""
-        dense = self.in_size * self.out_size
-        return sum(min(dense, self.form_params(one)) for one in self._ranks(rank))
+        dense, ranks = self.in_size * self.out_size, self._ranks(rank)
+        return sum(min(dense, params) for params in map(self.form_params, ranks))
 
     def macs(self, rank: RankValue) -> int:
         """Counts the MACs of the cheaper form, factored or merged, matrix by matrix.
@@ -63,11 +66,10 @@ class LayerCost:
         """
         ranks, dense = self._ranks(rank), self.in_size * self.out_size
         if not self.dense_positions:
-            smaller = [one for one in ranks if self.form_params(one) < dense]
+            smaller = [number for number in ranks if self.form_params(number) < dense]
             return sum(map(self.form_macs, smaller))
-        return sum(
-            min(dense * self.dense_positions, self.form_macs(one)) for one in ranks
-        )
+        dense_macs = dense * self.dense_positions
+        return sum(min(dense_macs, macs) for macs in map(self.form_macs, ranks))
 
     def form_params(self, rank: int) -> int:
         """Counts the numbers of one matrix at a rank; another form overrides it."""
@@ -80,7 +82,7 @@ class LayerCost:
         )
 
     def _ranks(self, rank: RankValue) -> list[int]:
-        """One rank for each matrix, from one number or a nested list of them."""
+        """Lists a rank for each matrix, from one number or a nested list of them."""
         flat = flatten_rank(rank)
         if not flat or self.matrices % len(flat):
             raise UserError(

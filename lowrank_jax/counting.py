@@ -60,12 +60,12 @@ class ModelCost(NamedTuple):
 
     @property
     def dense_params(self) -> int:
-        """Parameters of the dense twin of the model."""
+        """Counts the parameters of the dense twin of the model."""
         return self.fixed_params + sum(c.dense_params for c in self.layers.values())
 
     @property
     def dense_macs(self) -> int:
-        """MACs of the dense twin of the model."""
+        """Counts the MACs of the dense twin of the model."""
         return self.fixed_macs + sum(cost.dense_macs for cost in self.layers.values())
 
 
@@ -87,11 +87,14 @@ def count(
     >>> cost.dense_params, cost.dense_macs
     (36, 32)
     """
-    owners = {id(factors): path for path, factors in find_factors(model).items()}
+    # What there is: factors by the path they count under, layers, matrices of modules.
+    factors = find_factors(model)
+    owners = {id(product): path for path, product in factors.items()}
     layers, sizes = find_layers(model), param_sizes(model)
     unseen = {
         path: sizes[id(param)] for path, (param, _) in find_own_matrices(model).items()
     }
+    # MACs, where layers were called; those with the same factors add up.
     factored: dict[str, LayerCost] = {}
     fixed_macs = 0
     for path, cost in layer_costs(model, *example, forward=forward).items():
@@ -103,17 +106,15 @@ def count(
             fixed_macs += cost.dense_macs
             continue
         owner = owners[id(layer.factors)]
-        known = factored.get(owner)
-        factored[owner] = _add_positions(known, cost) if known else cost
+        shared_cost = factored.get(owner)
+        factored[owner] = _add_positions(shared_cost, cost) if shared_cost else cost
+    # What nobody saw: factored Params, unless they are a layer's kernel as well.
     of_layers = factors_of_layers(layers)
     for path, (layer, _) in layers.items():
         if isinstance(layer, LowRankParam) and id(layer.factors) not in of_layers:
             unseen[path] = factored[owners[id(layer.factors)]].dense_params
-    in_factors = {
-        id(node)
-        for factors in find_factors(model).values()
-        for _, node in walk(factors)
-    }
+    # Parameters that no rank changes: all but those of the factors.
+    in_factors = {id(node) for product in factors.values() for _, node in walk(product)}
     fixed_params = sum(size for key, size in sizes.items() if key not in in_factors)
     return ModelCost(factored, fixed_params, fixed_macs, unseen)
 
@@ -147,7 +148,7 @@ def _kernel(layer: nnx.Module) -> nnx.Param:
 
 
 class _Recorder:
-    """The shapes a layer was called with; a static attribute of it while it is
+    """Keeps the shapes a layer was called with; a static attribute of it while it is
     traced."""
 
     def __init__(self):
@@ -157,7 +158,7 @@ class _Recorder:
 def _trace_calls(
     model: nnx.Module, example: tuple[Any, ...], forward: Callable[..., Any]
 ) -> dict[str, _Recorder]:
-    """Input and output shapes of every call of every layer, by path."""
+    """Records the input and output shapes of every call of every layer, by path."""
     probe = nnx.clone(model)
     probe.eval()
     recorders = {}
@@ -173,7 +174,7 @@ def _trace_calls(
 
 @functools.cache
 def _recording_type(cls: type[nnx.Module]) -> type[nnx.Module]:
-    """A subclass that notes each call; NNX transforms keep it, scans included."""
+    """Makes a subclass that notes each call; NNX transforms keep it, scans included."""
 
     def recording(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +196,7 @@ def _recording_type(cls: type[nnx.Module]) -> type[nnx.Module]:
 
 
 def _layer_cost(layer: nnx.Module, recorder: _Recorder) -> LayerCost:
-    """The cost of one layer over all its calls."""
+    """Adds up the cost of one layer over all its calls."""
     if isinstance(layer, LowRankLayer):
         kind, fold = type(layer), layer.fold
         stacked = math.prod(layer.factors.stack_shape) // math.prod(fold.stack_shape)
@@ -214,11 +215,12 @@ def _layer_cost(layer: nnx.Module, recorder: _Recorder) -> LayerCost:
     return layer.factors.cost(total) if isinstance(layer, LowRankLayer) else total
 
 
-def _add_positions(one: LayerCost, other: LayerCost) -> LayerCost:
+def _add_positions(cost: LayerCost, more: LayerCost) -> LayerCost:
+    """Adds the calls of a second cost to a first one's, of the same matrices."""
     return dataclasses.replace(
-        one,
-        dense_positions=one.dense_positions + other.dense_positions,
-        first_positions=one.first_positions + other.first_positions,
-        second_positions=one.second_positions + other.second_positions,
-        spared_positions=one.spared_positions + other.spared_positions,
+        cost,
+        dense_positions=cost.dense_positions + more.dense_positions,
+        first_positions=cost.first_positions + more.first_positions,
+        second_positions=cost.second_positions + more.second_positions,
+        spared_positions=cost.spared_positions + more.spared_positions,
     )

@@ -44,7 +44,7 @@ class Limits(NamedTuple):
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The shape of the layer's stack, `()` for one matrix."""
+        """Returns the shape of the layer's stack, `()` for one matrix."""
         return np.shape(self.active)
 
 

@@ -25,8 +25,9 @@ class Row:
     Args:
       path: Its first path; the further ones share its parameters.
       type: Name of its class.
-      form: "dense", "factors" (or another form's name), or "own" for a matrix that a
-        module holds itself and that stays dense.
+      form: "dense", the name of the factors' form ("factored" or another key of
+        `forms.FORMS`), or "own" for a matrix that a module holds itself and that stays
+        dense.
       rank: The active rank, the largest of a stack; None of a dense layer.
       max_rank: The allocated rank; None of a dense layer.
       params: Numbers that it stores, bias included.
@@ -118,12 +119,12 @@ def summary(model: nnx.Module, *example: Any) -> Summary:
 
 def _form(node: Any, factors: Factors | None) -> str:
     if factors is not None:
-        return getattr(factors, "form", "factors")
+        return factors.form
     return "own" if isinstance(node, nnx.Param) else "dense"
 
 
 def _macs(node: Any, cost: LayerCost | None) -> int | None:
-    """MACs at the active rank; None for what is not counted."""
+    """Counts MACs at the active rank; None for what is not counted."""
     if cost is None or isinstance(node, LowRankParam):
         return None
     if isinstance(node, LowRankLayer):
@@ -132,7 +133,7 @@ def _macs(node: Any, cost: LayerCost | None) -> int | None:
 
 
 def _effective_rank(node: Any) -> float | None:
-    """exp(H(s / sum s)) of the kernel's matrix, the mean over a stack of matrices."""
+    """Computes exp(H(s / sum s)) of the kernel's matrix, the mean over a stack."""
     arrays = [p.get_value() for _, p in walk(node) if isinstance(p, nnx.Param)]
     if any(isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer) for x in arrays):
         return None
@@ -155,7 +156,7 @@ def _effective_rank(node: Any) -> float | None:
 
 
 def _matrix(node: Any) -> jax.Array | None:
-    """The matrix of a dense layer or Param; None where it has none."""
+    """Returns the matrix of a dense layer or Param; None where it has none."""
     if isinstance(node, nnx.Param):
         return node.get_value()
     kind = low_rank_type(type(node))

@@ -18,13 +18,15 @@ A penalty that remembers something is a `StatefulPenalty` of `init(model) -> sta
 `apply(model, state, step) -> (value, state)`; `stateful` turns either into this form.
 The state is carried and saved with the training state, and goes over a cut by `keep`,
 or is made anew (`carry` does either). In a closure nothing is remembered:
-`check_stateless` refuses it.
+`check_stateless` refuses it. What must fit the model that training starts from goes
+into a `check(model)`, of a `CheckedPenalty` or a `StatefulPenalty`.
 '''
 
 from collections.abc import Callable
 
 from lowrank_jax.penalties.base import (
     AnyPenalty,
+    CheckedPenalty,
     Penalty,
     StatefulPenalty,
     carry,
@@ -70,6 +72,7 @@ PENALTIES: dict[str, Callable[..., AnyPenalty]] = {
 __all__ = [
     "PENALTIES",
     "AnyPenalty",
+    "CheckedPenalty",
     "Penalty",
     "StatefulPenalty",
     "carry",

@@ -14,8 +14,13 @@ from lowrank_jax import penalties
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.paths import find_factors
-from lowrank_jax.penalties import StatefulPenalty, carry, check_stateless, stateful
-from lowrank_jax.penalties.base import CheckedPenalty
+from lowrank_jax.penalties import (
+    CheckedPenalty,
+    StatefulPenalty,
+    carry,
+    check_stateless,
+    stateful,
+)
 
 
 def moving_mean() -> StatefulPenalty:
