@@ -61,10 +61,10 @@ def truncate(
       model: A low-rank model.
       ranks: Rank of each layer by path; layers that are not named keep theirs. A stack
         of layers with different ranks is allocated at the largest, masked below it, and
-        zero there.
+        zero there; so is a layer whose active rank is traced, and below this one.
       form: What the layers are turned into after the cut, a key of `forms.FORMS`. In
         another form than the factored one all of them are cut to their active ranks,
-        and none can be cut again.
+        and none can be cut again; a traced rank has none.
 
     Raises:
       UserError: An unknown path or form, a rank outside [0, active], a layer that has

@@ -73,6 +73,9 @@ class MergedReads:
     def raw_value(self, value: Any) -> NoReturn:
         refuse_writing(type(self).__name__)
 
+    def set_raw_value(self, value: Any, **options: Any) -> NoReturn:
+        refuse_writing(type(self).__name__)
+
     def get_metadata(self, *name: str, **options: Any) -> Any:
         """Reads the metadata of a fresh `nnx.Param`, which are what a merged one
         has."""

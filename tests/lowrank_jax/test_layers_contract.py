@@ -741,6 +741,8 @@ def test_the_merged_kernel_reads_as_the_twins(name):
         lambda: setattr(layer, layer.kernel_name, nnx.Param(merged)),
         lambda: kernel.set_value(merged),
         lambda: setattr(kernel, "value", merged),
+        lambda: kernel.set_raw_value(merged),
+        lambda: setattr(kernel, "raw_value", merged),
         lambda: operator.setitem(kernel, 0, 0),
     ):
         with pytest.raises(UserError, match="merged kernel is read-only, got a write"):
