@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lowrank_jax import linalg
 from lowrank_jax.cost import LayerCost
@@ -45,8 +45,6 @@ class Factors(Ranked):
 
     Attributes:
       form: Its name, a key of `forms.FORMS`.
-      rank_axes: Of each array the axes, from the end, along which a prefix is a lower
-        rank.
       skips_identity: Whether columns of `v` are unit vectors that `expand` skips.
       rule_options: What a rule can choose for this form, with the defaults.
     """
@@ -343,39 +341,6 @@ class Factors(Ranked):
         self.set_rank(self.lowered(rank))
         if self.rank_is_traced or min(flatten_rank(rank), default=0) < allocated:
             self.zero_masked()
-
-    def zero_masked(self) -> None:
-        """Sets what lies past the active rank to zero, in place; it may be traced."""
-        for name, mask in self.rank_masks().items():
-            array = getattr(self, name)
-            array.set_value(jnp.where(mask, array[...], 0))
-
-    def rank_masks(self) -> dict[str, Bool[Array, "..."]]:
-        """Tells for each array which of its numbers lie within the active rank.
-
-        Broadcastable; with one rank per example, within the highest of them.
-        """
-        acting = self.mask()
-        if self.per_example:
-            acting = acting.any(axis=-2)
-        masks = {}
-        for name, axes in self._rank_arrays():
-            mask: Any = True
-            for axis in axes:
-                trailing = getattr(self, name).ndim - len(self.stack_shape)
-                shape = [*self.stack_shape, *[1] * trailing]
-                shape[axis] = self.max_rank
-                mask = mask & acting.reshape(shape)
-            masks[name] = mask
-        return masks
-
-    def _rank_arrays(self) -> list[tuple[str, tuple[int, ...]]]:
-        """The arrays there are of `rank_axes`, with these axes."""
-        return [
-            (name, axes)
-            for name, axes in self.rank_axes.items()
-            if getattr(self, name) is not None
-        ]
 
     def canonicalize(self) -> None:
         """Replaces the arrays by the SVD of the product at the active rank, in place.

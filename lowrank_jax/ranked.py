@@ -1,6 +1,7 @@
 """The active rank in a model: a traced array beside the factors, and its mask."""
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,12 @@ class Ranked(nnx.Module):
 
     Attributes:
       nested: Whether a lower rank of it is a model.
+      rank_axes: Of each array the axes, from the end, along which a prefix is a lower
+        rank.
     """
 
     nested: ClassVar[bool] = True
+    rank_axes: ClassVar[Mapping[str, tuple[int, ...]]] = {}
 
     rank: Rank
     per_example: bool
@@ -54,6 +58,39 @@ class Ranked(nnx.Module):
             )
         shape = (*rank.shape, self.max_rank)
         return jax.lax.broadcasted_iota(jnp.int32, shape, rank.ndim) < rank[..., None]
+
+    def zero_masked(self) -> None:
+        """Sets what lies past the active rank to zero, in place; it may be traced."""
+        for name, mask in self.rank_masks().items():
+            array = getattr(self, name)
+            array.set_value(jnp.where(mask, array[...], 0))
+
+    def rank_masks(self) -> dict[str, Bool[Array, "..."]]:
+        """Tells for each array which of its numbers lie within the active rank.
+
+        Broadcastable; with one rank per example, within the highest of them.
+        """
+        acting = self.mask()
+        if self.per_example:
+            acting = acting.any(axis=-2)
+        masks = {}
+        for name, axes in self._rank_arrays():
+            mask: Any = True
+            for axis in axes:
+                trailing = getattr(self, name).ndim - len(self.stack_shape)
+                shape = [*self.stack_shape, *[1] * trailing]
+                shape[axis] = self.max_rank
+                mask = mask & acting.reshape(shape)
+            masks[name] = mask
+        return masks
+
+    def _rank_arrays(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The arrays there are of `rank_axes`, with these axes."""
+        return [
+            (name, axes)
+            for name, axes in self.rank_axes.items()
+            if getattr(self, name) is not None
+        ]
 
     def mask_hidden(self, hidden: Float[Array, "..."]) -> Float[Array, "..."]:
         """Applies per-example ranks to `x u`; with a common rank `u` is masked
