@@ -32,10 +32,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 LONG = {
     "tests/lowrank_jax/test_layers_contract.py",
+    "tests/lowrank_jax/test_layers_transforms.py",
+    "tests/lowrank_jax/test_layers_twins.py",
     "tests/lowrank_jax/test_maestro_parity.py",
     "tests/lowrank_jax/test_maestro_theory.py",
     "tests/lowrank_jax/test_optimizer_state.py",
     "tests/lowrank_jax/test_reference_faults.py",
+    "tests/lowrank_jax/test_reference_faults_training.py",
     "tests/test_configs.py",
     "tests/train/test_binaries.py",
     "tests/train/test_binary.py",
