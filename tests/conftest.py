@@ -40,14 +40,17 @@ LONG = {
     "tests/lowrank_jax/test_reference_faults.py",
     "tests/lowrank_jax/test_reference_faults_training.py",
     "tests/test_configs.py",
-    "tests/train/test_binaries.py",
     "tests/train/test_binary.py",
     "tests/train/test_checks.py",
+    "tests/train/test_command_line.py",
+    "tests/train/test_ending.py",
     "tests/train/test_loop.py",
     "tests/train/test_models.py",
     "tests/train/test_own_task.py",
     "tests/train/test_parts.py",
     "tests/train/test_phases.py",
+    "tests/train/test_step.py",
+    "tests/train/test_truncation.py",
 }
 """Files that `make test-fast` leaves out: each takes more than 20 s on one core."""
 

@@ -1,6 +1,7 @@
-"""The real training loop on real digits, with models of a few hundred numbers.
+"""The real training loop on real digits: a run of two phases, stopped and not.
 
-260 of the 1,437 digits are trained on in batches of 65, so an epoch has 4 steps.
+How it resumes, in which order it works, what it traces, how it shrinks, and how other
+runs start from its checkpoints; the models have a few hundred numbers.
 """
 
 import contextlib
@@ -10,130 +11,40 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from flax import nnx
-from reference import relative_error
+from loop_configs import (
+    BATCH_SIZE,
+    TRACES,
+    count_traces,
+    counter,
+    make_config,
+    phase,
+    traces_of_checks,
+    two_phases,
+)
 from support import (
     DIGITS,
     assert_same_checkpoints,
     at_step,
-    begin,
     compiled_anew,
-    fresh_model,
     interrupt,
     metric_lines,
     put,
-    stop_after,
     stored_arrays,
 )
 
 from configs import common
 from lowrank_jax import checkpoint, penalties
-from lowrank_jax.active import max_ranks, set_ranks
-from lowrank_jax.errors import UserError
-from lowrank_jax.paths import find_factors
-from train import checks, loop, optim, phases
+from train import loop, phases
 from train.config import to_json
 from train.data import pipeline
 from train.run import open_run
-from train.state import model_state_of, new_state
+from train.state import new_state
 from train.step import make_train_step
 
-STEPS_PER_EPOCH = 4
-BATCH_SIZE = 65
-MODELS = {
-    "mlp": {"hidden": (16,)},
-    "convnet": {"widths": (4, 4)},
-    "vit": {
-        "patch_size": 4,
-        "embed_dim": 8,
-        "depth": 1,
-        "num_heads": 2,
-        "mlp_dim": 8,
-        "dropout_rate": 0.1,
-    },
-}
-SGD = common.optimizer("sgd", learning_rate=0.1, args={"momentum": 0.5})
 named = common.named
-
-
-def phase(until: int, *, name: str = "only", **changes: Any) -> dict[str, Any]:
-    """A phase of so many steps; plain training of the factors unless changed."""
-    values = {"optimizer": SGD, **changes}
-    return common.phase(name=name, until={"steps": until}, **values)
-
-
-def make_config(*of_phases: dict[str, Any], model: str = "mlp", **changes: Any):
-    """A config that is evaluated each epoch."""
-    choice = {"name": model, "args": MODELS[model]}
-    changes = {"eval_every_epochs": 1, **changes}
-    return support.make_config(*of_phases, model=choice, **changes)
-
-
-# Two phases, both with shrinking in reach: Maestro's, then a nested one.
-
-TRACES: list[tuple[str, tuple[int, ...]]] = []
-
-
-def count_traces(*, tag: str) -> penalties.Penalty:
-    """No penalty at all: notes each trace of the step, with the allocated ranks."""
-
-    def penalty(model, step=0):
-        if isinstance(step, jax.core.Tracer):
-            layers = find_factors(model).values()
-            TRACES.append((tag, tuple(factors.max_rank for factors in layers)))
-        return jnp.float32(0)
-
-    return penalty
-
-
-def traces_of_checks(config: dict[str, Any]) -> int:
-    """How many of them come from the check before the first step."""
-    run, before = open_run(to_json(config)), len(TRACES)
-    plan = phases.build_phases(run.config["phases"])
-    checks.check_phases(run, plan, run.fresh_model())
-    count = len(TRACES) - before
-    del TRACES[before:]
-    return count
-
-
-def counter(tag: str) -> dict[str, Any]:
-    return named("count_traces", tag=tag)
-
-
-def lasso(weight: float) -> dict[str, Any]:
-    return named("hierarchical_group_lasso", weight=weight)
-
-
-def two_phases(weight: float = 0.05) -> Any:
-    shrink = {"every_epochs": 1, "threshold": 0.3, "multiple": 1}
-    adam = common.optimizer(
-        "adamw",
-        learning_rate=1e-2,
-        schedule=common.cosine(warmup_steps=2),
-        weight_decay=0.1,
-        clip_norm=1.0,
-    )
-    return make_config(
-        phase(
-            8,
-            name="maestro",
-            sampler=named("single_layer"),
-            penalties=(lasso(weight), counter("maestro")),
-            shrink=shrink,
-        ),
-        phase(
-            4,
-            name="nested",
-            sampler=named("sandwich", passes=3),
-            teacher=named("full", target_weight=0.5),
-            penalties=(counter("nested"),),
-            optimizer=adam,
-        ),
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -398,138 +309,6 @@ class TestShrinking:
         assert metadata["ranks"] == {"head": 10, "hidden/0": 16}
 
 
-# One step by itself.
-
-
-def step_parts(model: str, sampler: dict[str, Any], **changes: Any):
-    """Model, structure, state, batch and the step under plain SGD of rate 1."""
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": jnp.asarray(rng.normal(size=(6, 8, 8, 1)), jnp.float32),
-        "label": jnp.asarray(rng.integers(0, 10, size=6), jnp.int32),
-    }
-    only = phase(
-        1,
-        sampler=sampler,
-        optimizer=common.optimizer("sgd", learning_rate=1.0),
-        **changes,
-    )
-    config = make_config(only, model=model)
-    config["task"]["args"] |= {"mean": [0.0], "std": [1.0]}  # images as they are
-    run = open_run(to_json(config))
-    network, running = run.fresh_model(), begin(config["phases"][0])
-    structure, state = new_state(network, running, 0)
-    step = make_train_step(structure, running, run.task, jax.random.key(0))
-    return network, structure, state, batch, step
-
-
-def logits_at(network: nnx.Module, fraction: float, images: Any) -> np.ndarray:
-    """Logits in training mode at a fraction of the ranks, in float64."""
-    network = nnx.clone(network)
-    network.train()
-    ranks = {p: -(-r * fraction // 1) for p, r in max_ranks(network).items()}
-    set_ranks(network, {path: int(rank) for path, rank in ranks.items()})
-    return np.asarray(network(images), np.float64)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def matryoshka(*fractions: float) -> dict[str, Any]:
-    return named("matryoshka", fractions=fractions)
-
-
-def full_teacher(target_weight: float = 0.0) -> dict[str, Any]:
-    return named("full", target_weight=target_weight)
-
-
-class TestDistillation:
-    @pytest.mark.parametrize("target_weight", [0.0, 0.25])
-    @pytest.mark.parametrize("passes_loss", ["mean", "sum"])
-    def test_losses_by_numpy(self, target_weight, passes_loss):
-        """The first pass learns from the labels, the others from it and the labels."""
-        fractions = (1.0, 0.5, 0.25)
-        network, _, state, batch, step = step_parts(
-            "mlp",
-            matryoshka(*fractions),
-            teacher=full_teacher(target_weight),
-            passes_loss=passes_loss,
-        )
-        logs_of = [
-            log_softmax(logits_at(network, f, batch["image"])) for f in fractions
-        ]
-        labels = np.asarray(batch["label"])
-        hard = [-one[np.arange(6), labels].mean() for one in logs_of]
-        soft = [-(np.exp(logs_of[0]) * one).sum(-1).mean() for one in logs_of]
-        others = [
-            target_weight * h + (1 - target_weight) * s
-            for h, s in zip(hard[1:], soft[1:], strict=True)
-        ]
-        _, metrics = step(state, batch)
-        found = [float(metrics[f"loss_pass_{n}"]) for n in range(3)]
-        np.testing.assert_allclose(found, [hard[0], *others], rtol=1e-5)
-        added = np.mean(others) if passes_loss == "mean" else np.sum(others)
-        np.testing.assert_allclose(metrics["loss"], hard[0] + added, rtol=1e-5)
-
-    def test_the_teacher_gets_no_gradient(self):
-        """The gradient is that of the formula with the targets as constants."""
-        network, structure, state, batch, step = step_parts(
-            "mlp", matryoshka(1.0, 0.5), teacher=full_teacher()
-        )
-        targets = jnp.asarray(
-            np.exp(log_softmax(logits_at(network, 1.0, batch["image"]))), jnp.float32
-        )
-        half = {"head": 5, "hidden/0": 8}
-
-        def formula(params: Any) -> jax.Array:
-            model = structure.merge(params, state.model_state, jax.random.key(0))
-            full = jax.nn.log_softmax(model(batch["image"]))
-            loss = -full[jnp.arange(6), batch["label"]].mean()
-            set_ranks(model, half)
-            student = jax.nn.log_softmax(model(batch["image"]))
-            return loss - (targets * student).sum(axis=-1).mean()
-
-        expected = jax.grad(formula)(state.params)
-        before = jax.tree.map(np.array, state.params)
-        after, _ = step(state, batch)
-        for key, gradient in checkpoint.flatten(expected).items():
-            old = checkpoint.flatten(before)[key]
-            new = checkpoint.flatten(after.params)[key]
-            assert relative_error(old - np.asarray(new), gradient) < 2e-5, key
-
-    def test_a_full_pass_is_added_to_a_sampler_without_one(self):
-        sampler = named("uniform_fraction", fractions=(0.25,))
-        network, _, state, batch, step = step_parts(
-            "mlp", sampler, teacher=full_teacher()
-        )
-        full, quarter = (
-            log_softmax(logits_at(network, f, batch["image"])) for f in (1.0, 0.25)
-        )
-        _, metrics = step(state, batch)
-        expected = -(np.exp(full) * quarter).sum(axis=-1).mean()
-        np.testing.assert_allclose(metrics["loss_pass_1"], expected, rtol=1e-5)
-
-    def test_the_first_pass_alone_updates_batch_norm(self):
-        network, _, state, batch, step = step_parts(
-            "convnet", matryoshka(1.0, 0.5, 0.25)
-        )
-        alone = nnx.clone(network)
-        alone.train()
-        alone(batch["image"])
-        expected = checkpoint.flatten(model_state_of(alone))
-        before = {
-            k: np.array(x) for k, x in checkpoint.flatten(state.model_state).items()
-        }
-        after, _ = step(state, batch)
-        found = checkpoint.flatten(after.model_state)
-        assert found.keys() == expected.keys() and found
-        for key, array in expected.items():
-            assert relative_error(found[key], array) < 1e-6, key
-            assert np.any(before[key] != np.asarray(found[key])), key
-
-
 @pytest.fixture(scope="module")
 def dense_run(tmp_path_factory) -> Path:
     """An epoch and a half of the dense model."""
@@ -578,160 +357,6 @@ class TestInitFrom:
         with pytest.raises(ValueError, match=message):
             loop.train_and_evaluate(config, tmp_path / "run")
         assert not (tmp_path / "run").exists()
-
-
-class TestNonFiniteLoss:
-    def test_it_ends_the_run_naming_the_steps(self, tmp_path, monkeypatch):
-        """The checkpoint is from before, and running it again goes on from there."""
-
-        def explode(*, at: int) -> penalties.Penalty:
-            return lambda model, step=0: jnp.where(step >= at, jnp.nan, 0.0)
-
-        monkeypatch.setitem(penalties.PENALTIES, "explode", explode)
-        penalty = named("explode", at=6)
-        config = make_config(phase(12, penalties=(penalty,)))
-        for _ in range(2):
-            with pytest.raises(FloatingPointError, match="step 7 to 8.*learning_rate"):
-                loop.train_and_evaluate(config, tmp_path / "run")
-            saved = checkpoint.open_checkpoint(tmp_path / "run")
-            assert saved.step == 4
-            arrays = stored_arrays(saved).values()
-            assert all(np.isfinite(a).all() for a in arrays if a.dtype.kind == "f")
-
-    def test_a_stop_does_not_save_it(self, tmp_path, monkeypatch):
-        def explode() -> penalties.Penalty:
-            return lambda model, step=0: jnp.float32(jnp.nan)
-
-        monkeypatch.setitem(penalties.PENALTIES, "explode", explode)
-        penalty = named("explode")
-        config = make_config(phase(12, penalties=(penalty,)))
-        stop_after(monkeypatch, 1)
-        with pytest.raises(FloatingPointError, match="at step 1"):
-            loop.train_and_evaluate(config, tmp_path / "run")
-        assert not list((tmp_path / "run/checkpoints").glob("[0-9]*"))
-
-
-class TestOptimizer:
-    @pytest.mark.parametrize("name", ["adamw", "sgd", "adam", "lamb", "lion"])
-    def test_kernels_and_factors_decay_biases_and_norms_do_not(self, name):
-        """Updates of a step without gradient."""
-        rules = (("head", "dense"), (".*", "full"))
-        model = fresh_model(make_config(phase(1), model="convnet", rank_rules=rules))
-        params = nnx.as_pure(nnx.state(model, nnx.Param))
-        spec = common.optimizer(name, learning_rate=0.5, weight_decay=0.1)
-        optimizer = optim.Optimizer.build(spec).make(10)
-        zero = jax.tree.map(jnp.zeros_like, params)
-        updates, _ = optimizer.update(zero, optimizer.init(params), params)
-        moved = {key for key, x in checkpoint.flatten(updates).items() if np.any(x)}
-        names = {key: key.split("/")[-1] for key in checkpoint.flatten(params)}
-        assert set(names.values()) == {"u", "v", "kernel", "bias", "scale"}
-        assert moved == {k for k, n in names.items() if n in ("u", "v", "kernel")}
-        if name in ("adamw", "sgd"):
-            for key in moved:
-                update, value = (checkpoint.flatten(t)[key] for t in (updates, params))
-                assert relative_error(update, -0.05 * np.asarray(value)) < 1e-6
-
-    def test_clipping_is_by_the_global_norm(self):
-        spec = common.optimizer("sgd", learning_rate=1.0, clip_norm=2.0)
-        optimizer = optim.Optimizer.build(spec).make(10)
-        params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
-        for scale, expected in ((1.0, 2 / 3), (0.1, 0.1)):
-            gradient = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([2.0])}
-            gradient = jax.tree.map(lambda x, scale=scale: scale * x, gradient)
-            updates, _ = optimizer.update(gradient, optimizer.init(params), params)
-            np.testing.assert_allclose(updates["a"], [-expected, -2 * expected], 1e-6)
-            np.testing.assert_allclose(updates["b"], [-2 * expected], 1e-6)
-
-    @pytest.mark.parametrize(
-        "name, args, values",
-        [
-            ("constant", {"warmup_steps": 0}, {0: 2.0, 9: 2.0}),
-            ("constant", {"warmup_steps": 4}, {0: 0.0, 2: 1.0, 4: 2.0, 9: 2.0}),
-            (
-                "cosine",
-                {"warmup_steps": 0, "final_fraction": 0.1},
-                {0: 2.0, 5: 1.1, 10: 0.2},
-            ),
-            (
-                "cosine",
-                {"warmup_steps": 2, "final_fraction": 0.0},
-                {0: 0.0, 1: 1.0, 2: 2.0, 6: 1.0, 10: 0.0},
-            ),
-            (
-                "steps",
-                {"factor": 0.1, "at_fractions": [0.5, 0.8]},
-                {0: 2.0, 4: 2.0, 6: 0.2, 9: 0.02},
-            ),
-            (  # two fractions that fall on one step
-                "steps",
-                {"factor": 0.1, "at_fractions": [0.51, 0.59]},
-                {4: 2.0, 7: 0.02},
-            ),
-        ],
-    )
-    def test_schedules(self, name, args, values):
-        """The learning rate of a phase of 10 steps, through an update."""
-        schedule = {"name": name, "args": args}
-        spec = common.optimizer("sgd", learning_rate=2.0, schedule=schedule)
-        optimizer = optim.Optimizer.build(spec).make(10)
-        state, found = optimizer.init(jnp.zeros(1)), []
-        for _ in range(11):
-            update, state = optimizer.update(jnp.ones(1), state, jnp.zeros(1))
-            found.append(-float(update[0]))
-        for step, value in values.items():
-            assert found[step] == pytest.approx(value, abs=1e-6), step
-
-
-OWN_CODE = '''
-"""Someone's own model and data."""
-import numpy as np
-from flax import nnx
-
-
-class Net(nnx.Module):
-    def __init__(self, size, classes, rngs):
-        self.layer = nnx.Linear(size, classes, rngs=rngs)
-
-    def __call__(self, images):
-        return self.layer(images.reshape(images.shape[0], -1))
-
-
-def net(*, image_shape, num_classes, rngs):
-    return Net(image_shape[0] * image_shape[1] * image_shape[2], num_classes, rngs)
-
-
-def data(*, examples):
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (examples, 3, 2, 1), dtype=np.uint8)
-    labels = (images[:, 0, 0, 0] > 127).astype(np.int64)
-    train = {"image": images, "label": labels}
-    return {"train": train, "test": {key: x[:8] for key, x in train.items()}}
-'''
-
-
-class TestOwnCode:
-    def test_model_and_data_by_import_path(self, tmp_path, monkeypatch):
-        """They train; from a checkpoint they are imported with consent only."""
-        (tmp_path / "own_h7_code.py").write_text(OWN_CODE)
-        monkeypatch.syspath_prepend(tmp_path)
-        config = make_config(phase(4))
-        config["data"] |= {"name": "own_h7_code:data", "args": {"examples": 40}}
-        config["data"] |= {"batch_size": 10, "validation_examples": 10}
-        config["task"]["args"] |= {"mean": [128.0], "std": [74.0]}
-        config["model"] = named("own_h7_code:net")
-        workdir = tmp_path / "run"
-        interrupt(config, workdir, 2)
-        result = loop.train_and_evaluate(config, workdir)
-        assert result["step"] == 4 and result["frontier"]
-        cut = tmp_path / "cut"
-        with pytest.raises(UserError, match="--allow_imports=own_h7_code"):
-            support.evaluate(workdir)
-        with pytest.raises(UserError, match="--allow_imports=own_h7_code"):
-            support.truncate(workdir, cut, "rank", 1)
-        allowed = {"allow_imports": ["own_h7_code"]}
-        assert support.evaluate(workdir, **allowed)["ranks"] == {"layer": 2}
-        support.truncate(workdir, cut, "rank", 1, **allowed)
-        assert checkpoint.open_checkpoint(cut).max_ranks == {"layer": 1}
 
 
 def test_one_rank_per_example_trains(tmp_path):

@@ -1,15 +1,14 @@
-"""Truncation and evaluation, from the command line and as functions."""
+"""Truncation: what each selector keeps, what is written, and what is refused."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import commands
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import support
+from cutting import FULL, cut_to, load, make_config
 from flax import nnx
 from messages import check_form
 from reference import relative_error
@@ -20,35 +19,10 @@ from lowrank_jax.active import max_ranks, set_ranks
 from lowrank_jax.errors import UserError
 from lowrank_jax.paths import find_factors
 from lowrank_jax.surgery import merge
-from train import checkpoints, loop, selecting
-from train import evaluate as evaluate_binary
+from train import checkpoints, loop
 from train.data import pipeline
-from train.model import load_model
 
-FULL = {"head": 10, "hidden/0": 64}
 CUT = {"head": 3, "hidden/0": 16}
-FIGURES = {"accuracy", "loss", "params", "macs", "ranks"}
-
-
-def make_config(model: str, args: dict[str, Any], epochs: int) -> Any:
-    phase = common.phase(
-        name="only",
-        until={"epochs": epochs},
-        sampler={"name": "matryoshka", "args": {"fractions": (1.0, 0.25)}},
-        optimizer=common.optimizer("adam", learning_rate=1e-2),
-    )
-    choice = {"name": model, "args": args}
-    return support.make_config(phase, model=choice, checkpoint_every_epochs=0, seed=1)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """An MLP of ranks `FULL`, big enough for its factors to be saved in chunks."""
-    workdir = tmp_path_factory.mktemp("mlp") / "run"
-    config = make_config("mlp", {"hidden": (80,)}, epochs=3)
-    loop.train_and_evaluate(config, workdir)
-    assert checkpoint.open_checkpoint(workdir).metadata["ranks"] == FULL
-    return workdir
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +32,6 @@ def norm_run(tmp_path_factory) -> Path:
     config = make_config("convnet", {"widths": (4, 8)}, epochs=1)
     loop.train_and_evaluate(config, workdir)
     return workdir
-
-
-def load(path: Path) -> nnx.Module:
-    saved = checkpoint.open_checkpoint(path)
-    model = load_model(saved, allow_imports=[])
-    model.eval()
-    return model
 
 
 def images(count: int = 32) -> jnp.ndarray:
@@ -83,14 +50,6 @@ def masked(path: Path, ranks: dict[str, int]) -> nnx.Module:
     model = load(path)
     set_ranks(model, ranks)
     return model
-
-
-def cut_to(source: Path, output: Path, selector: str, value: Any, **options: Any):
-    """Cuts by a selector that has a flag, as `train.truncate` does."""
-    if selector == "ranks":
-        value = selecting.read_rank_file(value, "--ranks")
-    choice = {"name": selector, "args": {"value": value}}
-    return checkpoints.truncate_checkpoint(source, output, choice, **options)
 
 
 class TestTruncate:
@@ -380,257 +339,3 @@ class TestGauge:
         assert not list(tmp_path.iterdir())
         with pytest.raises(UserError, match=message):
             checkpoints.open_model(gauge).sweep([1.0, 0.5])
-
-
-class TestEvaluate:
-    def test_figures_by_numpy(self, run):
-        """Accuracy and loss on all 360 test images, from the logits."""
-        config = common.data("digits", batch_size=1, validation_examples=137)
-        data = pipeline.load_data(config, allow_imports=[])
-        batch = next(data.eval_batches("test", 360))
-        logits = np.asarray(
-            load(run)((jnp.asarray(batch["image"], jnp.float32) - 4.88) / 6.02),
-            np.float64,
-        )
-        chosen = logits[np.arange(360), batch["label"]]
-        losses = np.log(np.exp(logits).sum(axis=-1)) - chosen
-        row = checkpoints.open_model(run).figures()
-        assert set(row) == FIGURES
-        assert row["accuracy"] == (logits.argmax(axis=-1) == batch["label"]).mean()
-        assert row["loss"] == pytest.approx(losses.mean(), rel=1e-5)
-
-    def test_a_moved_checkpoint_stands_alone(self, run, tmp_path):
-        """Neither the run nor the first checkpoint is needed; nor its name."""
-        cut_to(run, tmp_path / "cut", "rank", 8)
-        before = checkpoints.open_model(tmp_path / "cut").figures()
-        (tmp_path / "far").mkdir()
-        shutil.move(tmp_path / "cut", tmp_path / "far" / "moved")
-        assert checkpoints.open_model(tmp_path / "far/moved").figures() == before
-        (step,) = (p for p in (run / "checkpoints").iterdir() if p.name.isdigit())
-        shutil.copytree(step, tmp_path / "alone")
-        expected = checkpoints.open_model(run).figures()
-        assert checkpoints.open_model(tmp_path / "alone").figures() == expected
-
-    def test_fractions_are_those_of_truncated_checkpoints(self, run, tmp_path):
-        rows = checkpoints.open_model(run).sweep([1.0, 0.25])
-        assert [row["rank_fraction"] for row in rows] == [1.0, 0.25]
-        assert all(set(row) == FIGURES | {"rank_fraction"} for row in rows)
-        cut_to(run, tmp_path / "cut", "rank_fraction", 0.25)
-        cut = checkpoints.open_model(tmp_path / "cut").figures()
-        assert {k: rows[1][k] for k in ("accuracy", "params", "macs", "ranks")} == {
-            k: cut[k] for k in ("accuracy", "params", "macs", "ranks")
-        }
-        assert rows[1]["loss"] == pytest.approx(cut["loss"], rel=1e-5)
-
-    @pytest.mark.parametrize("values", [["1", "half"], ["0"], ["1.5"], ["nan"], [""]])
-    def test_bad_fractions(self, values):
-        with pytest.raises(ValueError, match="--rank_fractions: must be numbers in"):
-            evaluate_binary.parse_fractions(values)
-
-
-# The command line.
-
-
-@pytest.fixture(scope="module")
-def smoke_run(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    """The quickstart's config through the binary."""
-    workdir = tmp_path_factory.mktemp("smoke") / "run"
-    config = "--config=configs/digits_mlp.py:smoke"
-    ended = commands.run({"main": ("train.main", config, f"--workdir={workdir}")})
-    return workdir, ended["main"].result
-
-
-def test_main(smoke_run):
-    workdir, result = smoke_run
-    assert set(result) == {"workdir", "step", "frontier"}
-    assert result["workdir"] == str(workdir)
-    assert result["step"] == checkpoint.open_checkpoint(workdir).step == 80
-    rows = result["frontier"]
-    assert [row["rank_fraction"] for row in rows] == [1.0, 0.5, 0.25, 0.125]
-    assert all(set(row) == FIGURES | {"rank_fraction"} for row in rows)
-    assert rows[0]["accuracy"] > 0.8
-
-
-def test_truncate_and_evaluate(smoke_run, tmp_path):
-    """From a run to a cut checkpoint to its figures; the picture is a PNG."""
-    workdir, cut, picture = smoke_run[0], tmp_path / "cut", tmp_path / "frontier.png"
-    run_flag = f"--checkpoint={workdir}"
-    ended = commands.run(
-        {
-            "cut": (
-                "train.truncate",
-                run_flag,
-                f"--output={cut}",
-                "--params_fraction=0.25",
-            ),
-            "figures": ("train.evaluate", f"--checkpoint={cut}"),
-            "sweep": (
-                "train.evaluate",
-                run_flag,
-                "--rank_fractions=1,0.5",
-                f"--plot={picture}",
-            ),
-        }
-    )
-    result, row, rows = (ended[name].result for name in ("cut", "figures", "sweep"))
-    assert set(result) == {"output", "params", "macs", "ranks"}
-    assert result["output"] == str(cut)
-    assert set(row) == FIGURES
-    assert {k: row[k] for k in ("params", "macs", "ranks")} == {
-        k: result[k] for k in ("params", "macs", "ranks")
-    }
-    assert row["accuracy"] > 0.5
-    assert [row["rank_fraction"] for row in rows] == [1.0, 0.5]
-    assert all(set(row) == FIGURES | {"rank_fraction"} for row in rows)
-    assert rows[0]["ranks"] == {"hidden/0": 64, "hidden/1": 256}
-    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-
-
-OWN = "own_package.selector"
-
-
-def test_any_selector_by_name_and_arguments(run, tmp_path):
-    """A search over the data, one by several arguments, and one's own by import path,
-    whose ranks are checked; the form is a flag beside it."""
-
-    def cut(name: str, select: str, **args: Any) -> tuple[str, ...]:
-        flags = [f"--select={select}", f"--select_args={json.dumps(args)}"]
-        return ("train.truncate", f"--checkpoint={run}", f"--output={name}", *flags)
-
-    outputs = {
-        name: str(tmp_path / name)
-        for name in ("beam", "budget", "own", "raised", "gauge", "again", "typo")
-    }
-    ended = commands.run(
-        {
-            "beam": cut(
-                outputs["beam"],
-                "beam",
-                measure="params",
-                fraction=0.5,
-                width=1,
-                steps=2,
-            ),
-            "budget": cut(
-                outputs["budget"], "energy_budget", measure="macs", fraction=0.25
-            ),
-            "own": cut(outputs["own"], f"{OWN}:all_but", path="head"),
-            "raised": cut(outputs["raised"], f"{OWN}:raised"),
-            "typo": cut(outputs["typo"], f"{OWN}:all_but", pth="head"),
-            "gauge": (*cut(outputs["gauge"], "rank", value=8), "--form=gauge"),
-            "again": (
-                "train.truncate",
-                f"--checkpoint={outputs['gauge']}",
-                f"--output={outputs['again']}",
-                "--rank=4",
-            ),
-            "sweep": (
-                "train.evaluate",
-                f"--checkpoint={outputs['gauge']}",
-                "--rank_fractions=1,0.5",
-            ),
-        }
-    )
-    dense = 80 * 10 + 64 * 80
-    for name, share in (("beam", 0.5), ("budget", 0.25)):
-        ranks = ended[name].result["ranks"]
-        sizes = min(90 * ranks["head"], 80 * 10), min(144 * ranks["hidden/0"], 64 * 80)
-        assert sum(sizes) <= share * dense  # of each layer in its cheaper form
-        assert min(ranks.values()) >= 1
-    assert ended["own"].result["ranks"] == {"head": 10, "hidden/0": 32}
-    args = {"path": "head", "fraction": 0.5}  # the default is recorded
-    about = checkpoint.open_checkpoint(outputs["own"]).metadata["truncated"]
-    assert about["selector"] == {"name": f"{OWN}:all_but", "args": args}
-    lines = ended["raised"].err.splitlines()
-    assert ended["raised"].status == 1 and [line.split(". ")[0] for line in lines] == [
-        f"error: selector: {OWN}:raised: head: rank must be in [0, 10], got 11",
-        "hidden/0: rank must be in [0, 64], got 65",
-    ]
-    assert ended["typo"].message.startswith("error: selector: args: must be of ['path'")
-    assert ended["gauge"].result["ranks"] == {"head": 8, "hidden/0": 8}
-    only = "head: rank must be 8, the only one of its form, got 4"
-    for name in ("again", "sweep"):
-        assert ended[name].status == 1 and ended[name].err.startswith("error: ")
-        assert only in ended[name].err
-    for name in ("raised", "again", "typo"):
-        assert not Path(outputs[name]).exists()
-
-
-def test_mistakes_are_one_line(run, tmp_path):
-    """Exit status 1, one line of `error:`, nothing on stdout, nothing written. What can
-    be known of flags and folders is refused before a checkpoint or data are opened."""
-    there, new, missing = (tmp_path / name for name in ("there", "new", "missing"))
-    (there / "quickstart").mkdir(parents=True)
-    absent, output = f"--checkpoint={missing}", f"--output={new}"
-    cut, evaluate = ("train.truncate", absent, output), ("train.evaluate", absent)
-    config = "--config=configs/digits_mlp.py"
-    no_data = "--config.data.name=no_such_package_h7:data"
-    cases = {
-        "flags: exactly one of --select, --rank, --rank_fraction, --ranks, --energy,"
-        " --params_fraction, --macs_fraction must be given, got ['--rank',"
-        " '--energy']": (*cut, "--rank=3", "--energy=0.5"),
-        "flags: exactly one of --select, --rank,": cut,
-        f"--output: must not exist yet, got {there}": (
-            "train.truncate",
-            f"--checkpoint={run}",
-            f"--output={there}",
-            "--rank=3",
-        ),
-        f"--checkpoint: must be a folder with a checkpoint, got {missing}": evaluate,
-        "--recalibration_batches: acts only with --recalibrate, got 3": (
-            *cut,
-            "--rank=3",
-            "--recalibration_batches=3",
-        ),
-        "--select_args: acts only with --select, got": (
-            *cut,
-            "--rank=3",
-            "--select_args={}",
-        ),
-        "--select_args: must be JSON, got '{'": (
-            *cut,
-            "--select=rank",
-            "--select_args={",
-        ),
-        "flags: flag --recalibration_batches=0: 0 is not": (
-            *cut,
-            "--rank=3",
-            "--recalibrate",
-            "--recalibration_batches=0",
-        ),
-        "flags: flag --form=dense: ": (*cut, "--rank=3", "--form=dense"),
-        "--recalibration_batches: acts only with --rank_fractions, got 3": (
-            *evaluate,
-            "--recalibration_batches=3",
-        ),
-        "--plot: acts only with --rank_fractions, got": (*evaluate, "--plot=x.png"),
-        "--plot: must be a place that can be written, got /proc": (
-            *evaluate,
-            "--rank_fractions=1",
-            "--plot=/proc/x.png",
-        ),
-        "--output: must be a place that can be written, got /proc/x": (
-            "train.truncate",
-            absent,
-            "--output=/proc/x",
-            "--rank=3",
-        ),
-        "--workdir: must be a place that can be written, got /proc/x": (
-            "train.main",
-            config,
-            no_data,
-            "--workdir=/proc/x",
-        ),
-        f"--workdir: must be new or of an earlier quickstart, got {there}": (
-            "train.quickstart",
-            config,
-            f"--workdir={there}",
-        ),
-        "--checkpoint, --output: must be given, got none": ("train.truncate",),
-    }
-    ended = commands.run(cases)
-    for message, command in ended.items():
-        assert command.message.startswith(f"error: {message}")
-        if not message.startswith("flags: flag "):  # which absl words
-            check_form(command.message)
-    assert [path.name for path in tmp_path.rglob("*")] == ["there", "quickstart"]

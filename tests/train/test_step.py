@@ -1,0 +1,151 @@
+"""One training step by itself: its passes, its losses and its teacher."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from loop_configs import make_config, phase
+from reference import relative_error
+from support import begin
+
+from configs import common
+from lowrank_jax import checkpoint
+from lowrank_jax.active import max_ranks, set_ranks
+from train.config import to_json
+from train.run import open_run
+from train.state import model_state_of, new_state
+from train.step import make_train_step
+
+named = common.named
+
+
+def step_parts(model: str, sampler: dict[str, Any], **changes: Any):
+    """Model, structure, state, batch and the step under plain SGD of rate 1."""
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.normal(size=(6, 8, 8, 1)), jnp.float32),
+        "label": jnp.asarray(rng.integers(0, 10, size=6), jnp.int32),
+    }
+    only = phase(
+        1,
+        sampler=sampler,
+        optimizer=common.optimizer("sgd", learning_rate=1.0),
+        **changes,
+    )
+    config = make_config(only, model=model)
+    config["task"]["args"] |= {"mean": [0.0], "std": [1.0]}  # images as they are
+    run = open_run(to_json(config))
+    network, running = run.fresh_model(), begin(config["phases"][0])
+    structure, state = new_state(network, running, 0)
+    step = make_train_step(structure, running, run.task, jax.random.key(0))
+    return network, structure, state, batch, step
+
+
+def logits_at(network: nnx.Module, fraction: float, images: Any) -> np.ndarray:
+    """Logits in training mode at a fraction of the ranks, in float64."""
+    network = nnx.clone(network)
+    network.train()
+    ranks = {p: -(-r * fraction // 1) for p, r in max_ranks(network).items()}
+    set_ranks(network, {path: int(rank) for path, rank in ranks.items()})
+    return np.asarray(network(images), np.float64)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def matryoshka(*fractions: float) -> dict[str, Any]:
+    return named("matryoshka", fractions=fractions)
+
+
+def full_teacher(target_weight: float = 0.0) -> dict[str, Any]:
+    return named("full", target_weight=target_weight)
+
+
+class TestDistillation:
+    @pytest.mark.parametrize("target_weight", [0.0, 0.25])
+    @pytest.mark.parametrize("passes_loss", ["mean", "sum"])
+    def test_losses_by_numpy(self, target_weight, passes_loss):
+        """The first pass learns from the labels, the others from it and the labels."""
+        fractions = (1.0, 0.5, 0.25)
+        network, _, state, batch, step = step_parts(
+            "mlp",
+            matryoshka(*fractions),
+            teacher=full_teacher(target_weight),
+            passes_loss=passes_loss,
+        )
+        logs_of = [
+            log_softmax(logits_at(network, f, batch["image"])) for f in fractions
+        ]
+        labels = np.asarray(batch["label"])
+        hard = [-one[np.arange(6), labels].mean() for one in logs_of]
+        soft = [-(np.exp(logs_of[0]) * one).sum(-1).mean() for one in logs_of]
+        others = [
+            target_weight * h + (1 - target_weight) * s
+            for h, s in zip(hard[1:], soft[1:], strict=True)
+        ]
+        _, metrics = step(state, batch)
+        found = [float(metrics[f"loss_pass_{n}"]) for n in range(3)]
+        np.testing.assert_allclose(found, [hard[0], *others], rtol=1e-5)
+        added = np.mean(others) if passes_loss == "mean" else np.sum(others)
+        np.testing.assert_allclose(metrics["loss"], hard[0] + added, rtol=1e-5)
+
+    def test_the_teacher_gets_no_gradient(self):
+        """The gradient is that of the formula with the targets as constants."""
+        network, structure, state, batch, step = step_parts(
+            "mlp", matryoshka(1.0, 0.5), teacher=full_teacher()
+        )
+        targets = jnp.asarray(
+            np.exp(log_softmax(logits_at(network, 1.0, batch["image"]))), jnp.float32
+        )
+        half = {"head": 5, "hidden/0": 8}
+
+        def formula(params: Any) -> jax.Array:
+            model = structure.merge(params, state.model_state, jax.random.key(0))
+            full = jax.nn.log_softmax(model(batch["image"]))
+            loss = -full[jnp.arange(6), batch["label"]].mean()
+            set_ranks(model, half)
+            student = jax.nn.log_softmax(model(batch["image"]))
+            return loss - (targets * student).sum(axis=-1).mean()
+
+        expected = jax.grad(formula)(state.params)
+        before = jax.tree.map(np.array, state.params)
+        after, _ = step(state, batch)
+        for key, gradient in checkpoint.flatten(expected).items():
+            old = checkpoint.flatten(before)[key]
+            new = checkpoint.flatten(after.params)[key]
+            assert relative_error(old - np.asarray(new), gradient) < 2e-5, key
+
+    def test_a_full_pass_is_added_to_a_sampler_without_one(self):
+        sampler = named("uniform_fraction", fractions=(0.25,))
+        network, _, state, batch, step = step_parts(
+            "mlp", sampler, teacher=full_teacher()
+        )
+        full, quarter = (
+            log_softmax(logits_at(network, f, batch["image"])) for f in (1.0, 0.25)
+        )
+        _, metrics = step(state, batch)
+        expected = -(np.exp(full) * quarter).sum(axis=-1).mean()
+        np.testing.assert_allclose(metrics["loss_pass_1"], expected, rtol=1e-5)
+
+    def test_the_first_pass_alone_updates_batch_norm(self):
+        network, _, state, batch, step = step_parts(
+            "convnet", matryoshka(1.0, 0.5, 0.25)
+        )
+        alone = nnx.clone(network)
+        alone.train()
+        alone(batch["image"])
+        expected = checkpoint.flatten(model_state_of(alone))
+        before = {
+            k: np.array(x) for k, x in checkpoint.flatten(state.model_state).items()
+        }
+        after, _ = step(state, batch)
+        found = checkpoint.flatten(after.model_state)
+        assert found.keys() == expected.keys() and found
+        for key, array in expected.items():
+            assert relative_error(found[key], array) < 1e-6, key
+            assert np.any(before[key] != np.asarray(found[key])), key

@@ -1,0 +1,95 @@
+"""Workdirs that are there already: gone on with, or refused and left unchanged."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from config_mistakes import make_config
+from support import contents, put
+
+from lowrank_jax import checkpoint
+from lowrank_jax.errors import UserError
+from train import loop
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run of the good config."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    loop.train_and_evaluate(make_config(), workdir)
+    return workdir
+
+
+def test_a_run_of_another_config(finished):
+    """Every difference is listed, with both values; the run stays as it is."""
+    before, config = contents(finished), make_config()
+    put(config, "seed", 1)
+    put(config, "model/args/hidden", [5])
+    put(config, "phases/0/optimizer/learning_rate", 0.2)
+    with pytest.raises(ValueError) as caught:
+        loop.train_and_evaluate(config, finished)
+    message = str(caught.value)
+    for part in ("--workdir", "config.seed: 0 there, 1 here", "[4] there, [5] here"):
+        assert part in message
+    assert "learning_rate" in message and "0.1" in message and "0.2" in message
+    assert "batch_size" not in message  # what does not differ
+    assert contents(finished) == before
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    """Before the data are read: these are not there."""
+    if not Path("/proc").is_dir():
+        pytest.skip("only on Linux")
+    config = make_config()
+    put(config, "data/name", "no_such_package_h7:data")
+    with pytest.raises(UserError, match="--workdir: must be a place that can be wri"):
+        loop.train_and_evaluate(config, Path("/proc/run"))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: path.write_text("mine"), "must be in a folder"),
+        (lambda path: (path.mkdir(), (path / "a").write_text("mine")), "other files"),
+    ],
+    ids=["a file", "foreign files"],
+)
+def test_a_workdir_that_is_taken(tmp_path, make: Callable[[Path], Any], message: str):
+    path = tmp_path / "run"
+    make(path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"--workdir.*{message}"):
+        loop.train_and_evaluate(make_config(), path)
+    assert contents(tmp_path) == before
+
+
+def damaged_copy(finished: Path, target: Path, step: int) -> Path:
+    """A run whose only complete checkpoint is 4, with a half-written one beside it."""
+    shutil.copytree(finished, target)
+    half = target / "checkpoints" / str(step)
+    shutil.copytree(target / "checkpoints/4", half)
+    (half / "_CHECKPOINT_METADATA").unlink()
+    shutil.rmtree(half / "params")
+    return target
+
+
+def test_a_half_written_checkpoint_alone(finished, tmp_path):
+    """Named as such; nothing is deleted."""
+    workdir = damaged_copy(finished, tmp_path / "run", 2)
+    shutil.rmtree(workdir / "checkpoints/4")
+    before = contents(workdir)
+    with pytest.raises(FileNotFoundError, match="--workdir: .*complete.*half-written"):
+        loop.train_and_evaluate(make_config(), workdir)
+    assert contents(workdir) == before
+
+
+def test_a_half_written_checkpoint_beside_a_complete_one(finished, tmp_path):
+    """The complete one counts, and the run goes on and saves over the other."""
+    workdir = damaged_copy(finished, tmp_path / "run", 5)
+    assert checkpoint.open_checkpoint(workdir).step == 4
+    result = loop.train_and_evaluate(make_config(), workdir)
+    assert result["step"] == 4
+    with pytest.raises(FileNotFoundError, match="half-written"):
+        checkpoint.open_checkpoint(workdir / "checkpoints/5")
