@@ -27,6 +27,7 @@ from saved_models import (
 import lowrank_jax
 from lowrank_jax import checkpoint
 from lowrank_jax.active import get_ranks, max_ranks, set_ranks
+from lowrank_jax.errors import UserError
 from lowrank_jax.factorization import factorize
 from lowrank_jax.surgery import truncate
 
