@@ -117,7 +117,7 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "a selector that is no mapping": (
         "phases/0/on_end",
         ends_with("select", selector="beam"),
-        (FIRST, "on_end", "'name' and 'args'"),
+        (FIRST, "on_end", "'args', 'name'"),
     ),
     "a budget below rank 1": (
         "phases/0/on_end",
