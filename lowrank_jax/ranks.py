@@ -50,6 +50,8 @@ class Limits(NamedTuple):
 
 def flatten_rank(rank: RankValue) -> list[int]:
     """Lists the numbers of a rank: `[r]` for an int, row by row for nested lists."""
+    if isinstance(rank, Sequence):  # of unequal lengths too
+        return [number for part in rank for number in flatten_rank(part)]
     return [int(number) for number in np.ravel(rank)]
 
 

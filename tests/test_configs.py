@@ -43,6 +43,9 @@ def _noise(shape: tuple[int, ...], examples: int = 50) -> dict[str, Any]:
     }
 
 
+QUICK = ("digits_mlp", "fjord", "maestro", "nested")
+"""Configs of one phase, which train in every run of the tests; `slow` has them all."""
+
 VARIANTS = [(name, "") for name in NAMES] + [
     ("bsr", "cifar10"),
     ("cuttlefish", "cifar10"),
@@ -89,7 +92,15 @@ def test_it_is_valid(name, arg):
     assert smoke["model"] == config["model"]
 
 
-@pytest.mark.parametrize("name, arg", VARIANTS)
+@pytest.mark.parametrize(
+    "name, arg",
+    [
+        pytest.param(
+            *variant, marks=pytest.mark.slow if "cifar10" in variant[1] else ()
+        )
+        for variant in VARIANTS
+    ],
+)
 def test_its_phases_fit_its_model(name, arg):
     """The check before the first step: every rule, sampler, penalty and action. Deep
     networks repeat their blocks: a shallower one is traced in less time."""
@@ -133,7 +144,14 @@ def test_its_head_tells_how_to_run_it(name):
 
 
 @pytest.mark.parametrize(
-    "name, arg", [(name, "smoke") for name in NAMES] + [("svd_training", "smoke,l1")]
+    "name, arg",
+    [
+        pytest.param(name, arg, marks=() if name in QUICK else pytest.mark.slow)
+        for name, arg in [
+            *((name, "smoke") for name in NAMES),
+            ("svd_training", "smoke,l1"),
+        ]
+    ],
 )
 def test_it_trains_end_to_end(tmp_path, name, arg):
     """Three steps of its smoke form, of each phase, one block deep, without MNIST; what

@@ -46,7 +46,13 @@ class TestParts:
         profiles = [{"head": 11, "hidden/0": 16}, {"head": 5, "hidden/0": 8}]
         sampler = named("family", profiles=profiles)
         error = refuse(make_config(phase(sampler=sampler)), tmp_path / "run", UserError)
-        for part in ("config.phases (only)", "family.profiles[0]", "head", "10", "11"):
+        for part in (
+            "config.phases[0] (only)",
+            "family.profiles[0]",
+            "head",
+            "10",
+            "11",
+        ):
             assert part in str(error)
 
     @pytest.mark.parametrize("slot", ["penalties", "projections"])
@@ -56,7 +62,7 @@ class TestParts:
         error = refuse(
             make_config(phase(**{slot: (part,)})), tmp_path / "run", UserError
         )
-        for part in ("config.phases (only)", name, "keeps", "init(model)", "apply("):
+        for part in ("config.phases[0] (only)", name, "keeps", "init(model)", "apply("):
             assert part in str(error)
 
     @pytest.mark.parametrize(
@@ -94,7 +100,7 @@ class TestModels:
         )
         error = refuse(config, tmp_path / "run", kind)
         note = error.__notes__[-1]
-        assert "config.phases (mine)" in note and "before the first step" in note
+        assert "(mine)" in note and "before the first step" in note
         frames = traceback.extract_tb(error.__traceback__)
         assert any(frame.filename.endswith("own_parts.py") for frame in frames)
         if fault.endswith("Error"):
@@ -124,7 +130,7 @@ class TestActions:
         else:
             plan = [phase(on_end=cuts)]
         error = refuse(make_config(*plan), tmp_path / "run", UserError)
-        place = f"config.phases ({'next' if apart else 'only'}).on_end (truncate)"
+        place = f"({'next' if apart else 'only'}): on_end (truncate)"
         for part in (place, "head", "[0, 4]", "6"):
             assert part in str(error)
 
@@ -142,7 +148,7 @@ class TestActions:
             phase(name="next", sampler=family),
         )
         error = refuse(make_config(*plan), tmp_path / "run", UserError)
-        assert "config.phases (next)" in str(error) and "profiles[0]" in str(error)
+        assert "config.phases[1] (next)" in str(error) and "profiles[0]" in str(error)
 
     @pytest.mark.parametrize(
         "on_end, words",
@@ -159,7 +165,7 @@ class TestActions:
     def test_what_cannot_be_done(self, tmp_path, on_end, words):
         config = make_config(phase(on_end=on_end))
         error = refuse(config, tmp_path / "run", UserError)
-        for part in ("config.phases (only).on_end", *words):
+        for part in ("config.phases[0] (only): on_end", *words):
             assert part in str(error)
 
 
