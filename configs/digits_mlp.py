@@ -3,7 +3,7 @@
 Command:  python -m train.main --config=configs/digits_mlp.py --workdir=runs/digits_mlp
 Hardware: 2 CPU cores
 Time:     20 s
-Result:   test accuracy 96.9 at full rank, 96.9 at a quarter of the parameters
+Result:   test accuracy 97.8 at full rank, 97.5 at a quarter of the parameters
 """
 
 from ml_collections import ConfigDict
