@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import saved_models
 from flax import nnx
 from reference import relative_error
 
@@ -41,23 +42,11 @@ class Net(nnx.Module):
         return self.table.attend(self.tied(self.again(hidden)))
 
 
-class Scanned(nnx.Module):
-    """Linear layers stacked by `nnx.vmap` and run by `nnx.scan`."""
+class Scanned(saved_models.Scanned):
+    """The stacked layers, on images."""
 
-    def __init__(self, rngs: nnx.Rngs):
-        @nnx.split_rngs(splits=3)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def build(rngs):
-            return nnx.Linear(4, 4, rngs=rngs)
-
-        self.layers = build(rngs)
-
-    def __call__(self, inputs):
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-        def run(layer, inputs):
-            return jnp.tanh(layer(inputs))
-
-        return run(self.layers, inputs[..., :2].reshape(-1, 4))
+    def __call__(self, images):
+        return super().__call__(images[..., :2].reshape(-1, 4))
 
 
 INPUTS = jnp.sin(jnp.arange(64.0)).reshape(2, 4, 4, 2)
