@@ -1,7 +1,8 @@
 """What the binaries share: how they start, and how a mistake ends them.
 
-A mistake of the user (in flags, config, files or disks) and a run that was stopped end
-with one message on stderr and exit status 1. Any other exception is a bug, of ours or
+A mistake of the user (in flags, config, files or disks) ends with one message on stderr
+and exit status 1, a run that was asked to stop, or lost another of its processes, with
+status 75: started again, it goes on. Any other exception is a bug, of ours or
 of the user's code, and keeps its traceback. `--verbosity=1` shows it for both.
 """
 
@@ -19,6 +20,7 @@ from absl import app, flags, logging
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from lowrank_jax.errors import UserError, raise_all
+from train import distributed
 from train.report import logs
 from train.stopping import Interrupted, Stopped
 
@@ -82,12 +84,17 @@ def _ending(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
         try:
             return function(argv)
         except Exception as error:
+            error = distributed.peer_lost(error) or error
             message = _message_of(error)
-            if message is None:
+            if message is None and not distributed.has_peers():
                 raise
-            if flags.FLAGS["verbosity"].value >= 1:
+            if message is None or flags.FLAGS["verbosity"].value >= 1:
                 traceback.print_exc()
-            sys.exit(message)
+            status = error.status if isinstance(error, Stopped) else 1
+            if distributed.has_peers():  # that would wait for this one to shut down
+                distributed.end_process(message or "", status)
+            print(message, file=sys.stderr)
+            sys.exit(status)
 
     return ended
 

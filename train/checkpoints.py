@@ -112,7 +112,7 @@ def open_model(
         saved = checkpoint.open_checkpoint(path)
         model = load_model(saved, allow_imports=allowed)
     run = open_checkpoint_run(saved, data_dir=data_dir, allow_imports=allowed)
-    return Opened(run, model)
+    return Opened(run, run.placement.put_model(model))
 
 
 def truncate_checkpoint(
@@ -191,7 +191,8 @@ def _about(
 
     @functools.cache
     def scorer() -> selectors.Score:
-        return context.make_score(whole(), open_run())
+        run = open_run()
+        return context.make_score(run.placement.put_model(whole()), run)
 
     return selectors.Context(
         saved.metadata["ranks"],
@@ -204,7 +205,7 @@ def _about(
 
 def _recalibrated(run: Run, model: nnx.Module, batches: int) -> nnx.Module:
     return calibration.recalibrate_batch_norm(
-        model,
+        run.placement.put_model(model),
         run.training_batches(batches),
         lambda model, batch: model(*run.task.inputs(batch, None)),
     )

@@ -150,7 +150,13 @@ def _trace(run: Run, running: phases.Running, model: nnx.Module) -> None:
     _check_sums(run.task, jax.eval_shape(evaluate, params, model_state, arrays, batch))
     for epoch in range(len(running.phase.trainable)):
         step = make_train_step(
-            structure, running, run.task, jax.random.key(0), epoch=epoch
+            structure,
+            running,
+            run.task,
+            jax.random.key(0),
+            epoch=epoch,
+            accumulation_steps=run.config["accumulation_steps"],
+            layout=run.placement.layout(model),
         )
         jax.eval_shape(step, state, _abstract_batch(run, run.batch_size))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
-from train import phases, registry
+from train import phases, registry, sharding
 from train.schema import NAMED, compare, difference, is_number
 from train.tasks import TASKS
 
@@ -28,34 +28,43 @@ DATA = {
 
 CONFIG = {
     "seed": int,
+    "mesh": sharding.SCHEMA,
     "data": DATA,
     "task": NAMED,
     "model": NAMED,
     "rank_rules": list,
     "init_from": str,
     "phases": list,
+    "accumulation_steps": int,
     "log_every_steps": int,
     "eval_every_epochs": int,
     "eval_fractions": list,
     "recalibration_batches": int,
     "scoring_batches": int,
     "checkpoint_every_epochs": int,
+    "checkpoint_every_steps": int,
+    "checkpoint_every_minutes": float,
     "keep_checkpoints": int,
+    "keep_best": int,
 }
 
 LEAST = {
     "seed": 0,
+    "accumulation_steps": 1,
     "log_every_steps": 1,
     "eval_every_epochs": 0,
     "recalibration_batches": 0,
     "scoring_batches": 1,
     "checkpoint_every_epochs": 0,
+    "checkpoint_every_steps": 0,
+    "checkpoint_every_minutes": 0,
     "keep_checkpoints": 1,
+    "keep_best": 0,
     "data.batch_size": 1,
     "data.eval_batch_size": 1,
     "data.validation_examples": 0,
 }
-"""The least value of each whole number."""
+"""The least value of each number."""
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -126,6 +135,8 @@ def _bounds(config: Mapping[str, Any]) -> list[str]:
 def differences(file: Path, config: Mapping[str, Any]) -> list[str]:
     """Lists the places where the config that a run wrote into its folder differs.
 
+    The mesh may differ: a run goes on with other devices.
+
     Args:
       file: The run's config.
       config: The one to compare with.
@@ -140,4 +151,6 @@ def differences(file: Path, config: Mapping[str, Any]) -> list[str]:
             f"{file}: must be JSON, got text that is not ({error}). It is damaged; name"
             " another workdir."
         ) from error
+    if isinstance(theirs, Mapping):
+        theirs = {**theirs, "mesh": config["mesh"]}
     return difference(theirs, config)

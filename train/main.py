@@ -6,7 +6,7 @@ Ends with one line of JSON: `{"workdir", "step", "frontier": [...]}`.
 from absl import flags
 from ml_collections import config_flags
 
-from train import binary, loop
+from train import binary, distributed, loop
 from train.report import logs
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -15,11 +15,14 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; the same command goes on with a stopped run."
 )
+_PROCESSES = distributed.define_flags()
 
 
 def _main() -> None:
+    _PROCESSES.connect()
     result = loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
-    logs.emit({"workdir": _WORKDIR.value, **result})
+    if distributed.is_first():
+        logs.emit({"workdir": _WORKDIR.value, **result})
 
 
 if __name__ == "__main__":

@@ -5,15 +5,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax
+import jax
 from flax import nnx
 
 from lowrank_jax import active, checkpoint, errors, paths
 from lowrank_jax.errors import UserError
-from train import checks, folders, phases
+from lowrank_jax.version import __version__
+from train import checks, distributed, folders, phases
 from train.config import differences, to_json
 from train.model import about, factorize, load_model
 from train.report import logs
 from train.run import Run, open_run
+from train.stopping import StopRequest
 
 
 class Start(NamedTuple):
@@ -32,32 +36,56 @@ class Start(NamedTuple):
     saved: checkpoint.Saved | None
 
 
-def start_run(config: Any, workdir: Path) -> Start:
+def start_run(config: Any, workdir: Path, stop: StopRequest) -> Start:
     """Opens a run; the workdir is made, and says what config it is of.
+
+    Every process checks for itself; where one fails, all do.
 
     Args:
       config: A `ConfigDict` or mapping as in `configs/`.
       workdir: Folder of the run; a new one, or one that holds a run of the same config.
+      stop: What asks the run to stop.
 
     Raises:
       UserError: Something does not hold together; nothing was written.
     """
-    config = to_json(config)
-    plan = phases.build_phases(config["phases"])
-    with errors.at("--workdir"):
-        folders.check_writable(workdir)
-    run = open_run(config)
-    saved = check_workdir(workdir, run.config)
+
+    def check() -> tuple[Run, tuple[phases.Phase, ...], checkpoint.Saved | None]:
+        complete = to_json(config)
+        plan = phases.build_phases(complete["phases"])
+        with errors.at("--workdir"):
+            folders.check_writable(workdir)
+        run = open_run(complete, stop=stop)
+        return run, plan, check_workdir(workdir, run.config)
+
+    run, plan, saved = distributed.together(check)
+    distributed.check_same(
+        {
+            "config": run.config,
+            "versions": versions(),
+            "checkpoint": saved and saved.step,
+        }
+    )
     if saved is None:
         model = _initial_model(run)
-        checks.check_phases(run, plan, model)
+        distributed.together(lambda: checks.check_phases(run, plan, model))
     else:
-        model = load_model(saved, allow_imports=None)
+        model = run.placement.put_model(load_model(saved, allow_imports=None))
     _describe(run, plan, model, saved)
-    workdir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(run.config, indent=1, sort_keys=True)
-    (workdir / "config.json").write_text(text)
+    if distributed.is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(run.config, indent=1, sort_keys=True)
+        (workdir / "config.json").write_text(text)
     return Start(run, plan, model, saved)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that the processes of a run must share."""
+    return {
+        "lowrank_jax": __version__,
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+    }
 
 
 def check_workdir(workdir: Path, config: Mapping[str, Any]) -> checkpoint.Saved | None:
@@ -106,7 +134,7 @@ def _initial_model(run: Run) -> nnx.Module:
         model = load_model(saved, allow_imports=None)
     model = factorize(model, run.config)
     _check_same_layers(run, model)
-    return model
+    return run.placement.put_model(model)
 
 
 def _check_same_layers(run: Run, model: nnx.Module) -> None:

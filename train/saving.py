@@ -1,0 +1,61 @@
+"""When a run saves, and what: its model, its state, what it remembers."""
+
+import time
+from pathlib import Path
+
+from lowrank_jax import checkpoint, errors
+from train import distributed, folders
+from train.run import Run
+from train.session import Session
+
+
+class Saver:
+    """Saves a run into its folder.
+
+    `saved_step` is the step of the last checkpoint, None without one.
+
+    Args:
+      run: What is saved.
+      workdir: Its folder.
+      saved: The checkpoint that it goes on from, if there is one.
+    """
+
+    def __init__(self, run: Run, workdir: Path, saved: checkpoint.Saved | None):
+        self._run, self._workdir = run, workdir
+        self.saved_step = saved.step if saved else None
+        self._began = time.monotonic()
+        self._writer = checkpoint.CheckpointWriter(
+            workdir / "checkpoints", keep=run.config["keep_checkpoints"]
+        )
+
+    def due(self, step: int) -> bool:
+        """Returns whether a checkpoint is due at a step.
+
+        The clock is that of the first process, and is asked when metrics are logged.
+        """
+        config, epoch = self._run.config, self._run.steps_per_epoch
+        every_epochs = config["checkpoint_every_epochs"]
+        every_steps = config["checkpoint_every_steps"]
+        seconds = 60 * config["checkpoint_every_minutes"]
+        if every_epochs and step and not step % (every_epochs * epoch):
+            return True
+        if every_steps and step and not step % every_steps:
+            return True
+        if not seconds or step % config["log_every_steps"]:
+            return False
+        late = time.monotonic() - self._began > seconds
+        return distributed.exchange(late)[0]
+
+    def save(self, step: int, session: Session) -> None:
+        """Saves the run as it is; returns before all of it is on disk."""
+        if step == self.saved_step:
+            return
+        with errors.at("--workdir"):
+            folders.check_space(self._workdir, session.num_bytes())
+        metadata = {**self._run.metadata(), "run": session.memory}
+        self._writer.save(step, session.model(), metadata, session.state.items())
+        self.saved_step, self._began = step, time.monotonic()
+
+    def close(self) -> None:
+        """Returns when everything is on disk."""
+        self._writer.close()
