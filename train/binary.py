@@ -36,19 +36,24 @@ _CONFIG_FAILED = "Error whilst parsing config file"
 """How ml_collections begins the text it puts around an error of `get_config`."""
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], *, takes: str = "") -> None:
     """Runs a binary, after its flags are parsed.
 
     Args:
       main: What it does; reads flags by itself.
+      takes: What its arguments are, where it takes some beside flags, one at least; it
+        is called with them.
     """
 
     def start(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise UserError(f"flags: must begin with --, got {argv[1:]}. Add the --.")
+        arguments = argv[1:]
+        if arguments and not takes:
+            raise UserError(f"flags: must begin with --, got {arguments}. Add the --.")
+        if takes and not arguments:
+            raise UserError(f"{takes}: must be given, got none. Add one or more.")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax tells every file at INFO
-        main()
+        main(*arguments)
 
     app.run(_ending(start), flags_parser=_ending(_parse_flags))
 
