@@ -53,6 +53,7 @@ def run(main: Callable[..., None], *, takes: str = "") -> None:
             raise UserError(f"{takes}: must be given, got none. Add one or more.")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax tells every file at INFO
+        distributed.make_room()
         main(*arguments)
 
     app.run(_ending(start), flags_parser=_ending(_parse_flags))

@@ -72,6 +72,18 @@ def define_flags() -> Flags:
     )
 
 
+def make_room() -> None:
+    """Gives XLA threads enough for the CPU devices that are simulated.
+
+    Its pool has one for each core, a collective holds one for each device until all
+    have come: with fewer threads they wait for ever. Must come before the first use of
+    a device.
+    """
+    devices = jax.config.jax_num_cpu_devices
+    if devices > 1:
+        os.environ.setdefault("NPROC", str(max(2 * devices, os.cpu_count() or 1)))
+
+
 def connect(
     coordinator: str | None,
     num_processes: int | None,
@@ -162,8 +174,11 @@ def _check(
 
 
 def is_first() -> bool:
-    """Returns whether this process is the one that writes and speaks."""
-    return jax.process_index() == 0
+    """Returns whether this process is the one that writes and speaks, process 0.
+
+    Asks without starting a backend, which a lone process may yet want to set up.
+    """
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def has_peers() -> bool:

@@ -15,20 +15,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from train import distributed
 from train.evaluation import Figures
-from train.report import logs
+from train.report import logs, trackers
+from train.report.status import StatusFile
 from train.saving import Saver
 from train.session import Session
-from train.start import start_run
+from train.start import own, start_run
 from train.stopping import Interrupted, StopRequest, StopRequested
 
 
-def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
+def train_and_evaluate(
+    config: Any,
+    workdir: str | Path,
+    *,
+    further: Sequence[trackers.OpenTracker] = (),
+) -> dict[str, Any]:
     """Trains a config in a workdir, or goes on with the run that is there.
+
+    With several processes (`train.distributed`), all call it alike.
 
     Args:
       config: A `ConfigDict` or mapping as in `configs/`.
       workdir: Folder of the run; a new one, or one that holds a run of the same config.
+      further: Trackers of its metrics, beside those of its folder.
 
     Returns:
       The figures of the last evaluation on the validation split: a list of rows, one
@@ -36,7 +46,7 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
 
     Raises:
       UserError: The config does not hold together (found before any work).
-      FloatingPointError: A loss that is not finite, naming the steps.
+      NotFinite: A loss or a gradient that is not finite, naming step and parameter.
       Interrupted: SIGTERM came; the state is saved.
     """
     workdir = Path(workdir)
@@ -44,13 +54,19 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
 
     with contextlib.ExitStack() as resources:
         stop = resources.enter_context(StopRequest())
+        distributed.together(lambda: own(workdir, resources))
         run, plan, model, saved = start_run(config, workdir, stop)
         config = run.config
+        status = resources.enter_context(
+            StatusFile(workdir, enabled=distributed.is_first())
+        )
         session = Session(run, plan, model, saved)
         step = saved.step if saved else 0
-        writer = logs.MetricWriter(workdir, start_step=step)
+        writer = logs.MetricWriter(
+            workdir, start_step=step, config=config, further=further
+        )
         metrics_log = logs.StepMetrics(writer, run.batch_size, saved_step=step or None)
-        progress = logs.Progress(session.last_step(), start=step)
+        progress = logs.Progress(session.last_step(), start=step, status=status)
         saver = Saver(run, workdir, saved)
         batches = run.batches_from(step)
         for resource in (saver, writer, progress, batches):  # however the run ends
@@ -60,21 +76,25 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
             try:
                 if session.memory["changes_due"]:
                     metrics_log.flush()  # nothing is made of what is not finite
+                    status.write(state="changing", step=step)
                     session.change(step)
                     progress.total = session.last_step()
                 fresh = session.memory["evaluated"] != step
                 finished = session.finished(step)
                 if finished or (fresh and session.evaluates(step)):
                     metrics_log.flush()
+                    status.write(state="evaluating", step=step, **session.about())
                     frontier = session.frontier()
                     if fresh and frontier:
                         writer.write(step, {"validation": _by_fraction(frontier)})
                     session.memory["evaluated"] = step
+                    status.write(figures=_by_fraction(frontier))
                     progress.update(step, _summary(frontier, run.task.headline))
             except StopRequested:
                 finished = False  # what was broken off is done anew
             if (stopping := stop.poll()) or finished or saver.due(step):
                 metrics_log.flush()  # a loss that is not finite is never saved
+                status.write(state="saving", step=step)
                 saver.save(step, session)
                 metrics_log.saved_step = saver.saved_step
             if finished:
@@ -83,6 +103,8 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
                 raise Interrupted(f"stopped at step {step}; run it again to go on.")
 
             if session.compiles:
+                metrics_log.names = session.param_names()
+                status.write(**session.about())
                 progress.compiling(step)
                 metrics_log.compiling()
             metrics = session.train_step(step, next(batches))

@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from train import binary, distributed, loop
-from train.report import logs
+from train.report import logs, trackers
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with :argument after it (such as :smoke)."
@@ -15,12 +15,16 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; the same command goes on with a stopped run."
 )
+_WANDB = flags.DEFINE_string(
+    "wandb", None, "Project of Weights & Biases that gets the metrics, too."
+)
 _PROCESSES = distributed.define_flags()
 
 
 def _main() -> None:
     _PROCESSES.connect()
-    result = loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
+    further = [trackers.wandb(_WANDB.value)] if _WANDB.value else []
+    result = loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value, further=further)
     if distributed.is_first():
         logs.emit({"workdir": _WORKDIR.value, **result})
 

@@ -77,6 +77,19 @@ class Session:
         """Returns the size of what a checkpoint holds."""
         return sum(array.nbytes for array in jax.tree.leaves(self.state))
 
+    def about(self) -> dict[str, Any]:
+        """Returns what is running, for the status file."""
+        return {
+            "phase": self.running.phase.name,
+            "ranks": active.get_ranks(self.model()),
+            "processes": jax.process_count(),
+            "devices": self._run.placement.mesh.size,
+        }
+
+    def param_names(self) -> list[str]:
+        """Returns the paths of the parameters, in the order of their leaves."""
+        return list(checkpoint.flatten(self.state.params))
+
     def model(self) -> nnx.Module:
         """Returns the model as it is, in evaluation mode, at its active ranks."""
         return self.structure.merge(self.state.params, self.state.model_state, None)

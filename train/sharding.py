@@ -152,7 +152,7 @@ class Placement:
             return PartitionSpec()
         for axes, size in zip(spec, leaf.shape, strict=False):
             parts, dividing = 1, []
-            for axis in axes or ():
+            for axis in _names(axes):
                 more = self.mesh.shape[axis]
                 if more > 1 and size and not size % (parts * more):
                     parts, dividing = parts * more, [*dividing, axis]
@@ -208,8 +208,8 @@ class Layout(NamedTuple):
             return params
 
         def gather(array: Any, split: NamedSharding) -> Any:
-            spec = [tuple(a for a in axes or () if a != "fsdp") for axes in split.spec]
-            whole = PartitionSpec(*[axes or None for axes in spec])
+            spec = [[a for a in _names(axes) if a != "fsdp"] for axes in split.spec]
+            whole = PartitionSpec(*[tuple(axes) or None for axes in spec])
             return _gather(array, split, self.placement.sharding(whole))
 
         return jax.tree.map(gather, params, self.shardings(params))
@@ -288,6 +288,11 @@ def _names_of(variable: nnx.Variable) -> tuple[str | None, ...]:
     names = [None] * len(others)
     names[largest] = "kernel_in"
     return (*names, "kernel_out")
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of the mesh in an entry of a spec."""
+    return (axes,) if isinstance(axes, str) else axes or ()
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:

@@ -1,5 +1,6 @@
 """What a run starts from: its parts, checked before any work, and its model."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,8 +54,6 @@ def start_run(config: Any, workdir: Path, stop: StopRequest) -> Start:
     def check() -> tuple[Run, tuple[phases.Phase, ...], checkpoint.Saved | None]:
         complete = to_json(config)
         plan = phases.build_phases(complete["phases"])
-        with errors.at("--workdir"):
-            folders.check_writable(workdir)
         run = open_run(complete, stop=stop)
         return run, plan, check_workdir(workdir, run.config)
 
@@ -75,8 +74,21 @@ def start_run(config: Any, workdir: Path, stop: StopRequest) -> Start:
     if distributed.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(run.config, indent=1, sort_keys=True)
-        (workdir / "config.json").write_text(text)
+        folders.write_atomically(workdir / "config.json", text)
     return Start(run, plan, model, saved)
+
+
+def own(workdir: Path, resources: contextlib.ExitStack) -> None:
+    """Owns a workdir until the resources are given back; of several processes, the
+    first does.
+
+    Raises:
+      UserError: Another run has it, or it cannot be written.
+    """
+    if distributed.is_first():
+        with errors.at("--workdir"):
+            folders.check_writable(workdir)
+            resources.enter_context(folders.lock(workdir))
 
 
 def versions() -> dict[str, str]:
@@ -96,7 +108,7 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> checkpoint.Saved 
     """
     file = workdir / "config.json"
     if not file.exists():
-        if workdir.exists() and any(workdir.iterdir()):
+        if any(path.name != folders.LOCK for path in workdir.glob("*")):
             raise UserError(
                 f"--workdir: must be a new folder or one of a run, got {workdir}, which"
                 " holds other files. Nothing is overwritten; name another."

@@ -18,6 +18,7 @@ import numpy as np
 import tqdm
 
 from lowrank_jax.errors import UserError
+from train import distributed
 from train.report import trackers
 from train.report.status import StatusFile
 from train.stopping import NotFinite
@@ -55,14 +56,6 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def speaks() -> bool:
-    """Returns whether this process is the one that speaks and writes, process 0.
-
-    Asks without starting a backend, which a lone process may yet want to set up.
-    """
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
-
-
 class MetricWriter:
     """Writes metrics to workdir/metrics.jsonl, to TensorBoard and to further trackers.
 
@@ -85,7 +78,7 @@ class MetricWriter:
         further: Sequence[trackers.OpenTracker] = (),
     ):
         self._trackers: list[trackers.Tracker] = []
-        if not speaks():
+        if not distributed.is_first():
             return
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -129,7 +122,7 @@ class Progress:
         self._spoke = self._began
         self._compiling = False
         self._bar = None
-        if speaks() and sys.stderr.isatty():
+        if distributed.is_first() and sys.stderr.isatty():
             self._bar = tqdm.tqdm(
                 total=total, initial=start, file=sys.stderr, dynamic_ncols=True
             )
@@ -176,7 +169,7 @@ class Progress:
         if rate is not None:
             parts.append(f"{rate:.3g} steps/s")
             parts += [f"{duration(left)} left"] if left else []
-        if speaks():
+        if distributed.is_first():
             print(", ".join([*parts, message] if message else parts), file=sys.stderr)
 
     def _pace(self, step: int, now: float) -> tuple[float | None, float | None]:
@@ -203,7 +196,7 @@ def duration(seconds: float) -> str:
 
 def say(message: str) -> None:
     """Prints a line on stderr that leaves a progress bar whole; process 0 does."""
-    if speaks():
+    if distributed.is_first():
         tqdm.tqdm.write(message, file=sys.stderr)
 
 
