@@ -74,12 +74,12 @@ def train_and_evaluate(
         while True:
             finished = False
             try:
-                if session.memory["changes_due"]:
+                if session.done["changes_due"]:
                     metrics_log.flush()  # nothing is made of what is not finite
                     status.write(state="changing", step=step)
                     session.change(step)
                     progress.total = session.last_step()
-                fresh = session.memory["evaluated"] != step
+                fresh = session.done["evaluated"] != step
                 finished = session.finished(step)
                 if finished or (fresh and session.evaluates(step)):
                     metrics_log.flush()
@@ -87,7 +87,7 @@ def train_and_evaluate(
                     frontier = session.frontier()
                     if fresh and frontier:
                         writer.write(step, {"validation": _by_fraction(frontier)})
-                    session.memory["evaluated"] = step
+                    session.done["evaluated"] = step
                     status.write(figures=_by_fraction(frontier))
                     progress.update(step, _summary(frontier, run.task.headline))
             except StopRequested:
@@ -112,7 +112,7 @@ def train_and_evaluate(
             metrics_log.add(step, metrics)
             if step % config["log_every_steps"] == 0:
                 progress.update(step, metrics_log.flush())
-            session.memory["changes_due"] = session.changes(step)
+            session.done["changes_due"] = session.changes(step)
 
     return {"step": step, "frontier": frontier}
 

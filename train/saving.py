@@ -52,7 +52,8 @@ class Saver:
             return
         with errors.at("--workdir"):
             folders.check_space(self._workdir, session.num_bytes())
-        metadata = {**self._run.metadata(), "run": session.memory}
+        remembered = {"run": session.memory, "done": session.done}
+        metadata = {**self._run.metadata(), **remembered}
         self._writer.save(step, session.model(), metadata, session.state.items())
         self.saved_step, self._began = step, time.monotonic()
 

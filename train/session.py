@@ -21,8 +21,11 @@ from train.stopping import StopRequested
 Memory = dict[str, Any]
 """What a run remembers beside its arrays, as JSON values in the checkpoint: "phase" and
 "phase_start", "history" of the phase's condition and the step at which it "ended" the
-phase, "target_ranks" that were selected, "initial_stable_ranks"; the step that was last
-"evaluated", and whether "changes_due" were broken off by a stop."""
+phase, "target_ranks" that were selected, "initial_stable_ranks"."""
+
+Done = dict[str, Any]
+"""How far the work between two steps has come, for a run that was stopped in it: the
+step that was last "evaluated", and whether "changes_due" are still to be made."""
 
 
 class Session:
@@ -56,19 +59,18 @@ class Session:
                 "initial_stable_ranks": context.initial_stable_ranks(
                     run, phases, model
                 ),
-                "evaluated": None,
-                "changes_due": False,
             }
+            self.done: Done = {"evaluated": None, "changes_due": False}
             self._begin(model, 0)
             self._measure(0)
             return
-        if "run" not in saved.metadata:
+        if not {"run", "done"} <= saved.metadata.keys():
             raise UserError(
                 f"--workdir: must hold a run of this version, got {saved.path}, which"
                 " does not say what phase it is in. Start a new run with"
                 " config.init_from."
             )
-        self.memory = saved.metadata["run"]
+        self.memory, self.done = saved.metadata["run"], saved.metadata["done"]
         self._begin(model, saved.step)
         items = checkpoint.restore(saved, self.state.items())
         self.state = self._layout.put(self.state.with_items(items))
@@ -134,7 +136,7 @@ class Session:
         except StopRequested:
             vars(self).update(before)
             raise
-        self.memory["changes_due"] = False
+        self.done["changes_due"] = False
 
     def evaluates(self, step: int) -> bool:
         """Returns whether an evaluation is due at a step."""
