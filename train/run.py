@@ -65,16 +65,14 @@ class Run(NamedTuple):
             spec, MODELS, supplied=supplied, allow_imports=allow_imports
         )
 
+    def build_model(self) -> nnx.Module:
+        """Builds the config's model, factorized by its rules, from its seed."""
+        return build_model(self.config, self.task, allow_imports=None)
+
     def fresh_model(self) -> nnx.Module:
-        """Builds the config's model, factorized by its rules, from its seed.
-
-        Where parameters are split, none is ever whole on a device.
-        """
-
-        def build() -> nnx.Module:
-            return build_model(self.config, self.task, allow_imports=None)
-
-        return self.placement.build(build)
+        """Builds the model on the mesh; where parameters are split, none is ever whole
+        on a device."""
+        return self.placement.build(self.build_model)
 
     def cost(self, model: nnx.Module) -> counting.ModelCost:
         """Counts a model for one example."""

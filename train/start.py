@@ -151,7 +151,7 @@ def _initial_model(run: Run) -> nnx.Module:
 
 def _check_same_layers(run: Run, model: nnx.Module) -> None:
     """Low-rank layers of `init_from` must be low-rank by the rules as well."""
-    wanted = nnx.eval_shape(run.fresh_model)
+    wanted = nnx.eval_shape(run.build_model)
     extra = sorted({*paths.find_factors(model)} - {*paths.find_factors(wanted)})
     if extra:
         raise UserError(
