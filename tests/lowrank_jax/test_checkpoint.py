@@ -173,7 +173,7 @@ def test_the_version_is_the_packages_own(folder):
     """(bug 26) Also where the project itself was never installed."""
     metadata = checkpoint.open_checkpoint(folder).metadata
     assert metadata["library_version"] == lowrank_jax.__version__
-    assert metadata["format_version"] == 2
+    assert metadata["format_version"] == 3
 
 
 def test_dense_models_have_the_same_schema(tmp_path):
