@@ -6,7 +6,7 @@ A checkpoint folder holds one folder per step, named by its number, each with
   each under its `"/"`-joined path, in `process_I.bin` and `process_I.json` for each
   process I that wrote (`pieces` says what is in them). Factors are written column by
   column of their rank, with a checksum for every few, so that loading at a lower rank
-  reads at most 1.25 times what it keeps. Arrays without elements are in the metadata
+  reads at most 1.125 times what it keeps. Arrays without elements are in the metadata
   alone;
 - `metadata/metadata`: JSON with the format version, the active and allocated ranks, the
   rules that make the structure from the dense model, every array's shape and dtype, the
@@ -206,7 +206,7 @@ def open_checkpoint(path: str | Path) -> Saved:
     except DamagedCheckpoint as error:
         raise _damaged(complete[0], f"metadata: {error}") from error
     except (ValueError, AttributeError) as error:
-        text = f"metadata: must be JSON of this library, got {error}."
+        text = f"metadata: must be JSON of this library, not another's, got {error}."
         raise _damaged(complete[0], text) from error
     if version != FORMAT_VERSION:
         raise UserError(
