@@ -1,7 +1,6 @@
 """Checkpoints: bit for bit there and back, at lower ranks, reading what is kept."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
