@@ -48,6 +48,10 @@ class StepWriter:
                 preservation_policy=self._policy,
                 create=True,
                 cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(
+                    # else orbax's threads wait for a folder that cannot be made
+                    create_directories_asynchronously=False
+                ),
             ),
         )
 

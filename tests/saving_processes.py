@@ -1,12 +1,14 @@
-"""One of several processes that save or read a checkpoint, started by a test.
+"""One of several processes that save and read checkpoints, started by a test.
 
-`python tests/two_processes.py PORT COUNT INDEX {save,read} FOLDER`: the processes form
-a mesh of two devices each; `save` writes steps 1 and 2, `read` prints the digest of the
-latest that can be read, or the error.
+`python tests/saving_processes.py PORT COUNT INDEX TASK FOLDER ...`: the processes form
+a mesh of two devices each. The tasks: `save` writes steps 1 and 2, `damage` turns over
+a bit of what the last process wrote of step 2, `read` prints the digest of the latest
+step that can be read, and the errors of those that cannot.
 """
 
 import hashlib
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,15 @@ def save(folder: str, mesh: jax.sharding.Mesh) -> None:
     writer.close()
 
 
+def damage(folder: str, mesh: jax.sharding.Mesh) -> None:
+    if jax.process_index() == 0:
+        file = Path(folder) / f"2/params/process_{jax.process_count() - 1}.bin"
+        data = bytearray(file.read_bytes())
+        data[5] ^= 1
+        file.write_bytes(data)
+    multihost_utils.sync_global_devices("damaged")
+
+
 def read(folder: str, mesh: jax.sharding.Mesh) -> None:
     graphdef, params, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
     templates = jax.tree.map_with_path(
@@ -75,9 +86,10 @@ def read(folder: str, mesh: jax.sharding.Mesh) -> None:
 
 
 if __name__ == "__main__":
-    port, count, index, action, folder = sys.argv[1:]
+    port, count, index, *tasks = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", 2)
     if int(count) > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
     mesh = jax.make_mesh((2 * int(count),), ("data",), axis_types=(AxisType.Auto,))
-    {"save": save, "read": read}[action](folder, mesh)
+    for task, folder in zip(tasks[::2], tasks[1::2], strict=True):
+        {"save": save, "damage": damage, "read": read}[task](folder, mesh)
