@@ -30,7 +30,10 @@ def build_task(
       allow_imports: Packages that names may import from, None for all.
     """
     with errors.at("config.task"):
-        return registry.build(config["task"], TASKS, facts, allow_imports=allow_imports)
+        spec = config["task"]
+        task = registry.build(spec, TASKS, facts, allow_imports=allow_imports)
+        registry.check_kind(spec, TASKS, task, lambda made: isinstance(made, Task))
+        return task
 
 
 def build_model(
@@ -124,11 +127,22 @@ def about(saved: checkpoint.Saved) -> tuple[Any, Any, list[tuple[str, Any]]]:
 def _dense_model(
     config: Mapping[str, Any], task: Task, allow_imports: Sequence[str] | None
 ) -> nnx.Module:
+    spec = config["model"]
     with errors.at("config.model"):
-        return registry.build(
-            config["model"],
-            MODELS,
-            allow_imports=allow_imports,
-            rngs=nnx.Rngs(config["seed"]),
-            **task.model_args,
-        )
+        try:
+            model = registry.build(
+                spec,
+                MODELS,
+                allow_imports=allow_imports,
+                rngs=nnx.Rngs(config["seed"]),
+                **task.model_args,
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"must fit into the memory, got {spec['name']} with {spec['args']}"
+                f" ({str(error).splitlines()[0]}). Lower its sizes."
+            ) from error
+        registry.check_kind(spec, MODELS, model, lambda m: isinstance(m, nnx.Module))
+        return model
