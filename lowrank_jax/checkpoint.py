@@ -22,9 +22,10 @@ import jax
 from flax import nnx
 
 from lowrank_jax.active import get_ranks, max_ranks, set_ranks
-from lowrank_jax.errors import ExistingFile, MissingFile, UserError
+from lowrank_jax.errors import ExistingFile, MissingFile, UserError, at
 from lowrank_jax.factorization import rules_of
 from lowrank_jax.factors import Factors, Rank
+from lowrank_jax.metadata import check_metadata
 from lowrank_jax.paths import find_aliases, find_factors, walk
 from lowrank_jax.ranks import Limits, Ranks, check_lower, largest
 from lowrank_jax.storage import StepWriter, read_arrays
@@ -164,7 +165,7 @@ def open_checkpoint(path: str | Path) -> Saved:
         metadata = json.loads(text)
         version = metadata["format_version"]
         missing = {"step", "ranks", "max_ranks", "rank_axes", "arrays"} - set(metadata)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"metadata must be JSON of this library, got {complete[0]}"
             f" ({error!r}). The file is damaged, or from another program."
@@ -175,6 +176,8 @@ def open_checkpoint(path: str | Path) -> Saved:
             f" {complete[0]} (missing: {sorted(missing)}). Use the library version"
             f" {metadata.get('library_version')} that wrote it."
         )
+    with at(f"checkpoint {complete[0]}"):
+        check_metadata(metadata)
     return Saved(complete[0], metadata)
 
 

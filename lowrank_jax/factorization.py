@@ -290,7 +290,7 @@ def _kernel(layer: nnx.Module | nnx.Param) -> nnx.Param:
 def _form(options: Mapping[str, Any]) -> tuple[type[Factors], dict[str, Any]]:
     """The form that a rule asks for, and what the rule chooses of it."""
     name = options.get("form", Factors.form)
-    if name not in FORMS:
+    if not isinstance(name, str) or name not in FORMS:
         raise UserError(
             f"form must be one of {sorted(FORMS)}, got {name!r}. Choose one."
         )

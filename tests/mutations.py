@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import hypothesis
+import pytest
 from hypothesis import strategies as st
 from messages import check_form
 
@@ -25,6 +26,9 @@ Edits = Sequence[tuple[Place, Any]]
 
 SECONDS = 60
 """What takes longer hangs: most cases take a hundredth of a second."""
+
+TIMES = pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.slow)])
+"""How many times as many cases as in every run of the tests."""
 
 NUMBERS = (0, 1, -1, 2, 7, 2**31 - 1, 2**31, -(2**31) - 1, 2**63, 10**30)
 FLOATS = (0.0, -0.0, 0.5, -0.5, 1.5, 1e-320, 1e300, math.nan, math.inf, -math.inf)

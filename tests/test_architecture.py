@@ -17,7 +17,7 @@ LAYERS = (
     {"errors", "version"},
     {"linalg", "rules", "ranks", "folds", "optimizer_state", "purity", "storage"}
     | {"nnx_internals"},
-    {"cost", "ranked"},
+    {"cost", "ranked", "metadata"},
     {"factors"},
     {"forms"},
     {"layers"},

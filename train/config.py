@@ -7,7 +7,7 @@ checkpoint says all there is to say.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,17 +106,23 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "task": task, "phases": done}
 
 
-def _bounds(config: Mapping[str, Any]) -> list[str]:
-    """Values that have the right type but make no sense."""
+def too_small(config: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Lists which of these keys of `LEAST` have a smaller value."""
     problems = []
-    for key, least in LEAST.items():
+    for key in keys:
         value: Any = config
         for part in key.split("."):
             value = value[part]
-        if value < least:
+        if value < LEAST[key]:
             problems.append(
-                f"config.{key}: must be at least {least}, got {value}. Raise it."
+                f"config.{key}: must be at least {LEAST[key]}, got {value}. Raise it."
             )
+    return problems
+
+
+def _bounds(config: Mapping[str, Any]) -> list[str]:
+    """Values that have the right type but make no sense."""
+    problems = too_small(config, LEAST)
     for key in ("batch_size", "eval_batch_size"):
         if config["data"][key] > MOST_EXAMPLES:
             problems.append(

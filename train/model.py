@@ -9,7 +9,7 @@ from flax import nnx
 from lowrank_jax import checkpoint, counting, errors, factorization
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks
-from train import registry, schema
+from train import recorded, registry, schema
 from train.models import MODELS
 from train.state import seed_rngs
 from train.tasks import TASKS
@@ -112,16 +112,8 @@ def about(saved: checkpoint.Saved) -> tuple[Any, Any, list[tuple[str, Any]]]:
     Raises:
       UserError: It was written by something else.
     """
-    try:
-        config, facts = saved.metadata["config"], saved.metadata["facts"]
-        rules = [tuple(pair) for pair in saved.metadata["rank_rules"]]
-        return config, facts, rules
-    except KeyError as error:
-        raise UserError(
-            f"checkpoint {saved.path}: metadata must hold config, facts and rank_rules,"
-            f" got no {error}. It was not written by train.main or train.truncate of"
-            " this version."
-        ) from error
+    with errors.at(f"checkpoint {saved.path}"):
+        return recorded.read(saved.metadata)
 
 
 def _dense_model(

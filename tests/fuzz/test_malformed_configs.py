@@ -23,14 +23,16 @@ from configs import (
 from lowrank_jax import active
 from train import phases, start
 from train.config import to_json
+from train.model import build_model
 from train.run import open_run
+from train.stopping import StopRequest
 
 named = common.named
 
 
 def on_digits(config: Any, rules: Any) -> dict[str, Any]:
     """The config with digits for data and a small MLP for the model, as JSON."""
-    common.digits(config, batch_size=65)
+    common.digits(config, batch_size=64)
     config.model = named("mlp", hidden=(8,))
     config.rank_rules = rules
     text = json.dumps(config.to_dict())
@@ -48,7 +50,7 @@ def every_part() -> dict[str, Any]:
         named("sandwich", passes=3, smallest=0.25),
         named("matryoshka", fractions=(1.0, 0.5)),
         named("family", profiles=(ranks, {"head": 2, "hidden/0": 3})),
-        named("per_example", batch_size=65, common_fraction=True),
+        named("per_example", batch_size=64, common_fraction=True),
         named("ladder", fractions=(1.0, 0.5), chances=(0.5, 0.5), warmup_steps=2),
         named("geometric", decay=0.5),
         named("uniform_fraction", fractions=(0.5, 1.0)),
@@ -135,7 +137,9 @@ def open_all(config: Any) -> None:
     config = to_json(config)
     plan = phases.build_phases(config["phases"])
     run = open_run(config)
-    model = nnx.eval_shape(run.fresh_model)
+    model = nnx.eval_shape(
+        lambda: build_model(run.config, run.task, allow_imports=None)
+    )
     ranks = {path: at.active for path, at in active.rank_limits(model).items()}
     spans = phases.spans(plan, run.steps_per_epoch)
     for phase, (first, end) in zip(plan, spans, strict=True):
@@ -151,25 +155,35 @@ def test_the_configs_are_good(name):
     open_all(bases()[name])
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.slow)])
+@mutations.TIMES
 def test_values_in_a_config(times):
     def check(case: Any) -> None:
         name, edits = case
         config = mutations.changed(bases()[name], edits)
         mutations.refused(lambda: open_all(config))
 
-    mutations.campaign(check, cases(*bases()), 400 * times)
+    mutations.campaign(check, cases(*bases()), 300 * times)
 
 
-def test_a_start_leaves_nothing_behind(tmp_path):
+@mutations.TIMES
+def test_a_start_leaves_nothing_behind(tmp_path, times):
     def check(case: Any) -> None:
         name, edits = case
         config = mutations.changed(bases()[name], edits)
         workdir = tmp_path / "run"
-        if mutations.refused(lambda: start.start_run(config, workdir)):
+        if mutations.refused(lambda: start.start_run(config, workdir, StopRequest())):
             assert not list(tmp_path.iterdir())
         else:
             (workdir / "config.json").unlink()
             workdir.rmdir()
 
-    mutations.campaign(check, cases("digits_mlp", "maestro", "khodak"), 20)
+    mutations.campaign(check, cases("digits_mlp", "maestro", "khodak"), 20 * times)
+
+
+@pytest.mark.parametrize("what", mutations.UNREADABLE)
+def test_what_no_config_can_hold(what):
+    value = mutations.UNREADABLE[what]
+    for key in ("seed", "phases", "model"):
+        config = {**bases()["digits_mlp"], key: value}
+        assert mutations.refused(lambda config=config: to_json(config))
+    assert mutations.refused(lambda: to_json(value))

@@ -1,11 +1,7 @@
 """Malformed ranks, rules and rank files: taken, or refused with one error of ours."""
 
-from typing import Any
-
-import jax
 import mutations
 import optax
-import pytest
 import saved_models
 from flax import nnx
 from hypothesis import strategies as st
@@ -23,16 +19,8 @@ RULES = [
 ]
 """Of `saved_models.Net`, but for the last, which finds nothing left."""
 
-TIMES = pytest.mark.parametrize(
-    "times", [1, pytest.param(5, marks=pytest.mark.slow)]
-)
 
-
-def arrays(model: nnx.Module) -> list[Any]:
-    return jax.tree.leaves(nnx.as_pure(nnx.state(model, nnx.Not(nnx.RngState))))
-
-
-@TIMES
+@mutations.TIMES
 def test_ranks_of_a_model(times):
     """To set, cut, shrink and choose; a model is left alone where they are refused."""
     model = saved_models.low_rank()
@@ -49,9 +37,7 @@ def test_ranks_of_a_model(times):
         elif what == "check":
             mutations.refused(lambda: active.check_ranks(model, wanted))
         elif what == "cut":
-            mutations.refused(
-                lambda: nnx.eval_shape(lambda: truncate(model, wanted))
-            )
+            mutations.refused(lambda: nnx.eval_shape(lambda: truncate(model, wanted)))
         elif what == "shrink":
             mutations.refused(lambda: shrinking.shrink(model, wanted, (), optimizer))
         else:
@@ -63,7 +49,7 @@ def test_ranks_of_a_model(times):
     mutations.campaign(check, cases, 60 * times)
 
 
-@TIMES
+@mutations.TIMES
 def test_rules_of_a_model(times):
     def check(edits: mutations.Edits) -> None:
         rules = mutations.changed(RULES, edits)

@@ -31,7 +31,7 @@ class MLP(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        check_sizes("mlp", hidden=hidden)
+        check_sizes("mlp", hidden=hidden, num_classes=num_classes)
         self.hidden = nnx.List([])
         for width in hidden:
             self.hidden.append(nnx.Linear(in_features, width, rngs=rngs))
