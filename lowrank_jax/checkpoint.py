@@ -45,7 +45,9 @@ from lowrank_jax.errors import (
     ExistingFile,
     MissingFile,
     UserError,
+    at,
 )
+from lowrank_jax.metadata import check_metadata
 from lowrank_jax.paths import find_aliases, find_factors
 from lowrank_jax.pieces import check_seal, read_arrays, verify_pieces
 from lowrank_jax.ranks import Limits, Ranks, check_lower, largest
@@ -205,7 +207,7 @@ def open_checkpoint(path: str | Path) -> Saved:
             check_seal(metadata)
     except DamagedCheckpoint as error:
         raise _damaged(complete[0], f"metadata: {error}") from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         text = f"metadata: must be JSON of this library, not another's, got {error}."
         raise _damaged(complete[0], text) from error
     if version != FORMAT_VERSION:
@@ -213,6 +215,8 @@ def open_checkpoint(path: str | Path) -> Saved:
             f"must be of format {FORMAT_VERSION}, got {version} in {complete[0]}. Use"
             f" the library version {metadata.get('library_version')} that wrote it."
         )
+    with at(f"checkpoint {complete[0]}"):
+        check_metadata(metadata)
     return Saved(complete[0], metadata)
 
 

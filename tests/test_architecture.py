@@ -17,7 +17,7 @@ LAYERS = (
     {"errors", "version"},
     {"linalg", "rules", "ranks", "folds", "optimizer_state", "purity", "pieces"}
     | {"nnx_internals"},
-    {"cost", "ranked", "storage"},
+    {"cost", "ranked", "storage", "metadata"},
     {"factors"},
     {"forms"},
     {"layers"},

@@ -170,7 +170,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except SystemExit:  # absl ends with status 1 after it has printed its help
         _print_config_help(path)
         sys.exit(0)
-    except (AttributeError, LookupError):
+    except (AttributeError, LookupError) as error:
+        if getattr(error, "name", None) == "get_config":
+            raise UserError(
+                "--config: must be a file with a function get_config, got"
+                f" {path}, which has none. Write one that returns the config."
+            ) from error
         if path is not None:
             raise_all(wrong_keys(_load_config(path), argv))
         raise
