@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lowrank_jax import placement
 from lowrank_jax.errors import UserError, raise_all
 from lowrank_jax.factors import Factors
 from lowrank_jax.folds import ConvFold
@@ -58,7 +58,8 @@ def factorize(
 
     Every kernel becomes the product of its SVD (unless a rule says "random"), so that
     at full rank the function is unchanged. A module or a weight that is shared stays
-    shared.
+    shared. Factors of a kernel that is split over a mesh are split alike: `u` as its
+    input axes, `v` as its output axes, the rank axis whole (`Fold.to_matrix`).
 
     Args:
       model: Any NNX model; layers that are low-rank already stay as they are.
@@ -272,7 +273,8 @@ def _twin(
     key = (id(kernel), fold, max_rank, form.form, repr(form_options))
     if key not in shared:
         matrix = fold.to_matrix(kernel[...])
-        if not isinstance(matrix, jax.core.Tracer) and not np.isfinite(matrix).all():
+        traced = isinstance(matrix, jax.core.Tracer)
+        if not traced and not placement.all_finite(matrix):
             raise UserError(
                 "the kernel must be finite to be factored, got NaN or infinity. Train"
                 " or load it anew, with a lower learning rate."

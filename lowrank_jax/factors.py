@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from lowrank_jax import linalg
+from lowrank_jax import linalg, placement
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranked import Rank, Ranked, known_rank
@@ -106,7 +106,7 @@ class Factors(Ranked):
         with_s: bool = False,
         depth: int = 2,
     ) -> "Factors":
-        """Makes the best factors of a matrix.
+        """Makes the best factors of a matrix, split over a mesh as it is (`place`).
 
         Args:
           matrix: What to factor.
@@ -120,14 +120,16 @@ class Factors(Ranked):
                 f" {depth} with_s={with_s}. Use one of the two."
             )
         u, s, v = linalg.truncated_svd(matrix, max_rank)
-        if with_s:
-            return cls(u, v, s)
         root = s ** (1 / depth)
-        u, v = u * root[..., None, :], root[..., :, None] * v
-        if depth == 2:
-            return cls(u, v)
-        square = jnp.vectorize(jnp.diag, signature="(r)->(r,r)")(root)
-        return cls(u, v, middle=jnp.stack([square] * (depth - 2), axis=-3))
+        middle = None
+        if not with_s:
+            u, v = u * root[..., None, :], root[..., :, None] * v
+        if depth > 2:
+            square = jnp.vectorize(jnp.diag, signature="(r)->(r,r)")(root)
+            middle = jnp.stack([square] * (depth - 2), axis=-3)
+        factors = cls(u, v, s if with_s else None, middle)
+        factors.place(placement.sharding_of(matrix))
+        return factors
 
     @classmethod
     def random(
@@ -138,7 +140,8 @@ class Factors(Ranked):
         *,
         with_s: bool = False,
     ) -> "Factors":
-        """Draws factors whose product has entries of a matrix's variance."""
+        """Draws factors whose product has entries of a matrix's variance, split over a
+        mesh as it is (`place`)."""
         u, v = linalg.random_factors(
             key,
             *matrix.shape[-2:],
@@ -148,7 +151,9 @@ class Factors(Ranked):
             dtype=matrix.dtype,
         )
         scales = jnp.ones(u.shape[:-2] + u.shape[-1:], u.dtype)
-        return cls(u, v, scales if with_s else None)
+        factors = cls(u, v, scales if with_s else None)
+        factors.place(placement.sharding_of(matrix))
+        return factors
 
     @classmethod
     def from_rule(
@@ -205,6 +210,29 @@ class Factors(Ranked):
     def cost(self, layer_cost: LayerCost) -> LayerCost:
         """Returns what a layer costs with its matrix in this form."""
         return layer_cost
+
+    def place(self, sharding: jax.sharding.Sharding | None) -> None:
+        """Puts the arrays where a matrix with this sharding is, in place.
+
+        Rows of `u` are split over a mesh as its rows, columns of `v` as its columns,
+        stack axes as its own; the rank axis and the active rank are whole.
+        """
+        stack = range(len(self.stack_shape))
+        row, column = len(stack), len(stack) + 1
+        axes = {
+            "u": (*stack, row, None),
+            "s": (*stack, None),
+            "middle": (*stack, None, None, None),
+            "v": (*stack, None, column),
+            "rank": (),
+        }
+        for name, kept in axes.items():
+            if (variable := getattr(self, name)) is not None:
+                placement.move(variable, placement.with_axes(sharding, *kept))
+
+    def sharding(self) -> jax.sharding.Sharding | None:
+        """Returns how the matrix is split whose factors lie as these do."""
+        return placement.of_product(self.u, self.v)
 
     def params(self) -> dict[str, nnx.Param]:
         """Lists the arrays that are trained, by name."""
@@ -314,7 +342,8 @@ class Factors(Ranked):
     ) -> Float[Array, "*stack i o"]:
         """Returns the merged matrix at the active rank."""
         self._check_one_rank("merge the factors")
-        return self.active_u(dtype) @ self.active_v(dtype)
+        u, v = self.active_u(dtype), self.active_v(dtype)
+        return placement.kept(u @ placement.factor_beside(v, u), self.sharding())
 
     def _check_one_rank(self, purpose: str) -> None:
         if self.per_example:
@@ -332,12 +361,13 @@ class Factors(Ranked):
         """
         allocated = largest(rank)
         for name, axes in self._rank_arrays():
-            array = getattr(self, name)[...]
+            variable = getattr(self, name)
+            array = variable[...]
             for axis in axes:
                 array = jax.lax.slice_in_dim(
                     array, 0, allocated, axis=array.ndim + axis
                 )
-            getattr(self, name).set_value(array)
+            placement.replace(variable, array)
         self.set_rank(self.lowered(rank))
         if self.rank_is_traced or min(flatten_rank(rank), default=0) < allocated:
             self.zero_masked()
@@ -356,9 +386,9 @@ class Factors(Ranked):
             root = jnp.sqrt(sigma)
             u, v = u * root[..., None, :], root[..., :, None] * v
         else:
-            self.s.set_value(sigma)
-        self.u.set_value(u)
-        self.v.set_value(v)
+            placement.replace(self.s, sigma)
+        placement.replace(self.u, u)
+        placement.replace(self.v, v)
         self.middle = nnx.data(None)
 
     def set_rank(self, rank: RankValue | Int[Array, "..."]) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowrank_jax import placement
 from lowrank_jax.errors import UserError
 
 
@@ -70,26 +71,32 @@ class Fold:
         return min(self.input_size, self.output_size)
 
     def to_matrix(self, kernel: Float[Array, "..."]) -> Float[Array, "*stack i o"]:
-        """Reads a kernel as matrices `(*leading, *stack, i, o)`."""
+        """Reads a kernel as matrices `(*leading, *stack, i, o)`.
+
+        A matrix axis made of several of the kernel's is split over a mesh as the first
+        of these is (longer than 1), and is whole where that one is: a convolution's
+        `k1 k2 c` rows are, whatever its channels are split over.
+        """
         lead = kernel.shape[: kernel.ndim - len(self.kernel_shape)]
         if kernel.shape[len(lead) :] != self.kernel_shape:
             raise UserError(
                 f"kernel: shape must end in {self.kernel_shape}, got {kernel.shape}."
                 " Build the fold from the layer that owns the kernel."
             )
-        view = kernel.reshape(*lead, *self.view_shape)
+        view = placement.reshape(kernel, *lead, *self.view_shape)
         view = view.transpose(self._order(len(lead)))
-        return view.reshape(*lead, *self.stack_shape, self.input_size, self.output_size)
+        sizes = (*self.stack_shape, self.input_size, self.output_size)
+        return placement.reshape(view, *lead, *sizes)
 
     def to_kernel(self, matrix: Float[Array, "*stack i o"]) -> Float[Array, "..."]:
-        """Inverts `to_matrix`."""
+        """Inverts `to_matrix`; the first axis of several takes over how the matrix's
+        is split over a mesh."""
         lead = matrix.shape[: matrix.ndim - 2 - len(self.stack_axes)]
         order = self._order(len(lead))
-        view = matrix.reshape(
-            *lead, *self.stack_shape, *self.input_shape, *self.output_shape
-        )
+        sizes = (*self.stack_shape, *self.input_shape, *self.output_shape)
+        view = placement.reshape(matrix, *lead, *sizes)
         inverse = sorted(range(len(order)), key=order.__getitem__)
-        return view.transpose(inverse).reshape(*lead, *self.kernel_shape)
+        return placement.reshape(view.transpose(inverse), *lead, *self.kernel_shape)
 
     def _sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         return tuple(self.view_shape[axis] for axis in axes)
