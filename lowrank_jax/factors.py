@@ -106,7 +106,7 @@ class Factors(Ranked):
         with_s: bool = False,
         depth: int = 2,
     ) -> "Factors":
-        """Makes the best factors of a matrix, split over a mesh as it is (`place`).
+        """Makes the best factors of a matrix, split over a mesh as it is (`placed`).
 
         Args:
           matrix: What to factor.
@@ -127,9 +127,7 @@ class Factors(Ranked):
         if depth > 2:
             square = jnp.vectorize(jnp.diag, signature="(r)->(r,r)")(root)
             middle = jnp.stack([square] * (depth - 2), axis=-3)
-        factors = cls(u, v, s if with_s else None, middle)
-        factors.place(placement.sharding_of(matrix))
-        return factors
+        return cls(u, v, s if with_s else None, middle).placed(matrix)
 
     @classmethod
     def random(
@@ -141,7 +139,7 @@ class Factors(Ranked):
         with_s: bool = False,
     ) -> "Factors":
         """Draws factors whose product has entries of a matrix's variance, split over a
-        mesh as it is (`place`)."""
+        mesh as it is (`placed`)."""
         u, v = linalg.random_factors(
             key,
             *matrix.shape[-2:],
@@ -151,9 +149,7 @@ class Factors(Ranked):
             dtype=matrix.dtype,
         )
         scales = jnp.ones(u.shape[:-2] + u.shape[-1:], u.dtype)
-        factors = cls(u, v, scales if with_s else None)
-        factors.place(placement.sharding_of(matrix))
-        return factors
+        return cls(u, v, scales if with_s else None).placed(matrix)
 
     @classmethod
     def from_rule(
@@ -211,14 +207,14 @@ class Factors(Ranked):
         """Returns what a layer costs with its matrix in this form."""
         return layer_cost
 
-    def place(self, sharding: jax.sharding.Sharding | None) -> None:
-        """Puts the arrays where a matrix with this sharding is, in place.
+    def placed(self, matrix: Float[Array, "*stack i o"]) -> Self:
+        """Returns itself, the arrays put where a matrix of this shape is.
 
         Rows of `u` are split over a mesh as its rows, columns of `v` as its columns,
         stack axes as its own; the rank axis and the active rank are whole.
         """
-        stack = range(len(self.stack_shape))
-        row, column = len(stack), len(stack) + 1
+        sharding = placement.sharding_of(matrix)
+        *stack, row, column = range(matrix.ndim)
         axes = {
             "u": (*stack, row, None),
             "s": (*stack, None),
@@ -229,6 +225,7 @@ class Factors(Ranked):
         for name, kept in axes.items():
             if (variable := getattr(self, name)) is not None:
                 placement.move(variable, placement.with_axes(sharding, *kept))
+        return self
 
     def sharding(self) -> jax.sharding.Sharding | None:
         """Returns how the matrix is split whose factors lie as these do."""
