@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from lowrank_jax import placement
 from lowrank_jax.errors import UserError, raise_all
 from lowrank_jax.factors import Factors
-from lowrank_jax.folds import ConvFold
+from lowrank_jax.folds import ConvFold, Fold
 from lowrank_jax.forms import FORMS
 from lowrank_jax.layers import LAYERS, LowRankLayer, LowRankParam, low_rank_type
 from lowrank_jax.paths import (
@@ -269,6 +269,7 @@ def _twin(
     fold = kind.fold_of(layer, **fold_options)
     max_rank = _allocated_rank(options, fold.full_rank)
     kernel = _kernel(layer)
+    _check_differentiable(fold, kernel)
     form, form_options = _form(options)
     key = (id(kernel), fold, max_rank, form.form, repr(form_options))
     if key not in shared:
@@ -288,6 +289,17 @@ def _kernel(layer: nnx.Module | nnx.Param) -> nnx.Param:
     if isinstance(layer, nnx.Param):
         return layer
     return getattr(layer, low_rank_type(type(layer)).kernel_name)
+
+
+def _check_differentiable(fold: Fold, kernel: nnx.Param) -> None:
+    """Refuses what JAX itself differentiates wrongly: 0.10.2, in silence, with the
+    batch split over explicit axes, dense kernels of grouped convolutions included."""
+    if getattr(fold, "groups", 1) > 1 and placement.is_explicit(kernel[...]):
+        raise UserError(
+            "a convolution with feature groups must not be on a mesh with explicit axes,"
+            " where JAX returns wrong gradients for it, got a kernel"
+            f" {jax.typeof(kernel[...])}. Make the mesh with AxisType.Auto."
+        )
 
 
 def _form(options: Mapping[str, Any]) -> tuple[type[Factors], dict[str, Any]]:

@@ -300,7 +300,7 @@ class Factors(Ranked):
         if self.s is not None:
             u = u * jnp.abs(self.s[...])[..., None, :]
         if not self.per_example:
-            u = jnp.where(self.mask()[..., None, :], u, 0)
+            u = placement.masked(self.mask()[..., None, :], u)
         if self.middle is not None and self._joins_u:
             u, _ = self._join(u, self._active_middle(), v=None)
         return u if dtype is None else u.astype(dtype)
@@ -332,7 +332,8 @@ class Factors(Ranked):
     def _active_middle(self) -> Float[Array, "*stack n r r"]:
         """The square factors with the rows and columns past the rank set to zero."""
         mask = self.mask()[..., None, :]
-        return jnp.where(mask[..., None] & mask[..., None, :], self.middle[...], 0)
+        acting = mask[..., None] & mask[..., None, :]
+        return placement.masked(acting, self.middle[...])
 
     def matrix(
         self, dtype: jax.typing.DTypeLike | None = None

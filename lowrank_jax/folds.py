@@ -184,10 +184,13 @@ class ConvFold(Fold):
     def second_kernel(self, v: Float[Array, "*g r o"]) -> Float[Array, "... r f"]:
         """Returns `v` as the second convolution's kernel: groups * r -> f filters."""
         columns = jnp.moveaxis(v, -2, -1)  # (*g, o, r): output axes first, as for u
-        spatial = self.output_shape[:-1]
-        columns = columns.reshape(*v.shape[:-2], -1, self.output_shape[-1], v.shape[-2])
+        *spatial, filters = self.output_shape
+        *groups, rank, _ = v.shape
+        columns = placement.reshape(columns, *groups, math.prod(spatial), filters, rank)
         columns = jnp.swapaxes(columns, -1, -2)
-        columns = columns.reshape(*v.shape[:-2], -1, self.output_shape[-1])
+        columns = placement.reshape(
+            columns, *groups, math.prod(spatial) * rank, filters
+        )
         return self._kernel(columns, spatial, self.second_axes)
 
     @property
@@ -205,12 +208,15 @@ class ConvFold(Fold):
 
     def _kernel(self, factor, spatial, axes):
         """A factor `(*g, spatial * c, n)` as a kernel `(*k or 1, c, groups * n)`."""
-        grouped = factor.reshape(self.groups, math.prod(spatial), -1, factor.shape[-1])
+        *_, rows, features = factor.shape
+        sizes = (self.groups, math.prod(spatial), rows // math.prod(spatial), features)
+        grouped = placement.reshape(factor, *sizes)
         kernel = jnp.moveaxis(grouped, 0, -2)  # (spatial, c, g, n)
         sizes = [1] * (len(self.kernel_shape) - 2)
         for axis, size in zip(axes, spatial, strict=True):
             sizes[axis] = size
-        kernel = kernel.reshape(*sizes, kernel.shape[1], self.groups * kernel.shape[-1])
+        features *= self.groups
+        kernel = placement.reshape(kernel, *sizes, kernel.shape[1], features)
         return jnp.swapaxes(kernel, -1, -2) if self.transposed else kernel
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 def sharding_of(array: Any) -> Sharding | None:
@@ -151,13 +151,12 @@ def all_finite(array: Array) -> bool:
 def whole(matrix: Float[Array, "*stack i o"]) -> Float[Array, "*stack i o"]:
     """Returns matrices that are not split over a mesh of explicit axes.
 
-    Decompositions ask for it there, also under a trace; elsewhere XLA gathers what it
-    must.
+    Decompositions ask for it there, of stacks on CPU in every axis, also under a trace;
+    elsewhere XLA gathers what it must.
     """
-    sharding = jax.typeof(matrix).sharding
-    if not is_explicit(matrix) or not any(sharding.spec[-2:]):
+    if not is_explicit(matrix):
         return matrix
-    return jax.sharding.reshard(matrix, _with_spec(sharding, *sharding.spec[:-2]))
+    return jax.sharding.reshard(matrix, _with_spec(jax.typeof(matrix).sharding))
 
 
 def reshape(array: Array, *shape: int) -> Array:
@@ -171,6 +170,16 @@ def reshape(array: Array, *shape: int) -> Array:
     sharding = jax.typeof(array).sharding
     spec = _reshaped_spec(sharding, array.shape, shape)
     return jax.lax.reshape(array, shape, out_sharding=_with_spec(sharding, *spec))
+
+
+def masked(mask: Bool[Array, "..."], array: Array) -> Array:
+    """Returns an array with zeros where a mask, which broadcasts to it, is false."""
+    if is_explicit(array):  # there, axes that both have must be split alike
+        sharding = jax.typeof(array).sharding
+        spec = sharding.spec[array.ndim - mask.ndim :]
+        axes = (x if n > 1 else None for x, n in zip(spec, mask.shape, strict=True))
+        mask = jax.sharding.reshard(mask, _with_spec(sharding, *axes))
+    return jnp.where(mask, array, 0)
 
 
 def factor_beside(

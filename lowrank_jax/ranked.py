@@ -64,7 +64,7 @@ class Ranked(nnx.Module):
         """Sets what lies past the active rank to zero, in place; it may be traced."""
         for name, mask in self.rank_masks().items():
             array = getattr(self, name)
-            placement.replace(array, jnp.where(mask, array[...], 0))
+            placement.replace(array, placement.masked(mask, array[...]))
 
     def rank_masks(self) -> dict[str, Bool[Array, "..."]]:
         """Tells for each array which of its numbers lie within the active rank.
@@ -109,7 +109,7 @@ class Ranked(nnx.Module):
             )
         between = hidden.ndim - mask.ndim
         mask = mask.reshape(*mask.shape[:-1], *[1] * between, mask.shape[-1])
-        return jnp.where(mask, hidden, 0)
+        return placement.masked(mask, hidden)
 
     def set_rank(self, rank: RankValue | Int[Array, "..."]) -> None:
         """Sets the active rank, in place: one number, one per stacked matrix, or an
