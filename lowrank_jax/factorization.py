@@ -296,7 +296,7 @@ def _check_differentiable(fold: Fold, kernel: nnx.Param) -> None:
     batch split over explicit axes, dense kernels of grouped convolutions included."""
     if getattr(fold, "groups", 1) > 1 and placement.is_explicit(kernel[...]):
         raise UserError(
-            "a convolution with feature groups must not be on a mesh with explicit axes,"
+            "a convolution with feature groups must not be on a mesh of explicit axes,"
             " where JAX returns wrong gradients for it, got a kernel"
             f" {jax.typeof(kernel[...])}. Make the mesh with AxisType.Auto."
         )
