@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lowrank_jax import placement
 from lowrank_jax.errors import UserError, raise_all
 from lowrank_jax.factors import Factors
-from lowrank_jax.folds import ConvFold
+from lowrank_jax.folds import ConvFold, Fold
 from lowrank_jax.forms import FORMS
 from lowrank_jax.layers import LAYERS, LowRankLayer, LowRankParam, low_rank_type
 from lowrank_jax.paths import (
@@ -57,7 +57,8 @@ def factorize(
 
     Every kernel becomes the product of its SVD (unless a rule says "random"), so that
     at full rank the function is unchanged. A module or a weight that is shared stays
-    shared.
+    shared. Factors of a kernel that is split over a mesh are split alike: `u` as its
+    input axes, `v` as its output axes, the rank axis whole (`Fold.to_matrix`).
 
     Args:
       model: Any NNX model; layers that are low-rank already stay as they are.
@@ -267,11 +268,13 @@ def _twin(
     fold = kind.fold_of(layer, **fold_options)
     max_rank = _allocated_rank(options, fold.full_rank)
     kernel = _kernel(layer)
+    _check_differentiable(fold, kernel)
     form, form_options = _form(options)
     key = (id(kernel), fold, max_rank, form.form, repr(form_options))
     if key not in shared:
         matrix = fold.to_matrix(kernel[...])
-        if not isinstance(matrix, jax.core.Tracer) and not np.isfinite(matrix).all():
+        traced = isinstance(matrix, jax.core.Tracer)
+        if not traced and not placement.all_finite(matrix):
             raise UserError(
                 "the kernel must be finite to be factored, got NaN or infinity. Train"
                 " or load it anew, with a lower learning rate."
@@ -285,6 +288,17 @@ def _kernel(layer: nnx.Module | nnx.Param) -> nnx.Param:
     if isinstance(layer, nnx.Param):
         return layer
     return getattr(layer, low_rank_type(type(layer)).kernel_name)
+
+
+def _check_differentiable(fold: Fold, kernel: nnx.Param) -> None:
+    """Refuses what JAX itself differentiates wrongly: 0.10.2, in silence, with the
+    batch split over explicit axes, dense kernels of grouped convolutions included."""
+    if getattr(fold, "groups", 1) > 1 and placement.is_explicit(kernel[...]):
+        raise UserError(
+            "a convolution with feature groups must not be on a mesh of explicit axes,"
+            " where JAX returns wrong gradients for it, got a kernel"
+            f" {jax.typeof(kernel[...])}. Make the mesh with AxisType.Auto."
+        )
 
 
 def _form(options: Mapping[str, Any]) -> tuple[type[Factors], dict[str, Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from lowrank_jax import linalg
+from lowrank_jax import linalg, placement
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranked import Rank, Ranked, known_rank
@@ -109,7 +109,7 @@ class Factors(Ranked):
         with_s: bool = False,
         depth: int = 2,
     ) -> "Factors":
-        """Makes the best factors of a matrix.
+        """Makes the best factors of a matrix, split over a mesh as it is (`placed`).
 
         Args:
           matrix: What to factor.
@@ -123,14 +123,14 @@ class Factors(Ranked):
                 f" {depth} with_s={with_s}. Use one of the two."
             )
         u, s, v = linalg.truncated_svd(matrix, max_rank)
-        if with_s:
-            return cls(u, v, s)
         root = s ** (1 / depth)
-        u, v = u * root[..., None, :], root[..., :, None] * v
-        if depth == 2:
-            return cls(u, v)
-        square = jnp.vectorize(jnp.diag, signature="(r)->(r,r)")(root)
-        return cls(u, v, middle=jnp.stack([square] * (depth - 2), axis=-3))
+        middle = None
+        if not with_s:
+            u, v = u * root[..., None, :], root[..., :, None] * v
+        if depth > 2:
+            square = jnp.vectorize(jnp.diag, signature="(r)->(r,r)")(root)
+            middle = jnp.stack([square] * (depth - 2), axis=-3)
+        return cls(u, v, s if with_s else None, middle).placed(matrix)
 
     @classmethod
     def random(
@@ -141,7 +141,8 @@ class Factors(Ranked):
         *,
         with_s: bool = False,
     ) -> "Factors":
-        """Draws factors whose product has entries of a matrix's variance."""
+        """Draws factors whose product has entries of a matrix's variance, split over a
+        mesh as it is (`placed`)."""
         u, v = linalg.random_factors(
             key,
             *matrix.shape[-2:],
@@ -151,7 +152,7 @@ class Factors(Ranked):
             dtype=matrix.dtype,
         )
         scales = jnp.ones(u.shape[:-2] + u.shape[-1:], u.dtype)
-        return cls(u, v, scales if with_s else None)
+        return cls(u, v, scales if with_s else None).placed(matrix)
 
     @classmethod
     def from_rule(
@@ -211,6 +212,30 @@ class Factors(Ranked):
     def cost(self, layer_cost: LayerCost) -> LayerCost:
         """Returns what a layer costs with its matrix in this form."""
         return layer_cost
+
+    def placed(self, matrix: Float[Array, "*stack i o"]) -> Self:
+        """Returns itself, the arrays put where a matrix of this shape is.
+
+        Rows of `u` are split over a mesh as its rows, columns of `v` as its columns,
+        stack axes as its own; the rank axis and the active rank are whole.
+        """
+        sharding = placement.sharding_of(matrix)
+        *stack, row, column = range(matrix.ndim)
+        axes = {
+            "u": (*stack, row, None),
+            "s": (*stack, None),
+            "middle": (*stack, None, None, None),
+            "v": (*stack, None, column),
+            "rank": (),
+        }
+        for name, kept in axes.items():
+            if (variable := getattr(self, name)) is not None:
+                placement.move(variable, placement.with_axes(sharding, *kept))
+        return self
+
+    def sharding(self) -> jax.sharding.Sharding | None:
+        """Returns how the matrix is split whose factors lie as these do."""
+        return placement.of_product(self.u, self.v)
 
     def params(self) -> dict[str, nnx.Param]:
         """Lists the arrays that are trained, by name."""
@@ -281,7 +306,7 @@ class Factors(Ranked):
         if self.s is not None:
             u = u * jnp.abs(self.s[...])[..., None, :]
         if not self.per_example:
-            u = jnp.where(self.mask()[..., None, :], u, 0)
+            u = placement.masked(self.mask()[..., None, :], u)
         if self.middle is not None and self._joins_u:
             u, _ = self._join(u, self._active_middle(), v=None)
         return u if dtype is None else u.astype(dtype)
@@ -313,14 +338,16 @@ class Factors(Ranked):
     def _active_middle(self) -> Float[Array, "*stack n r r"]:
         """The square factors with the rows and columns past the rank set to zero."""
         mask = self.mask()[..., None, :]
-        return jnp.where(mask[..., None] & mask[..., None, :], self.middle[...], 0)
+        acting = mask[..., None] & mask[..., None, :]
+        return placement.masked(acting, self.middle[...])
 
     def matrix(
         self, dtype: jax.typing.DTypeLike | None = None
     ) -> Float[Array, "*stack i o"]:
         """Returns the merged matrix at the active rank."""
         self._check_one_rank("merge the factors")
-        return self.active_u(dtype) @ self.active_v(dtype)
+        u, v = self.active_u(dtype), self.active_v(dtype)
+        return placement.kept(u @ placement.factor_beside(v, u), self.sharding())
 
     def _check_one_rank(self, purpose: str) -> None:
         if self.per_example:
@@ -338,12 +365,13 @@ class Factors(Ranked):
         """
         allocated = largest(rank)
         for name, axes in self._rank_arrays():
-            array = getattr(self, name)[...]
+            variable = getattr(self, name)
+            array = variable[...]
             for axis in axes:
                 array = jax.lax.slice_in_dim(
                     array, 0, allocated, axis=array.ndim + axis
                 )
-            getattr(self, name).set_value(array)
+            placement.replace(variable, array)
         self.set_rank(self.lowered(rank))
         if self.rank_is_traced or min(flatten_rank(rank), default=0) < allocated:
             self.zero_masked()
@@ -362,9 +390,9 @@ class Factors(Ranked):
             root = jnp.sqrt(sigma)
             u, v = u * root[..., None, :], root[..., :, None] * v
         else:
-            self.s.set_value(sigma)
-        self.u.set_value(u)
-        self.v.set_value(v)
+            placement.replace(self.s, sigma)
+        placement.replace(self.u, u)
+        placement.replace(self.v, v)
         self.middle = nnx.data(None)
 
     def set_rank(self, rank: RankValue | Int[Array, "..."]) -> None:

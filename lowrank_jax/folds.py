@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowrank_jax import placement
 from lowrank_jax.errors import UserError
 
 
@@ -70,26 +71,32 @@ class Fold:
         return min(self.input_size, self.output_size)
 
     def to_matrix(self, kernel: Float[Array, "..."]) -> Float[Array, "*stack i o"]:
-        """Reads a kernel as matrices `(*leading, *stack, i, o)`."""
+        """Reads a kernel as matrices `(*leading, *stack, i, o)`.
+
+        A matrix axis made of several of the kernel's is split over a mesh as the first
+        of these is (longer than 1), and is whole where that one is: a convolution's
+        `k1 k2 c` rows are, whatever its channels are split over.
+        """
         lead = kernel.shape[: kernel.ndim - len(self.kernel_shape)]
         if kernel.shape[len(lead) :] != self.kernel_shape:
             raise UserError(
                 f"kernel: shape must end in {self.kernel_shape}, got {kernel.shape}."
                 " Build the fold from the layer that owns the kernel."
             )
-        view = kernel.reshape(*lead, *self.view_shape)
+        view = placement.reshape(kernel, *lead, *self.view_shape)
         view = view.transpose(self._order(len(lead)))
-        return view.reshape(*lead, *self.stack_shape, self.input_size, self.output_size)
+        sizes = (*self.stack_shape, self.input_size, self.output_size)
+        return placement.reshape(view, *lead, *sizes)
 
     def to_kernel(self, matrix: Float[Array, "*stack i o"]) -> Float[Array, "..."]:
-        """Inverts `to_matrix`."""
+        """Inverts `to_matrix`; the first axis of several takes over how the matrix's
+        is split over a mesh."""
         lead = matrix.shape[: matrix.ndim - 2 - len(self.stack_axes)]
         order = self._order(len(lead))
-        view = matrix.reshape(
-            *lead, *self.stack_shape, *self.input_shape, *self.output_shape
-        )
+        sizes = (*self.stack_shape, *self.input_shape, *self.output_shape)
+        view = placement.reshape(matrix, *lead, *sizes)
         inverse = sorted(range(len(order)), key=order.__getitem__)
-        return view.transpose(inverse).reshape(*lead, *self.kernel_shape)
+        return placement.reshape(view.transpose(inverse), *lead, *self.kernel_shape)
 
     def _sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         return tuple(self.view_shape[axis] for axis in axes)
@@ -177,10 +184,13 @@ class ConvFold(Fold):
     def second_kernel(self, v: Float[Array, "*g r o"]) -> Float[Array, "... r f"]:
         """Returns `v` as the second convolution's kernel: groups * r -> f filters."""
         columns = jnp.moveaxis(v, -2, -1)  # (*g, o, r): output axes first, as for u
-        spatial = self.output_shape[:-1]
-        columns = columns.reshape(*v.shape[:-2], -1, self.output_shape[-1], v.shape[-2])
+        *spatial, filters = self.output_shape
+        *groups, rank, _ = v.shape
+        columns = placement.reshape(columns, *groups, math.prod(spatial), filters, rank)
         columns = jnp.swapaxes(columns, -1, -2)
-        columns = columns.reshape(*v.shape[:-2], -1, self.output_shape[-1])
+        columns = placement.reshape(
+            columns, *groups, math.prod(spatial) * rank, filters
+        )
         return self._kernel(columns, spatial, self.second_axes)
 
     @property
@@ -198,12 +208,15 @@ class ConvFold(Fold):
 
     def _kernel(self, factor, spatial, axes):
         """A factor `(*g, spatial * c, n)` as a kernel `(*k or 1, c, groups * n)`."""
-        grouped = factor.reshape(self.groups, math.prod(spatial), -1, factor.shape[-1])
+        *_, rows, features = factor.shape
+        sizes = (self.groups, math.prod(spatial), rows // math.prod(spatial), features)
+        grouped = placement.reshape(factor, *sizes)
         kernel = jnp.moveaxis(grouped, 0, -2)  # (spatial, c, g, n)
         sizes = [1] * (len(self.kernel_shape) - 2)
         for axis, size in zip(axes, spatial, strict=True):
             sizes[axis] = size
-        kernel = kernel.reshape(*sizes, kernel.shape[1], self.groups * kernel.shape[-1])
+        features *= self.groups
+        kernel = placement.reshape(kernel, *sizes, kernel.shape[1], features)
         return jnp.swapaxes(kernel, -1, -2) if self.transposed else kernel
 
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lowrank_jax import placement
+
 
 def truncated_svd(
     matrix: Float[Array, "*stack i o"], rank: int
@@ -20,6 +22,7 @@ def truncated_svd(
 ]:
     """Returns the leading `rank` singular triplets, computed in float32 or better."""
     wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    wide = placement.whole(wide)
     u, s, v = jnp.linalg.svd(wide, full_matrices=False)
     kept = (u[..., :, :rank], s[..., :rank], v[..., :rank, :])
     return tuple(part.astype(matrix.dtype) for part in kept)
@@ -46,8 +49,8 @@ def canonical_form(
         return u, jnp.zeros(u.shape[:-2] + (0,), u.dtype), v
     wide = jnp.promote_types(u.dtype, jnp.float32)
     left = u.astype(wide) if s is None else (u * jnp.abs(s)[..., None, :]).astype(wide)
-    q_u, r_u = jnp.linalg.qr(left)
-    q_v, r_v = jnp.linalg.qr(jnp.swapaxes(v.astype(wide), -1, -2))
+    q_u, r_u = jnp.linalg.qr(placement.whole(left))
+    q_v, r_v = jnp.linalg.qr(jnp.swapaxes(placement.whole(v.astype(wide)), -1, -2))
     core = exact_product(r_u, jnp.swapaxes(r_v, -1, -2))
     p, sigma, z = jnp.linalg.svd(core, full_matrices=False)
     left, right = exact_product(q_u, p), exact_product(z, jnp.swapaxes(q_v, -1, -2))
@@ -82,7 +85,7 @@ def singular_values(
         left = left * jnp.abs(s.astype(wide))[..., None, :]
     if u.shape[-1] == 0:
         return jnp.zeros(u.shape[:-2] + (0,), wide)
-    return _singular_values(left, right)
+    return _singular_values(placement.whole(left), placement.whole(right))
 
 
 @jax.custom_vjp
@@ -140,6 +143,7 @@ def squared_norm(
     relative to what the rounded product has. Derivatives of all orders are finite.
     """
     left = u if s is None else u * jnp.abs(s)[..., None, :]
+    v = placement.factor_beside(v, left)
     return jnp.sum(jnp.square(exact_product(left, v)), axis=(-2, -1))
 
 

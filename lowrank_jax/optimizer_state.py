@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool
 
+from lowrank_jax import placement
+
 # two states are not exported by name; abstractly, since an array here would start the
 # backend, after which jax.distributed.initialize fails
 _CORRECTED_RMS = type(
@@ -120,9 +122,11 @@ def _cut_tree(old: Any, fresh: Any, cuts: Mapping[str, Cut]) -> Any:
         shape = jnp.shape(moment)
         cut = cuts.get(jax.tree_util.keystr(path))
         if cut is not None and (cut.before, cut.after) == (shape, jnp.shape(new)):
+            sharding = placement.sharding_of(moment)
             moment = moment[tuple(slice(size) for size in cut.after)]
             if cut.acting is not None:
                 moment = jnp.where(cut.acting, moment, new)
+            moment = placement.kept(moment, sharding)
         elif shape != jnp.shape(new):
             return _UNFIT
         results.append(moment)
@@ -162,7 +166,13 @@ def convert_opt_state(
         if jax.tree.structure(momentum) != jax.tree.structure(old_params):
             return None  # masked: some parts are missing
         pulled = pull_back(_cast(momentum, old_params))[0]
-        return old._replace(**{field: _cast(pulled, getattr(new, field))})
+        fresh_momentum = getattr(new, field)
+        pulled = jax.tree.map(
+            lambda x, other: placement.kept(x, placement.sharding_of(other)),
+            _cast(pulled, fresh_momentum),
+            fresh_momentum,
+        )
+        return old._replace(**{field: pulled})
 
     restarted: list[str] = []
     return _walk(opt_state, fresh, convert, restarted), restarted
@@ -175,7 +185,7 @@ def restart_schedules(
 
     def restart(old: Any, new: Any) -> Any:
         if isinstance(old, SCHEDULES):
-            return new
+            return placement.beside(new, old)
         if not _is_state(old):
             return old
         fields = zip(old, new, strict=True)
@@ -199,7 +209,7 @@ def _walk(
 
     `change` is asked about each part: a named tuple with arrays, or a tree of arrays
     that somebody's transformation keeps without one. It returns what becomes of the
-    part, or None where it must start anew.
+    part, or None where it must start anew; then it is on the mesh that it was on.
     """
     if not jax.tree.leaves(old):
         return old
@@ -216,7 +226,7 @@ def _walk(
     new = change(old, fresh)
     if new is None:
         restarted.append(type(old).__name__)
-        return fresh
+        return placement.beside(fresh, old)
     return new
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import ClosedJaxpr
 
+from lowrank_jax import placement
 from lowrank_jax.errors import UserError
 
 _LEAKS = (jax.errors.UnexpectedTracerError, flax.errors.TraceContextError)
@@ -86,7 +87,8 @@ def _equal(first: ClosedJaxpr, second: ClosedJaxpr) -> bool:
 def _equal_arrays(first: Any, second: Any) -> bool:
     """Compares two constants; a NaN equals a NaN."""
     first, second = (
-        np.asarray(jax.random.key_data(x) if _is_key(x) else x) for x in (first, second)
+        placement.to_host(jax.random.key_data(x) if _is_key(x) else x)
+        for x in (first, second)
     )
     if first.shape != second.shape or first.dtype != second.dtype:
         return False

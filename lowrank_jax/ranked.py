@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from lowrank_jax import placement
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Limits, RankValue
 
@@ -63,7 +64,7 @@ class Ranked(nnx.Module):
         """Sets what lies past the active rank to zero, in place; it may be traced."""
         for name, mask in self.rank_masks().items():
             array = getattr(self, name)
-            array.set_value(jnp.where(mask, array[...], 0))
+            placement.replace(array, placement.masked(mask, array[...]))
 
     def rank_masks(self) -> dict[str, Bool[Array, "..."]]:
         """Tells for each array which of its numbers lie within the active rank.
@@ -108,7 +109,7 @@ class Ranked(nnx.Module):
             )
         between = hidden.ndim - mask.ndim
         mask = mask.reshape(*mask.shape[:-1], *[1] * between, mask.shape[-1])
-        return jnp.where(mask, hidden, 0)
+        return placement.masked(mask, hidden)
 
     def set_rank(self, rank: RankValue | Int[Array, "..."]) -> None:
         """Sets the active rank, in place: one number, one per stacked matrix, or an
@@ -116,7 +117,8 @@ class Ranked(nnx.Module):
 
         A traced or concrete array of shape `(*stack, b)` sets one rank per example.
         Values are not checked here (they may be traced); `set_ranks` does. Known ones
-        stay known under a trace.
+        stay known under a trace, and lie where the rank before them did, for which the
+        model may be compiled.
         """
         value = _as_rank(rank)
         stack = self.stack_shape
@@ -130,7 +132,7 @@ class Ranked(nnx.Module):
         self.per_example = per_example
         if not per_example:
             value = _full(stack, value)
-        self.rank.set_value(value)
+        placement.replace(self.rank, value)
 
     def limits(self) -> Limits:
         """Returns what bounds the rank: active to cut, allocated to set."""
@@ -161,12 +163,12 @@ class Ranked(nnx.Module):
         if self.rank_is_traced or isinstance(rank, jax.ShapeDtypeStruct):
             return np.full(self.stack_shape, self.max_rank).tolist()
         if self.per_example:
-            return np.max(rank, axis=-1, initial=0).tolist()
+            return placement.to_host(rank).max(axis=-1, initial=0).tolist()
         return self.get_rank()
 
     def get_rank(self) -> RankValue:
         """Returns the active rank as plain numbers, nested lists for a stack."""
-        return np.asarray(self.rank[...]).tolist()
+        return placement.to_host(self.rank[...]).tolist()
 
 
 def known_rank(stack: tuple[int, ...], rank: int) -> Int[Array, "*stack"]:
@@ -177,7 +179,7 @@ def known_rank(stack: tuple[int, ...], rank: int) -> Int[Array, "*stack"]:
 def _as_rank(rank: RankValue | Int[Array, "..."]) -> Int[Array, "..."]:
     """A rank as an int32 array; no trace hides a number that is known."""
     traced = isinstance(rank, jax.core.Tracer)
-    array = rank if traced else np.asarray(rank)
+    array = rank if traced else placement.to_host(rank)
     if array.size and not jnp.issubdtype(array.dtype, jnp.integer):
         raise UserError(
             f"rank: must be whole numbers, got {array.dtype}. Round them to int32."

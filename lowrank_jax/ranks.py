@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Int
 
+from lowrank_jax import placement
 from lowrank_jax.errors import UserError, raise_all
 
 RankValue: TypeAlias = int | Sequence[Any]
@@ -189,7 +190,7 @@ def _problem(rank: Any, limits: Limits, limit: RankValue, fix: str) -> str:
 def _whole_numbers(rank: Any) -> Int[np.ndarray, "..."] | None:
     """A rank as an array, None if it is of something else than whole numbers."""
     try:
-        array = np.asarray(rank)
+        array = placement.to_host(rank)
     except ValueError:  # lists of unequal length
         return None
     return array if array.dtype.kind in "iu" else None

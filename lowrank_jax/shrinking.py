@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from lowrank_jax import linalg
+from lowrank_jax import linalg, placement
 from lowrank_jax.active import check_ranks
 from lowrank_jax.errors import raise_all
 from lowrank_jax.optimizer_state import Cut, cut_opt_state
@@ -55,6 +55,8 @@ def shrink(
     optimizer: optax.GradientTransformation | None = None,
 ) -> Shrunk:
     """Cuts a model and its optimizer state to these ranks.
+
+    Arrays of both stay split over a mesh as they are, where the new sizes divide.
 
     Args:
       model: A low-rank model.
@@ -183,7 +185,7 @@ def tail_ranks(
             factors.active_u(None), None, factors.active_v(None)
         )
         right = jnp.where(np.arange(factors.max_rank) < active[..., None], right, 0)
-        tails = np.asarray(linalg.tail_norms(left) * linalg.tail_norms(right))
+        tails = placement.to_host(linalg.tail_norms(left) * linalg.tail_norms(right))
         if np.isnan(tails).any():
             problems.append(
                 f"{name_of(path)}: factors must be numbers to be shrunk, got NaN. Lower"

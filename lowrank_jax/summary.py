@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lowrank_jax import linalg
+from lowrank_jax import linalg, placement
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.counting import layer_costs
 from lowrank_jax.errors import UserError
@@ -146,8 +146,8 @@ def _effective_rank(node: Any) -> float | None:
         matrix = _matrix(node)
         if matrix is None:
             return None
-        spectrum = jnp.linalg.svd(matrix, compute_uv=False)
-    spectrum = np.asarray(spectrum, float)
+        spectrum = jnp.linalg.svd(placement.whole(matrix), compute_uv=False)
+    spectrum = placement.to_host(spectrum).astype(float)
     total = spectrum.sum(axis=-1, keepdims=True)
     shares = np.divide(spectrum, total, out=np.zeros_like(spectrum), where=total > 0)
     logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)

@@ -8,9 +8,9 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
+from lowrank_jax import placement
 from lowrank_jax.active import check_ranks
 from lowrank_jax.errors import UserError, at, raise_all
 from lowrank_jax.factors import Factors
@@ -22,6 +22,8 @@ from lowrank_jax.ranks import Ranks, name_of, unknown_paths
 
 def merge(model: nnx.Module, paths: Collection[str] | None = None) -> nnx.Module:
     """Returns a copy with low-rank layers dense again, at their active rank.
+
+    Kernels are split over a mesh as the factors are: input axes as `u`, output as `v`.
 
     Args:
       model: A low-rank model.
@@ -56,6 +58,8 @@ def truncate(
     model: nnx.Module, ranks: Ranks, *, form: str = Factors.form
 ) -> nnx.Module:
     """Returns a copy of the model cut to these ranks: smaller arrays, all active.
+
+    They stay where they are, split over the same axes of a mesh where these divide.
 
     Args:
       model: A low-rank model.
@@ -98,13 +102,13 @@ def canonicalize(model: nnx.Module) -> nnx.Module:
     factors of a deeper product are multiplied back. The function stays, the columns
     come in order of their singular values, and every prefix is the best approximation
     of its rank (Eckart-Young). Not for models trained with ordered dropout: their own
-    order is better for the loss.
+    order is better for the loss. Arrays stay split over a mesh as they are.
     """
     model = nnx.clone(model)
     for path, factors in find_factors(model).items():
         product = [x for x in factors.arrays() if x is not None]
         if not any(isinstance(x, jax.core.Tracer) for x in product) and not all(
-            np.isfinite(x).all() for x in product
+            placement.all_finite(x) for x in product
         ):
             raise UserError(
                 f"{name_of(path)}: factors must be finite to have an SVD, got NaN or"

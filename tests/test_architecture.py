@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TREES = ("lowrank_jax", "train", "configs", "benchmarks")
 
 LAYERS = (
-    {"errors", "version"},
+    {"errors", "placement", "version"},
     {"linalg", "rules", "ranks", "folds", "optimizer_state", "purity", "pieces"}
     | {"nnx_internals"},
     {"cost", "ranked", "storage", "metadata"},

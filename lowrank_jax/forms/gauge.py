@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lowrank_jax import placement
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
@@ -94,11 +95,13 @@ class GaugeFactors(Factors):
         """Turns factors into this form, at their allocated rank, all of which acts.
 
         The decomposition runs in float64 on the host, traced factors through a
-        callback: in float32 an ill-conditioned factor would cost its digits.
+        callback: in float32 an ill-conditioned factor would cost its digits. What is
+        known stays where the factors are.
 
         Raises:
           UserError: Matrices of a stack have different ranks, there are more columns
-            than the matrix has, or the active rank is traced.
+            than the matrix has, the active rank is traced, or the factors are on a mesh
+            with explicit axes.
         """
         if isinstance(factors, cls):
             return factors
@@ -115,10 +118,27 @@ class GaugeFactors(Factors):
                 " allocated. Cut them to one rank, or keep the factored form."
             )
         u, v = factors.active_u(None), factors.active_v(None)
+        if placement.is_explicit(u) or placement.is_explicit(v):
+            raise UserError(
+                "the gauge-aligned form orders columns anew at every call, which a mesh"
+                " with explicit axes has no types for, got factors on one. Put them on"
+                " a mesh with AxisType.Auto, or keep the factored form."
+            )
         if any(isinstance(array, jax.core.Tracer) for array in (u, v)):
             shapes = _shapes(u, v)
             return cls(*jax.pure_callback(gauge_align, shapes, u, v))
-        return cls(*map(jnp.asarray, gauge_align(np.asarray(u), np.asarray(v))))
+        arrays = gauge_align(placement.to_host(u), placement.to_host(v))
+        made = cls(*map(jnp.asarray, arrays))
+        made._lie_as(factors)
+        return made
+
+    def _lie_as(self, factors: Factors) -> None:
+        """Puts the arrays where those of factors are, in place."""
+        left, right = map(placement.sharding_of, (factors.u, factors.v))
+        placement.move(self.u, left)
+        placement.move(self.rest, right)
+        for variable in (self.columns, self.rank):
+            placement.move(variable, placement.replicated(left))
 
     @classmethod
     def from_rule(
@@ -171,7 +191,11 @@ class GaugeFactors(Factors):
     def matrix(
         self, dtype: jax.typing.DTypeLike | None = None
     ) -> Float[Array, "*stack i o"]:
-        return self.expand(self.active_u(dtype), jnp.matmul, dtype)
+        matrix = self.expand(self.active_u(dtype), jnp.matmul, dtype)
+        return placement.kept(matrix, self.sharding())
+
+    def sharding(self) -> jax.sharding.Sharding | None:
+        return placement.of_product(self.u, self.rest)
 
     def expand(
         self,

@@ -4,6 +4,7 @@ from typing import Any, ClassVar, Self
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lowrank_jax import nnx_internals
@@ -164,6 +165,32 @@ class LowRankLayer(nnx.Module):
         view = nnx_internals.view_as(self.dense_type, self, **attributes)
         options = {} if out_sharding is None else {"out_sharding": out_sharding}
         return view(inputs, **options)
+
+
+def hidden_sharding(out_sharding: Any, ndim: int, features: int = 1) -> Any:
+    """Returns the sharding of `x u` where that of `(x u) v` is asked for.
+
+    Its rows are split alike, the rank axis is whole: where both `x` and `u` are split
+    along what is summed, this is the one all-reduce of tensor parallelism, of rows x r
+    numbers.
+
+    Args:
+      out_sharding: What the caller asks for (a `NamedSharding` or a spec), or None.
+      ndim: How many axes the result has.
+      features: How many of these are the layer's own, last.
+    """
+    if out_sharding is None:
+        return None
+    spec = getattr(out_sharding, "spec", out_sharding)
+    rows = [*spec, *[None] * (ndim - len(spec))][: ndim - features]
+    return like_sharding(out_sharding, *rows, None)
+
+
+def like_sharding(out_sharding: Any, *spec: Any) -> Any:
+    """Returns a spec, in a `NamedSharding` where the given one is."""
+    if isinstance(out_sharding, NamedSharding):
+        return NamedSharding(out_sharding.mesh, PartitionSpec(*spec))
+    return PartitionSpec(*spec)
 
 
 def _check_rank(name: str, max_rank: int, fold: Fold) -> None:

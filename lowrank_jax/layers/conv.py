@@ -13,7 +13,7 @@ from lowrank_jax import folds
 from lowrank_jax.cost import LayerCost, merged_is_cheaper
 from lowrank_jax.errors import UserError
 from lowrank_jax.folds import ConvFold
-from lowrank_jax.layers.base import LowRankLayer
+from lowrank_jax.layers.base import LowRankLayer, hidden_sharding
 
 
 class ConvolutionLayer(LowRankLayer):
@@ -50,7 +50,9 @@ class ConvolutionLayer(LowRankLayer):
         factors, fold = self.factors, self.fold
         kernel = jax.ShapeDtypeStruct(self.kernel_shape, factors.u.dtype)
         outputs = jax.eval_shape(
-            lambda x, k: self._dense_call(x, kernel=k), inputs, kernel
+            lambda x, k: self._dense_call(x, kernel=k, out_sharding=out_sharding),
+            inputs,
+            kernel,
         )
         if factors.max_rank == 0:  # XLA has no convolution without channels
             bias = jnp.zeros(1) if self.bias is None else self.bias[...]
@@ -66,6 +68,7 @@ class ConvolutionLayer(LowRankLayer):
         hidden = self._first_call(
             inputs,
             kernel=fold.first_kernel(factors.active_u(self.dtype)),
+            out_sharding=hidden_sharding(out_sharding, inputs.ndim),
             **self._axes_of(fold.first_axes),
             in_features=self.in_features,
             out_features=fold.groups * factors.max_rank,
@@ -104,7 +107,7 @@ class ConvolutionLayer(LowRankLayer):
                 "rank: one rank per example needs a batch axis, got one image, hidden"
                 f" shape {hidden.shape}. Add the axis, or set one rank."
             )
-        if self.fold.groups == 1:
+        if self.fold.groups == 1 or not self.factors.per_example:
             return self.factors.mask_hidden(hidden)
         grouped = hidden.reshape(*hidden.shape[:-1], self.fold.groups, -1)
         masked = self.factors.mask_hidden(jnp.moveaxis(grouped, -2, 0))

@@ -1,5 +1,6 @@
 """Low-rank `nnx.Einsum`."""
 
+import re
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lowrank_jax import folds
+from lowrank_jax import folds, placement
 from lowrank_jax.errors import UserError
 from lowrank_jax.folds import Fold
+from lowrank_jax.layers.base import like_sharding
 from lowrank_jax.layers.linear import ProductLayer
 
 
@@ -63,10 +65,17 @@ class LowRankEinsum(ProductLayer):
             return self._dense_call(inputs, kernel=kernel, out_sharding=out_sharding)
         factors, fold = self.factors, self.fold
         rank, stack = factors.max_rank, fold.stack_shape
-        u = factors.active_u(self.dtype).reshape(*stack, *fold.input_shape, rank)
-        v = factors.active_v(self.dtype).reshape(*stack, rank, *fold.output_shape)
+        u, v = factors.active_u(self.dtype), factors.active_v(self.dtype)
+        u = placement.reshape(u, *stack, *fold.input_shape, rank)
+        v = placement.reshape(v, *stack, rank, *fold.output_shape)
         first, second = self._equations()
-        hidden = self._first_call(inputs, einsum_str=first, kernel=u)
+        ndim = inputs.ndim - len(fold.input_shape) + 1
+        hidden = self._first_call(
+            inputs,
+            einsum_str=first,
+            kernel=u,
+            out_sharding=_hidden_sharding(out_sharding, second, ndim),
+        )
         hidden = factors.mask_hidden(hidden)
         return self._dense_call(
             hidden,
@@ -96,3 +105,16 @@ class LowRankEinsum(ProductLayer):
             f"{inputs},{stack}{rows}{rank}->{hidden}",
             f"{hidden},{stack}{rank}{columns}->{outputs}",
         )
+
+
+def _hidden_sharding(out_sharding: Any, second: str, ndim: int) -> Any:
+    """Returns the sharding of the first operand, of `ndim` axes, of an equation for
+    that of its result: what both have is split alike, the rest is whole."""
+    if out_sharding is None:
+        return None
+    hidden, _, outputs = re.split(",|->", second.replace(" ", ""))
+    between = string.digits[: ndim - sum(map(str.isalpha, hidden))]
+    hidden, outputs = (x.replace("...", between) for x in (hidden, outputs))
+    spec = getattr(out_sharding, "spec", out_sharding)
+    axes = dict(zip(outputs, spec, strict=False))
+    return like_sharding(out_sharding, *(axes.get(axis) for axis in hidden))

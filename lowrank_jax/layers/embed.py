@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from lowrank_jax import folds
 from lowrank_jax.cost import LayerCost, merged_is_cheaper
 from lowrank_jax.folds import Fold
-from lowrank_jax.layers.base import LowRankLayer
+from lowrank_jax.layers.base import LowRankLayer, hidden_sharding
 
 
 class LowRankEmbed(LowRankLayer):
@@ -68,7 +68,10 @@ class LowRankEmbed(LowRankLayer):
             table = self.merged_kernel(self.dtype)
             return self._dense_call(inputs, embedding=table, out_sharding=out_sharding)
         hidden = self._dense_call(
-            inputs, embedding=factors.active_u(self.dtype), features=factors.max_rank
+            inputs,
+            embedding=factors.active_u(self.dtype),
+            features=factors.max_rank,
+            out_sharding=hidden_sharding(out_sharding, inputs.ndim + 1),
         )
         return jnp.dot(
             factors.mask_hidden(hidden),
@@ -91,7 +94,8 @@ class LowRankEmbed(LowRankLayer):
             (query, factors.active_u(self.dtype), factors.active_v(self.dtype)),
             dtype=self.dtype,
         )
-        hidden = factors.mask_hidden(query @ v.T)
+        sharding = hidden_sharding(out_sharding, query.ndim)
+        hidden = factors.mask_hidden(jnp.dot(query, v.T, out_sharding=sharding))
         return jnp.dot(hidden, u.T, out_sharding=out_sharding)
 
     def _merges(self, *, first: int, second: int, dense: int) -> bool:

@@ -9,10 +9,10 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lowrank_jax import folds
+from lowrank_jax import folds, placement
 from lowrank_jax.cost import LayerCost, merged_is_cheaper
 from lowrank_jax.folds import Fold
-from lowrank_jax.layers.base import LowRankLayer
+from lowrank_jax.layers.base import LowRankLayer, hidden_sharding
 
 
 class ProductLayer(LowRankLayer):
@@ -85,7 +85,11 @@ class LowRankLinear(ProductLayer):
             kernel = self.merged_kernel(self.dtype)
             return self._dense_call(inputs, kernel=kernel, out_sharding=out_sharding)
         factors = self.factors
-        hidden = self._first_call(inputs, kernel=factors.active_u(self.dtype))
+        hidden = self._first_call(
+            inputs,
+            kernel=factors.active_u(self.dtype),
+            out_sharding=hidden_sharding(out_sharding, inputs.ndim),
+        )
         hidden = factors.mask_hidden(hidden)
 
         def multiply(hidden: Array, kernel: Array) -> Array:
@@ -153,14 +157,17 @@ class LowRankLinearGeneral(ProductLayer):
             kernel = self.merged_kernel(self.dtype)
             return self._dense_call(inputs, kernel=kernel, out_sharding=out_sharding)
         factors, stack = self.factors, self.fold.stack_shape
+        rank, features = factors.max_rank, len(self.out_features)
         u, v = factors.active_u(self.dtype), factors.active_v(self.dtype)
+        ndim = inputs.ndim - len(self.in_features) + features
         hidden = self._first_call(
             inputs,
-            kernel=u.reshape(*stack, *self.in_features, factors.max_rank),
+            kernel=placement.reshape(u, *stack, *self.in_features, rank),
+            out_sharding=hidden_sharding(out_sharding, ndim, features),
         )
         return self._dense_call(  # the first product put the batch axes in front
             factors.mask_hidden(hidden),
-            kernel=v.reshape(*stack, factors.max_rank, *self.out_features),
+            kernel=placement.reshape(v, *stack, rank, *self.out_features),
             axis=(-1,),
             batch_axis=dict(enumerate(stack)),
             out_sharding=out_sharding,

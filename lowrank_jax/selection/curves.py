@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lowrank_jax import placement
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.ranks import name_of
@@ -39,7 +40,8 @@ def stable_ranks(
     ranks = {}
     for path, matrix in matrices.items():
         wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-        squares = np.square(np.asarray(jnp.linalg.svd(wide, compute_uv=False)))
+        spectrum = jnp.linalg.svd(placement.whole(wide), compute_uv=False)
+        squares = np.square(placement.to_host(spectrum))
         first = squares[..., :1].sum(axis=-1)
         ranks[path] = squares.sum(axis=-1) / np.where(first > 0, first, 1)
     return ranks
@@ -50,5 +52,6 @@ def _norms(matrix: Float[Array, "*stack a b"], axis: int) -> Float[np.ndarray, "
     wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
     largest = jnp.max(jnp.abs(wide), axis=axis, keepdims=True, initial=0)
     unit = wide / jnp.where(largest == 0, 1, largest)
-    squares = np.asarray(jnp.sum(jnp.square(unit), axis=axis), np.float64)
-    return np.sqrt(squares) * np.asarray(jnp.squeeze(largest, axis), np.float64)
+    squares = placement.to_host(jnp.sum(jnp.square(unit), axis=axis))
+    largest = placement.to_host(jnp.squeeze(largest, axis))
+    return np.sqrt(squares.astype(np.float64)) * largest.astype(np.float64)

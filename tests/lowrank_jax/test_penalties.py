@@ -4,18 +4,15 @@ A new penalty is one more row. Values, gradients, stacks, masked models and the
 allocated columns are checked for all, and that they keep nothing but their state.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import penalty_formulas as formulas
 import pytest
 from flax import nnx
-from penalty_formulas import C
-from spectra import arrays, matrices, product, single
+from penalty_rows import ROWS, WEIGHT, evaluate, make
+from spectra import arrays, matrices, single
 
 from lowrank_jax import factorize
 from lowrank_jax.errors import UserError
@@ -23,66 +20,11 @@ from lowrank_jax.factors import Factors
 from lowrank_jax.paths import find_factors
 from lowrank_jax.penalties import (
     PENALTIES,
-    AnyPenalty,
     carry,
     check_stateless,
     stateful,
 )
 
-WEIGHT = 0.3
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A penalty and the direct formula of one matrix.
-
-    Args:
-      reference: From `u, s, v` of one matrix in float64.
-      arguments: Beside the weight, for layers of these paths.
-      needs_s: Whether layers without `s` are refused.
-      slope_of: What the gradient is that of, where it is not the reference's.
-    """
-
-    reference: Callable[..., float]
-    arguments: Callable[[Iterable[str]], dict[str, Any]] = lambda paths: {}
-    needs_s: bool = False
-    slope_of: Callable[..., float] | None = None
-
-    def kinds(self) -> list[bool]:
-        return [True] if self.needs_s else [False, True]
-
-
-ROWS = {
-    "hierarchical_group_lasso": Row(formulas.numpy_hierarchical),
-    "group_lasso": Row(formulas.numpy_group),
-    "orthogonality": Row(formulas.numpy_orthogonality),
-    "l1": Row(lambda u, s, v: np.linalg.norm(s, 1), needs_s=True),
-    "hoyer": Row(
-        lambda u, s, v: np.linalg.norm(s, 1) / np.linalg.norm(s) - 1, needs_s=True
-    ),
-    "hoyer_square": Row(
-        lambda u, s, v: (np.linalg.norm(s, 1) / np.linalg.norm(s)) ** 2 - 1,
-        needs_s=True,
-    ),
-    "stable_rank": Row(
-        lambda *x: (np.linalg.norm(product(*x)) / np.linalg.norm(product(*x), 2)) ** 2
-    ),
-    "modified_stable_rank": Row(
-        formulas.numpy_modified,
-        lambda paths: {"target_ranks": dict.fromkeys(paths, 1)},
-    ),
-    "nuclear": Row(formulas.numpy_nuclear),
-    "frobenius_decay": Row(lambda *x: np.linalg.norm(product(*x)) ** 2 / 2),
-    "funnel": Row(
-        formulas.numpy_funnel,
-        lambda paths: {"start": C, "end": 0.1, "anneal_steps": 10},
-    ),
-    "log_determinant": Row(
-        formulas.numpy_surrogate,
-        lambda paths: {"every_steps": 3, "start": C, "end": 0.1, "anneal_steps": 10},
-        slope_of=formulas.numpy_log_determinant,
-    ),
-}
 CASES = [
     pytest.param(name, with_s, id=f"{name}-{'usv' if with_s else 'uv'}")
     for name, row in ROWS.items()
@@ -93,16 +35,6 @@ CASES = [
 @pytest.fixture(params=ROWS)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-def make(name: str, paths: Iterable[str] = (), weight: float = WEIGHT) -> AnyPenalty:
-    return PENALTIES[name](weight=weight, **ROWS[name].arguments(paths))
-
-
-def evaluate(name: str, model: nnx.Module, step=0) -> jax.Array:
-    """The value of a row at the first step, with a new state where there is one."""
-    penalty = stateful(make(name, find_factors(model)))
-    return penalty.apply(model, penalty.init(model), step)[0]
 
 
 def value_of(name: str, layers, step=0) -> jax.Array:

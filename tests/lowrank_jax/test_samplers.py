@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from drawing import draws
 from flax import nnx
+from sampler_rows import BATCH, MAX_RANKS, ROWS, SMALL
 
 from lowrank_jax import factorization, samplers
 from lowrank_jax.active import get_ranks, set_ranks
@@ -15,31 +16,6 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.paths import find_factors
 from lowrank_jax.samplers import SAMPLERS, RankSampler, carry
 from lowrank_jax.surgery import truncate
-
-MAX_RANKS = {"a": 5, "b": 0, "c": [3, 4], "d": [[2, 0], [1, 7]]}
-"""A layer, one cut to rank 0, a stack, and a stack of grouped convolutions."""
-SMALL = {"a": 1, "b": 0, "c": [1, 4], "d": [[0, 0], [1, 2]]}
-PROFILES = (MAX_RANKS, SMALL)
-FJORD = (0.2, 0.4, 0.6, 0.8, 1.0)
-
-ROWS: dict[str, RankSampler] = {
-    "full": samplers.full(),
-    "single_layer": samplers.single_layer(),
-    "independent": samplers.independent(),
-    "geometric": samplers.geometric(decay=0.7),
-    "uniform_fraction": samplers.uniform_fraction(),
-    "uniform_fraction, levels": samplers.uniform_fraction(fractions=FJORD),
-    "sandwich": samplers.sandwich(),
-    "sandwich, two": samplers.sandwich(passes=2, smallest=0.5),
-    "matryoshka": samplers.matryoshka(fractions=(1.0, 0.25, 0.5)),
-    "family": samplers.family(profiles=PROFILES),
-    "per_example": samplers.per_example(batch_size=6),
-    "per_example, common": samplers.per_example(batch_size=6, common_fraction=True),
-    "ladder": samplers.ladder(
-        fractions=(1.0, 0.5, 0.25), chances=(0.5, 0.25, 0.25), warmup_steps=3
-    ),
-}
-BATCH = 6
 
 
 @pytest.fixture(params=ROWS)
