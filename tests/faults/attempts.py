@@ -1,4 +1,4 @@
-"""Attempts at the campaign's run: what is asked of the server, and what became of it."""
+"""Attempts at the campaign's run: what is asked of the server, what became of it."""
 
 import json
 import os

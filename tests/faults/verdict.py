@@ -1,6 +1,5 @@
 """Whether a run that was disturbed is the one that was not: in every bit."""
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,8 +91,3 @@ def damage(rng: random.Random, folder: Path, kind: str) -> str:
         opened.seek(place)
         opened.write(bytes([byte ^ 1 << rng.randrange(8)]))
     return f"{file.relative_to(folder)}, a bit of byte {place} of {size}"
-
-
-def as_json(value: Any) -> str:
-    """Returns a value as one line, for the log of the campaign."""
-    return json.dumps(value, default=str)
