@@ -122,7 +122,8 @@ class Trial:
         )
         victims = self._rng.sample(range(self._row.processes), self._row.victims)
         outcome = self._attempt(Kill(signal, victims, place, number))
-        self._note(f"{signal} to {victims} at {place} {number:.3g}", outcome)
+        what = f"{signal} to {victims} at {place} {number:.3g}"
+        self._note(what, outcome, struck=bool(outcome.struck))
         died = KILLED if signal == "SIGKILL" else TERMINATED
         self._check(outcome, [0, REQUEUE, died] if outcome.struck else [0])
         if outcome.struck and signal == "SIGKILL" and len(victims) < len(outcome.ended):
@@ -194,8 +195,9 @@ class Trial:
                 return
         self.result.problems.append(f"not done after {MOST_ATTEMPTS} attempts")
 
-    def _note(self, fault: str, outcome: Outcome) -> None:
-        self.result.faults.append(f"{fault} -> {outcome.statuses}")
+    def _note(self, fault: str, outcome: Outcome, *, struck: bool = True) -> None:
+        if struck:
+            self.result.faults.append(f"{fault} -> {outcome.statuses}")
 
     def _check(self, outcome: Outcome, allowed: Sequence[int]) -> None:
         self.result.problems.extend(
