@@ -26,6 +26,8 @@ T = TypeVar("T")
 HEARTBEAT_SECONDS = 30
 """After so long without a sign of life a process counts as dead, and the run ends."""
 
+_OWN_FAILURES = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+"""How messages of the runtime begin that say nothing of other processes."""
 _ALONE = "Give --coordinator, --num_processes and --process_id together."
 
 
@@ -260,13 +262,29 @@ def end_process(message: str, status: int) -> None:
     os._exit(status)
 
 
-def peer_lost(error: Exception) -> PeerLost | None:
-    """Returns what an exception of the runtime says of a dead peer, None if nothing."""
-    if not (has_peers() and isinstance(error, jax.errors.JaxRuntimeError)):
+def peer_lost(error: BaseException | None) -> PeerLost | None:
+    """Returns what an exception says of a dead peer, None if nothing."""
+    if not has_peers():
         return None
-    text = str(error).splitlines()[0]
-    return PeerLost(
-        f"processes: all must live, got a failed exchange in process"
-        f" {jax.process_index()} of {jax.process_count()} ({text}). Start the run"
-        " again; it goes on from its last checkpoint."
-    )
+    while error is not None:
+        lines = str(error).splitlines() or [""]
+        failed = isinstance(error, jax.errors.JaxRuntimeError)
+        failed = failed and not lines[0].startswith(_OWN_FAILURES)
+        if failed or (isinstance(error, TimeoutError) and "barrier" in lines[0]):
+            return PeerLost(
+                f"processes: all must live, got a failed exchange in process"
+                f" {jax.process_index()} of {jax.process_count()} ({lines[0]}). Start"
+                " the run again; it goes on from its last checkpoint."
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def leave_lost_peer(kind: Any, error: BaseException | None, trace: Any) -> None:
+    """Ends this process at once where an exception says that a peer is dead.
+
+    For `ExitStack.push`, above what would be closed: closing waits for all processes.
+    """
+    lost = peer_lost(error)
+    if lost is not None:
+        end_process(f"stopped: {lost}", lost.status)

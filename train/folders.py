@@ -21,6 +21,8 @@ from lowrank_jax.errors import UserError
 
 LOCK = ".lock"
 """Name of the lock in a folder that is written."""
+_ASIDE = ".aside"  # the suffix of folders that are being replaced
+_PARTIAL = ".partial"  # the suffix of files that are being written
 _SECONDS_OF_A_LOOK = 0.5  # whoever asks for the owner holds the lock for an instant
 
 
@@ -156,6 +158,11 @@ def _said_by(path: Path) -> Owner:
         return Owner(0, "")
 
 
+def is_leftover(path: Path) -> bool:
+    """Returns whether a file is a lock, or what a kill left of an atomic write."""
+    return path.name == LOCK or (path.name[0] == "." and path.suffix == _PARTIAL)
+
+
 def write_atomically(
     path: str | os.PathLike, text: str, *, durable: bool = True
 ) -> None:
@@ -170,7 +177,7 @@ def write_atomically(
       OSError: The disk is full or read-only; it names the file, which is the old one.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
     try:
         with naming(path):
             with partial.open("w", encoding="utf-8") as file:
@@ -185,6 +192,26 @@ def write_atomically(
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def set_aside(folder: Path) -> Path:
+    """Renames a folder that another is to replace; returns where it is now.
+
+    Once the other is there, it can be removed; after a kill, `put_back` decides.
+    """
+    aside = folder.with_name(f".{folder.name}{_ASIDE}")
+    return folder.rename(aside)
+
+
+def put_back(parent: Path) -> None:
+    """Gives folders that were set aside their names again, or removes them where what
+    was to replace them is there."""
+    for aside in parent.glob(f".*{_ASIDE}"):
+        folder = parent / aside.name[1:].removesuffix(_ASIDE)
+        if folder.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(folder)
 
 
 @contextlib.contextmanager

@@ -71,6 +71,7 @@ def train_and_evaluate(
         batches = run.batches_from(step)
         for resource in (saver, writer, progress, batches):  # however the run ends
             resources.enter_context(contextlib.closing(resource))
+        resources.push(distributed.leave_lost_peer)
         while True:
             finished = False
             try:

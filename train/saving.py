@@ -1,5 +1,6 @@
 """When a run saves, and what: its model, its state, what it remembers."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -23,9 +24,14 @@ class Saver:
     def __init__(self, run: Run, workdir: Path, saved: checkpoint.Saved | None):
         self._run, self._workdir = run, workdir
         self.saved_step = saved.step if saved else None
+        self._unfinished = saved is not None and saved.metadata["done"]["changes_due"]
         self._began = time.monotonic()
+        self._open()
+
+    def _open(self) -> None:
+        self._folder = self._workdir / "checkpoints"
         self._writer = checkpoint.CheckpointWriter(
-            workdir / "checkpoints", keep=run.config["keep_checkpoints"]
+            self._folder, keep=self._run.config["keep_checkpoints"]
         )
 
     def due(self, step: int) -> bool:
@@ -47,15 +53,35 @@ class Saver:
         return distributed.exchange(late)[0]
 
     def save(self, step: int, session: Session) -> None:
-        """Saves the run as it is; returns before all of it is on disk."""
-        if step == self.saved_step:
+        """Saves the run as it is; returns before all of it is on disk.
+
+        What a stop broke off at this step and was done anew since replaces what was
+        saved then; that goes when the new one is on disk.
+        """
+        again = step == self.saved_step
+        if again and self._unfinished == session.done["changes_due"]:
             return
         with errors.at("--workdir"):
             folders.check_space(self._workdir, session.num_bytes())
         remembered = {"run": session.memory, "done": session.done}
         metadata = {**self._run.metadata(), **remembered}
+        aside = self._set_aside(step) if again else None
         self._writer.save(step, session.model(), metadata, session.state.items())
+        if aside is not None:
+            self._writer.wait()
+            if distributed.is_first():
+                shutil.rmtree(aside)
         self.saved_step, self._began = step, time.monotonic()
+        self._unfinished = session.done["changes_due"]
+
+    def _set_aside(self, step: int) -> Path:
+        """Makes room for another checkpoint of a step."""
+        self._writer.close()
+        folder = self._folder / str(step)
+        aside = folders.set_aside(folder) if distributed.is_first() else folder
+        distributed.exchange(None)  # all see it gone
+        self._open()
+        return aside
 
     def close(self) -> None:
         """Returns when everything is on disk."""

@@ -89,6 +89,7 @@ def own(workdir: Path, resources: contextlib.ExitStack) -> None:
         with errors.at("--workdir"):
             folders.check_writable(workdir)
             resources.enter_context(folders.lock(workdir))
+        folders.put_back(workdir / "checkpoints")
 
 
 def versions() -> dict[str, str]:
@@ -108,22 +109,28 @@ def check_workdir(workdir: Path, config: Mapping[str, Any]) -> checkpoint.Saved 
     """
     file = workdir / "config.json"
     if not file.exists():
-        if any(path.name != folders.LOCK for path in workdir.glob("*")):
+        if not all(folders.is_leftover(path) for path in workdir.glob("*")):
             raise UserError(
                 f"--workdir: must be a new folder or one of a run, got {workdir}, which"
                 " holds other files. Nothing is overwritten; name another."
             )
         return None
-    with errors.at("--workdir"):
-        lines = differences(file, config)
+    folder = workdir / "checkpoints"
+    begun = any(path.name.isdigit() for path in folder.glob("*"))
+    try:
+        with errors.at("--workdir"):
+            lines = differences(file, config)
+    except UserError:
+        if begun:
+            raise
+        return None  # cut off by a kill, when there was nothing to lose yet
     if lines:
         raise UserError(
             f"--workdir: must hold a run of the same config, got {workdir} with\n  "
             + "\n  ".join(lines)
             + "\nName a new workdir; config.init_from starts from a checkpoint."
         )
-    folder = workdir / "checkpoints"
-    if not folder.is_dir() or not any(p.name.isdigit() for p in folder.iterdir()):
+    if not begun:
         return None
     with errors.at("--workdir"):
         return checkpoint.open_checkpoint(folder)

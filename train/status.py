@@ -141,17 +141,17 @@ def _ago(written: str) -> str:
     return logs.duration(max(0.0, since.total_seconds()))
 
 
-def _figures(rows: Any) -> str:
-    """Figures as text: rows of an evaluation at several fractions, or one mapping."""
-    rows = rows if isinstance(rows, list) else [rows]
+def _figures(by_fraction: Mapping[str, Any]) -> str:
+    """Figures of an evaluation as text, for each fraction of the ranks."""
     return "; ".join(
-        ", ".join(
+        f"at {fraction} "
+        + ", ".join(
             f"{name} {value:.4g}"
-            for name, value in row.items()
+            for name, value in figures.items()
             if isinstance(value, int | float)
         )
-        for row in rows
-        if isinstance(row, Mapping)
+        for fraction, figures in by_fraction.items()
+        if isinstance(figures, Mapping)
     )
 
 

@@ -32,7 +32,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "rate": (int, float),  # steps a second
     "seconds_left": (int, float),
     "ranks": dict,  # active, by layer
-    "figures": (dict, list),  # of the last evaluation
+    "figures": dict,  # of the last evaluation, by fraction of the ranks
     "message": str,  # what the progress line said last, or why the run ended
     "pid": int,
     "host": str,

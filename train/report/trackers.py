@@ -7,7 +7,6 @@ which a thread of a tracker's own would hide, or wait for without end.
 import importlib
 import importlib.util
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -97,7 +96,7 @@ class TensorBoard:
         self._folder.mkdir(exist_ok=True)
         self._flushed = time.monotonic()
         # the name has the second alone: two attempts may be of the same one
-        suffix = f".{os.getpid()}"
+        suffix = f".{time.time_ns()}"
         with folders.naming(self._folder):
             self._events = event_file_writer.EventsWriter(
                 str(self._folder / "events"), suffix
