@@ -14,6 +14,8 @@ from train.report import logs, plots
 
 Row = dict[str, Any]
 
+_MOST_WITH_FRACTIONS = 3  # lines that have room for a fraction beside each point
+
 
 class Headline(NamedTuple):
     """The figure that jobs are judged by.
@@ -59,10 +61,12 @@ def table(found: Sequence[Row]) -> str:
     return logs.table(headers, [[row.get(key) for key in headers] for row in found])
 
 
-def draw(found: Sequence[Row], judged_by: Headline, path: Path) -> bool:
-    """Draws the headline against the costs, a line for each job.
+def draw(sweep: Sweep, found: Sequence[Row], judged_by: Headline, path: Path) -> bool:
+    """Draws the headline against the costs: a line for each job and a point for each
+    fraction, the first grid's value as colour and the others' as marker.
 
     Args:
+      sweep: The sweep.
       found: All rows.
       judged_by: What to draw.
       path: The PNG to write.
@@ -71,19 +75,41 @@ def draw(found: Sequence[Row], judged_by: Headline, path: Path) -> bool:
       Whether there was anything to draw.
     """
     series: dict[str, list[Row]] = {}
+    marks: dict[str, tuple[int, int]] = {}
+    firsts, others = _numbers(sweep, slice(0, 1)), _numbers(sweep, slice(1, None))
     for row in found:
         costs = min(row.get("params", 0), row.get("macs", 0))
-        if row.get(judged_by.name) is not None and costs > 0:
-            series.setdefault(row["job"].replace("_", ", "), []).append(row)
+        if row.get(judged_by.name) is None or costs <= 0:
+            continue
+        values = sweep.jobs[row["job"]].values
+        label = ", ".join(f"{key}={value}" for key, value in values.items())
+        marks[label] = firsts[row["job"]], others[row["job"]]
+        series.setdefault(label, []).append(row)
     if not series:
         return False
+    if len(series) > _MOST_WITH_FRACTIONS:
+        series = {label: [_bare(row) for row in own] for label, own in series.items()}
     plots.plot_frontier(
         series,
         path,
         headline=judged_by.name,
         higher_is_better=judged_by.higher_is_better,
+        marks=marks,
     )
     return True
+
+
+def _numbers(sweep: Sweep, part: slice) -> dict[str, int]:
+    """Numbers the jobs by what a part of the grids gives them."""
+    values = {
+        name: tuple(job.values.values())[part] for name, job in sweep.jobs.items()
+    }
+    numbers = {value: n for n, value in enumerate(dict.fromkeys(values.values()))}
+    return {name: numbers[value] for name, value in values.items()}
+
+
+def _bare(row: Row) -> Row:
+    return {key: x for key, x in row.items() if key != "rank_fraction"}
 
 
 def gather(sweep: Sweep) -> Mapping[str, Any]:
@@ -107,7 +133,7 @@ def gather(sweep: Sweep) -> Mapping[str, Any]:
     folders.write_atomically(sweep.folder / "results.json", results)
     print(text)
     picture = sweep.folder / "sweep.png"
-    if judged_by is not None and draw(found, judged_by, picture):
+    if judged_by is not None and draw(sweep, found, judged_by, picture):
         print(f"picture: {picture}")
         summary["picture"] = str(picture)
     return summary
