@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from launch import jobs
 from launch.jobs import Sweep
 from lowrank_jax import checkpoint
+from lowrank_jax.errors import MissingFile
 from train import folders
 from train.model import build_task
 from train.report import logs, plots
@@ -44,13 +45,17 @@ def rows(sweep: Sweep) -> list[Row]:
 
 
 def headline(sweep: Sweep) -> Headline | None:
-    """Returns the headline of the jobs' task; None where none is done."""
+    """Returns the headline of the jobs' task as a checkpoint says; None without one."""
     for name in sweep.jobs:
-        if sweep.state(name) == jobs.DONE:
-            workdir = sweep.job_folder(name) / "workdir"
-            saved = checkpoint.open_checkpoint(workdir).metadata
-            task = build_task(saved["config"], saved["facts"], allow_imports=None)
-            return Headline(task.headline, task.higher_is_better)
+        if sweep.state(name) != jobs.DONE:
+            continue
+        try:
+            saved = checkpoint.open_checkpoint(sweep.job_folder(name) / "workdir")
+        except MissingFile:  # another program, or it was cleared away
+            continue
+        config, facts = saved.metadata["config"], saved.metadata["facts"]
+        task = build_task(config, facts, allow_imports=None)
+        return Headline(task.headline, task.higher_is_better)
     return None
 
 

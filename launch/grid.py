@@ -144,7 +144,7 @@ def _short_keys(keys: Sequence[str]) -> dict[str, str]:
 
 def _in_name(value: str) -> str:
     """A value as a name of a folder can hold it."""
-    return re.sub(r"[^\w.+-]+", "-", value).strip("-")[:_LONGEST_VALUE]
+    return re.sub(r"[^\w.+-]+", "_", value).strip("_")[:_LONGEST_VALUE]
 
 
 def _with_arguments(config: str, chosen: Mapping[str, str]) -> str:
