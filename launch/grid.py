@@ -9,7 +9,7 @@ one value is the same for all jobs and not in their names.
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -189,13 +189,18 @@ def _build(job: Job) -> dict[str, Any]:
         raise_all(binary.wrong_keys(config, argv))
         raise
     except flags.Error as error:
-        link: BaseException | None = error
-        while link is not None:  # what get_config raised is behind ml_collections'
-            if isinstance(link, UserError):
-                raise link from None
-            link = link.__cause__ or link.__context__
+        own = [link for link in _chain(error) if isinstance(link, UserError)]
+        if own:  # the last: ml_collections puts one of its kind around it
+            raise own[-1] from None
         text = str(error).splitlines()[0]
         raise UserError(
             f"--grid: must fit the config, got {text!r}. Correct it."
         ) from (error)
     return to_json(parsed["config"].value)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an exception and what it comes from, the outermost first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -18,7 +18,7 @@ from messages import check_form
 from launch import gather, grid, jobs, pool
 from launch.processes import Signals
 from lowrank_jax.errors import UserError
-from train import folders, loop
+from train import folders
 
 # how ml_collections loads a config
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -232,21 +232,6 @@ def test_gathered(tmp_path, plan, capsys):
     assert not gather.draw(sweep, [], gather.Headline("accuracy", True), picture)
 
 
-def test_a_real_run_is_gathered(tmp_path):
-    """Its checkpoint says what it is judged by."""
-    made = make_jobs("config.phases[0].until.epochs=1", "config.eval_fractions=(1.0,)")
-    configs = grid.build_configs(made)
-    sweep = jobs.create(
-        tmp_path, config=DIGITS, program="train.main", jobs=made, configs=configs
-    )
-    (name,) = made
-    folder = sweep.job_folder(name)
-    result = loop.train_and_evaluate(configs[name], folder / "workdir")
-    (folder / "result.json").write_text(json.dumps(result))
-    assert gather.headline(sweep) == ("accuracy", True)
-    assert gather.gather(sweep)["picture"] == str(tmp_path / "sweep.png")
-
-
 def test_the_command_line(tmp_path, plan, monkeypatch):
     """Mistakes, Slurm's array and its elements; sbatch is a stand-in here."""
     plan(**{"*": ["done"], "seed=1": ["75", "done"], "seed=2": ["1"]})
@@ -371,6 +356,8 @@ def test_six_maestro_runs(tmp_path):
         assert "resuming" not in (file.parent / "log.txt").read_text()
         assert f"{file.parent.name}: started" not in again.stderr
     assert "resuming at step" in (middle / "log.txt").read_text()
+    # a checkpoint says what is drawn
+    assert gather.headline(jobs.read(tmp_path / "sweep")) == ("accuracy", True)
     assert (tmp_path / "sweep/sweep.png").stat().st_size > 10_000
     rows = json.loads((tmp_path / "sweep/results.json").read_text())["rows"]
     assert len(rows) == 24
