@@ -297,10 +297,10 @@ def test_the_command_line(tmp_path, plan, monkeypatch):
     }
 
 
-def wait_for(file: Path) -> None:
-    until = time.monotonic() + 60
-    while not file.exists():
-        assert time.monotonic() < until, file
+def wait_for(folder: Path, pattern: str, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not list(folder.glob(pattern)):
+        assert time.monotonic() < until, pattern
         time.sleep(0.02)
 
 
@@ -311,7 +311,7 @@ def test_a_killed_sweep_goes_on(tmp_path, plan):
     words += ["--grid=config.seed=0,1,2,3", f"--output={tmp_path}/sweep"]
     words += ["--program=sweep_stub"]
     killed = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
-    wait_for(tmp_path / "sweep/jobs/seed=1/workdir/attempts")
+    wait_for(tmp_path, "sweep/jobs/seed=1/workdir/attempts")
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     both = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
@@ -330,21 +330,16 @@ def test_six_maestro_runs(tmp_path):
     words = [sys.executable, "-m", "launch.sweep"]
     words += ["--config=tests/launch/maestro_digits.py", f"--output={tmp_path}/sweep"]
     words += ["--grid=lasso=1e-4,1e-3,1e-2", "--grid=config.seed=0,1", "--jobs=2"]
-    killed = subprocess.Popen(words, cwd=ROOT)
-    sweep_folder = tmp_path / "sweep/jobs"
-    # two are done, the next ones have a checkpoint
-    wait_for(sweep_folder / "lasso=1e-4_seed=1/result.json")
-    wait_for(sweep_folder / "lasso=1e-4_seed=0/result.json")
-    until = time.monotonic() + 120
-    middle = sweep_folder / "lasso=1e-3_seed=0"
-    while not list(middle.glob("workdir/checkpoints/[0-9]*/_CHECKPOINT_METADATA")):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    done = {
-        file: file.stat().st_mtime_ns for file in sweep_folder.glob("*/result.json")
-    }
+    folder = tmp_path / "sweep/jobs"
+    with subprocess.Popen(words, cwd=ROOT) as killed:
+        try:  # until two are done and the next one has a checkpoint
+            wait_for(folder, "lasso=1e-4_seed=0/result.json", 600)
+            wait_for(folder, "lasso=1e-4_seed=1/result.json", 600)
+            wait_for(folder, "lasso=1e-3_seed=0/workdir/checkpoints/[0-9]*", 600)
+        finally:
+            killed.kill()
+    middle = folder / "lasso=1e-3_seed=0"
+    done = {file: file.stat().st_mtime_ns for file in folder.glob("*/result.json")}
     assert 2 <= len(done) < 6
     again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
