@@ -335,7 +335,7 @@ def test_six_maestro_runs(tmp_path):
         try:  # until two are done and the next one has a checkpoint
             wait_for(folder, "lasso=1e-4_seed=0/result.json", 600)
             wait_for(folder, "lasso=1e-4_seed=1/result.json", 600)
-            wait_for(folder, "lasso=1e-3_seed=0/workdir/checkpoints/[0-9]*", 600)
+            wait_for(folder, "lasso=1e-3_seed=0/workdir/checkpoints/*[0-9]", 600)
         finally:
             killed.kill()
     middle = folder / "lasso=1e-3_seed=0"

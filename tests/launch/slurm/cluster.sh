@@ -2,7 +2,7 @@
 # Sets up Slurm with this machine as its controller and its one node, in a folder.
 #
 #   source tests/launch/slurm/cluster.sh FOLDER   starts it; exports SLURM_CONF
-#   stop_cluster                                  ends what was started
+#   stop_cluster                                  ends jobs and daemons
 #
 # Debian, as root: installs slurm-wlm and munge if they are not there. Nothing outside
 # FOLDER is configured, no daemon of the system is touched, and nothing is accounted.
@@ -12,6 +12,11 @@ cluster_pids=()
 
 stop_cluster() {
   local pid
+  scancel --me 2> /dev/null
+  for _ in $(seq 40); do
+    [[ $(squeue --noheader 2> /dev/null) ]] || break
+    sleep 1
+  done
   for pid in "${cluster_pids[@]}"; do kill "$pid" 2> /dev/null; done
   wait "${cluster_pids[@]}" 2> /dev/null
 }

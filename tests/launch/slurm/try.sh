@@ -18,9 +18,11 @@ trap stop_cluster EXIT
 
 say() { echo "$(date +%T) $*"; }
 
-train() { # what trains in a workdir; a run of a minute or so on a busy machine
+epochs=8
+
+train() { # what trains in a workdir
   echo "$python" -m train.main --config=configs/digits_mlp.py:smoke \
-    --config.checkpoint_every_steps=40 "--config.phases[0].until.epochs=${epochs:-40}" \
+    --config.checkpoint_every_steps=40 "--config.phases[0].until.epochs=$epochs" \
     "--workdir=$folder/$1"
 }
 
@@ -54,7 +56,9 @@ finish() {
 }
 
 say 'undisturbed, in two tasks'
+SECONDS=0
 finish "$(submit undisturbed)"
+epochs_per_150=$((epochs * 150 / SECONDS))
 
 say 'stopped: what the time limit sends, as soon as there is a checkpoint'
 job=$(submit stopped)
@@ -64,8 +68,7 @@ finish "$job"
 (($(field "$job" Restarts) == 1))
 
 say 'over its time: the limit is a minute, the signal comes some 30 s before'
-epochs=${LONG_EPOCHS:-400}
-export epochs
+epochs=$epochs_per_150 # seconds, that is, on this machine as it is now
 job=$(submit limited --time=1 --signal=TERM@30)
 until [[ $(field "$job" Restarts) == 1 ]]; do
   [[ $(field "$job" JobState) != COMPLETED ]]
