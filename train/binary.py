@@ -52,7 +52,8 @@ def run(main: Callable[..., None], *, takes: str = "") -> None:
         if takes and not arguments:
             raise UserError(f"{takes}: must be given, got none. Add one or more.")
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # orbax tells every file at INFO
+            # orbax tells every file, and the traceback of each error that it raises
+            logging.set_verbosity(logging.FATAL)
         distributed.make_room()
         main(*arguments)
 
@@ -118,7 +119,7 @@ def _message_of(error: Exception) -> str | None:
     for link in _causes(error):
         code = link.errno if isinstance(link, OSError) else _errno_in(str(link))
         if code in _DISK_ERRORS:
-            place = getattr(link, "filename", None) or "disk"
+            place = getattr(link, "filename", None) or _path_in(str(link)) or "disk"
             return (
                 f"error: {place}: must be readable, writable and not full, got"
                 f" {os.strerror(code)!r}. {_DISK_ERRORS[code]}."
@@ -144,6 +145,12 @@ def _errno_in(text: str) -> int | None:
     """The error number in a message of the storage driver."""
     found = re.search(r"os_error_code='(\d+)'", text)
     return int(found[1]) if found else None
+
+
+def _path_in(text: str) -> str | None:
+    """The file in a message of the storage driver."""
+    found = re.search(r'"(/[^"]*)"', text)
+    return found and found[1]
 
 
 def _flags_message(error: flags.Error) -> str:

@@ -194,7 +194,7 @@ def write_atomically(
         raise
 
 
-def set_aside(folder: Path) -> Path:
+def make_way(folder: Path) -> Path:
     """Renames a folder that another is to replace; returns where it is now.
 
     Once the other is there, it can be removed; after a kill, `put_back` decides.
@@ -204,7 +204,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def put_back(parent: Path) -> None:
-    """Gives folders that were set aside their names again, or removes them where what
+    """Gives folders that made way their names again, or removes them where what
     was to replace them is there."""
     for aside in parent.glob(f".*{_ASIDE}"):
         folder = parent / aside.name[1:].removesuffix(_ASIDE)

@@ -65,24 +65,26 @@ class Saver:
             folders.check_space(self._workdir, session.num_bytes())
         remembered = {"run": session.memory, "done": session.done}
         metadata = {**self._run.metadata(), **remembered}
-        aside = self._set_aside(step) if again else None
-        self._writer.save(step, session.model(), metadata, session.state.items())
-        if aside is not None:
-            self._writer.wait()
-            if distributed.is_first():
-                shutil.rmtree(aside)
+        with folders.naming(self._folder):
+            former = self._make_way(step) if again else None
+            self._writer.save(step, session.model(), metadata, session.state.items())
+            if former is not None:
+                self._writer.wait()
+                if distributed.is_first():
+                    shutil.rmtree(former)
         self.saved_step, self._began = step, time.monotonic()
         self._unfinished = session.done["changes_due"]
 
-    def _set_aside(self, step: int) -> Path:
+    def _make_way(self, step: int) -> Path:
         """Makes room for another checkpoint of a step."""
         self._writer.close()
         folder = self._folder / str(step)
-        aside = folders.set_aside(folder) if distributed.is_first() else folder
+        former = folders.make_way(folder) if distributed.is_first() else folder
         distributed.exchange(None)  # all see it gone
         self._open()
-        return aside
+        return former
 
     def close(self) -> None:
         """Returns when everything is on disk."""
-        self._writer.close()
+        with folders.naming(self._folder):
+            self._writer.close()

@@ -62,11 +62,13 @@ class Server:
     """A process that starts attempts; see `tests.faults.server`.
 
     Args:
+      config: The config that it trains.
       log: File for what it says itself.
       cache: Folder of compiled programs.
     """
 
-    def __init__(self, log: Path, cache: Path):
+    def __init__(self, config: str, log: Path, cache: Path):
+        self._config = config
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
@@ -107,7 +109,7 @@ class Server:
           kill: The fault, if there is one.
           timeout: Seconds after which it is ended.
         """
-        words = [f"--config={CONFIG}", f"--workdir={workdir}"]
+        words = [f"--config={self._config}", f"--workdir={workdir}"]
         each = [words]
         if processes > 1:
             words += [f"--coordinator=127.0.0.1:{_free_port()}"]

@@ -2,9 +2,10 @@
 
 python -m train.main --config=tests/faults/config.py --workdir=runs/faults
 
-Two seconds. It does all that a run can be killed in: ordered dropout, a group lasso,
-shrinking every epoch, an evaluation every epoch, checkpoints every second step, three
-actions between the phases, a search at the end. `:processes=2` is for two of them.
+Five seconds, most of them tracing and compiling. It does all that a run can be killed
+in: ordered dropout, a group lasso, shrinking every epoch, an evaluation every epoch,
+checkpoints every second step, two actions between the phases, a search at the end.
+`:smoke` has an epoch and a half instead of three.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ BATCH_SIZE, STEPS_PER_EPOCH = 24, 4
 
 def get_config(arg: str = "") -> ConfigDict:
     """Returns the config."""
-    common.options(arg)
+    smoke = common.options(arg)["smoke"]
     named = common.named
     config = common.base(seed=3)
     common.digits(config, batch_size=BATCH_SIZE)
@@ -32,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.keep_checkpoints = 3
     maestro = common.phase(
         name="maestro",
-        until={"steps": 8},
+        until={"steps": STEPS_PER_EPOCH * (1 if smoke else 2)},
         sampler=named("single_layer"),
         penalties=(named("hierarchical_group_lasso", weight=0.05),),
         optimizer=common.optimizer("sgd", learning_rate=0.1, args={"momentum": 0.5}),
@@ -45,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
     budget = {"measure": "macs", "fraction": 0.5, "width": 2, "steps": 4}
     nested = common.phase(
         name="nested",
-        until={"steps": 4},
+        until={"steps": 2 if smoke else 4},
         sampler=named("sandwich", passes=3),
         teacher=named("full", target_weight=0.5),
         optimizer=common.optimizer("adamw", learning_rate=1e-2, weight_decay=0.1),
