@@ -23,9 +23,9 @@ from train import context, evaluation, selecting
 from train.model import (
     abstract_checkpoint_model,
     checkpoint_task,
-    load_model,
     model_cost,
 )
+from train.opening import load_latest
 from train.report import logs
 from train.run import Run, open_checkpoint_run
 from train.state import split_model
@@ -109,10 +109,9 @@ def open_model(
     """
     allowed = list(allow_imports)
     with errors.at("--checkpoint"):
-        saved = checkpoint.open_checkpoint(path)
-        model = load_model(saved, allow_imports=allowed)
+        saved, model = load_latest(path, allow_imports=allowed)
     run = open_checkpoint_run(saved, data_dir=data_dir, allow_imports=allowed)
-    return Opened(run, run.placement.put_model(model))
+    return Opened(run, model)
 
 
 def truncate_checkpoint(

@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from train import distributed
-from train.evaluation import Figures
 from train.report import logs, trackers
 from train.report.status import StatusFile
 from train.saving import Saver
-from train.session import Session
-from train.start import own, start_run
-from train.stopping import Interrupted, StopRequest, StopRequested
+from train.start import start_run
+from train.stopping import Interrupted, StopRequested
 
 
 def train_and_evaluate(
@@ -50,17 +48,14 @@ def train_and_evaluate(
       Interrupted: SIGTERM came; the state is saved.
     """
     workdir = Path(workdir)
-    frontier: list[Figures] = []
+    frontier: list[dict[str, Any]] = []
 
     with contextlib.ExitStack() as resources:
-        stop = resources.enter_context(StopRequest())
-        distributed.together(lambda: own(workdir, resources))
-        run, plan, model, saved = start_run(config, workdir, stop)
-        config = run.config
+        run, session, saved = start_run(config, workdir, resources)
+        config, stop = run.config, resources.enter_context(run.stop)
         status = resources.enter_context(
             StatusFile(workdir, enabled=distributed.is_first())
         )
-        session = Session(run, plan, model, saved)
         step = saved.step if saved else 0
         writer = logs.MetricWriter(
             workdir, start_step=step, config=config, further=further
@@ -96,7 +91,8 @@ def train_and_evaluate(
             if (stopping := stop.poll()) or finished or saver.due(step):
                 metrics_log.flush()  # a loss that is not finite is never saved
                 status.write(state="saving", step=step)
-                saver.save(step, session)
+                judged = session.done["evaluated"] == step
+                saver.save(step, session, frontier if judged else [])
                 metrics_log.saved_step = saver.saved_step
             if finished:
                 break
@@ -118,7 +114,7 @@ def train_and_evaluate(
     return {"step": step, "frontier": frontier}
 
 
-def _by_fraction(frontier: Sequence[Figures]) -> dict[str, Any]:
+def _by_fraction(frontier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of a frontier by its fractions, without the ranks."""
     hidden = ("rank_fraction", "ranks")
     return {

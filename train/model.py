@@ -11,6 +11,7 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks
 from train import recorded, registry, schema
 from train.models import MODELS
+from train.sharding import Placement
 from train.state import seed_rngs
 from train.tasks import TASKS
 from train.tasks.base import Task
@@ -62,12 +63,16 @@ def load_model(
     *,
     ranks: Ranks | None = None,
     allow_imports: Sequence[str] | None,
+    placement: Placement | None = None,
 ) -> nnx.Module:
     """Loads the model of a checkpoint of this application, at its ranks or lower ones.
 
-    The checkpoint says itself what model it is of.
+    The checkpoint says itself what model it is of. On a mesh every device reads what it
+    holds, whatever mesh the checkpoint was written on.
     """
     model = abstract_checkpoint_model(saved, allow_imports=allow_imports)
+    if placement is not None:
+        model = placement.template(model)
     return checkpoint.load(saved, model, ranks=ranks)
 
 

@@ -129,7 +129,6 @@ def open_run(
     config: Mapping[str, Any],
     *,
     allow_imports: Sequence[str] | None = None,
-    stop: StopRequest | None = None,
     placement: Placement | None = None,
 ) -> Run:
     """Opens the data of a config and builds its task.
@@ -139,7 +138,6 @@ def open_run(
     Args:
       config: The whole config as plain values.
       allow_imports: Packages that names may import from, None for all.
-      stop: What asks the run to stop; None for nothing.
       placement: Where its arrays lie; None for the config's mesh.
 
     Raises:
@@ -152,8 +150,7 @@ def open_run(
         about = pipeline.complete(config["data"], allow_imports=allow_imports)
         data = pipeline.load_data(about, allow_imports=allow_imports)
     task = build_task(config, data.facts, allow_imports=allow_imports)
-    stop = stop or StopRequest()
-    run = Run({**config, "data": about}, task, data, placement, stop)
+    run = Run({**config, "data": about}, task, data, placement, StopRequest())
     with errors.at("config.model"):
         model = run.complete_model(config["model"], allow_imports=allow_imports)
     return run._replace(config={**run.config, "model": model})

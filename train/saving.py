@@ -2,7 +2,9 @@
 
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lowrank_jax import checkpoint, errors
 from train import distributed, folders
@@ -31,7 +33,10 @@ class Saver:
     def _open(self) -> None:
         self._folder = self._workdir / "checkpoints"
         self._writer = checkpoint.CheckpointWriter(
-            self._folder, keep=self._run.config["keep_checkpoints"]
+            self._folder,
+            keep=self._run.config["keep_checkpoints"],
+            keep_best=self._run.config["keep_best"],
+            higher_is_better=self._run.task.higher_is_better,
         )
 
     def due(self, step: int) -> bool:
@@ -52,8 +57,12 @@ class Saver:
         late = time.monotonic() - self._began > seconds
         return distributed.exchange(late)[0]
 
-    def save(self, step: int, session: Session) -> None:
+    def save(
+        self, step: int, session: Session, frontier: Sequence[Mapping[str, Any]]
+    ) -> None:
         """Saves the run as it is; returns before all of it is on disk.
+
+        How good it is, for what is kept, is the headline figure of the first row.
 
         What a stop broke off at this step and was done anew since replaces what was
         saved then; that goes when the new one is on disk.
@@ -65,9 +74,11 @@ class Saver:
             folders.check_space(self._workdir, session.num_bytes())
         remembered = {"run": session.memory, "done": session.done}
         metadata = {**self._run.metadata(), **remembered}
+        figure = frontier[0][self._run.task.headline] if frontier else None
         with folders.naming(self._folder):
             former = self._make_way(step) if again else None
-            self._writer.save(step, session.model(), metadata, session.state.items())
+            model, items = session.model(), session.state.items()
+            self._writer.save(step, model, metadata, items, figure=figure)
             if former is not None:
                 self._writer.wait()
                 if distributed.is_first():

@@ -16,7 +16,6 @@ from train.phases import Phase, place_of
 from train.report import logs
 from train.run import Run
 from train.state import Structure, TrainState, carried_state, new_state
-from train.stopping import StopRequested
 
 Memory = dict[str, Any]
 """What a run remembers beside its arrays, as JSON values in the checkpoint: "phase" and
@@ -123,8 +122,8 @@ class Session:
     def change(self, step: int) -> None:
         """Shrinks, measures the phase's condition, and goes on to the next phase.
 
-        Raises:
-          StopRequested: A stop was asked for in the middle; all is as it was before.
+        Where a stop is asked for in the middle (`StopRequested`), or anything else is
+        raised, all is as it was before.
         """
         before = {**vars(self), "memory": copy.deepcopy(self.memory)}
         try:
@@ -133,7 +132,7 @@ class Session:
             self._measure(step)
             if step >= self._end:
                 self._finish(step)
-        except StopRequested:
+        except BaseException:
             vars(self).update(before)
             raise
         self.done["changes_due"] = False

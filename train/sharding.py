@@ -135,6 +135,16 @@ class Placement:
         params = self.layout(model).put(nnx.as_pure(params))
         return nnx.merge(graphdef, params, local, self.whole(nnx.as_pure(rest)))
 
+    def template(self, model: nnx.Module) -> nnx.Module:
+        """Returns an abstract model whose arrays say where they shall lie."""
+        kinds = (nnx.Param, (Rank, nnx.RngState), ...)
+        graphdef, params, local, rest = nnx.split(model, *kinds)
+        params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+        whole = self.sharding(PartitionSpec())
+        params = jax.tree.map(_struct, params, self.layout(model).shardings(params))
+        rest = jax.tree.map(lambda leaf: _struct(leaf, whole), rest)
+        return nnx.merge(graphdef, params, local, rest)
+
     def layout(self, model: nnx.Module) -> "Layout":
         """Returns how the parameters of a model, and what belongs to them, lie."""
         logical = logical_axes(model)
@@ -293,6 +303,10 @@ def _names_of(variable: nnx.Variable) -> tuple[str | None, ...]:
 def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The axes of the mesh in an entry of a spec."""
     return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def _struct(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:

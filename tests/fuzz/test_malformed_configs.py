@@ -1,7 +1,9 @@
 """Malformed configs: taken, or refused with one error of ours before any work."""
 
+import contextlib
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import mutations
@@ -25,7 +27,6 @@ from train import phases, start
 from train.config import to_json
 from train.model import build_model
 from train.run import open_run
-from train.stopping import StopRequest
 
 named = common.named
 
@@ -165,13 +166,18 @@ def test_values_in_a_config(times):
     mutations.campaign(check, cases(*bases()), 300 * times)
 
 
+def _start(config: Any, workdir: Path) -> None:
+    with contextlib.ExitStack() as resources:
+        start.start_run(config, workdir, resources)
+
+
 @mutations.TIMES
 def test_a_start_leaves_nothing_behind(tmp_path, times):
     def check(case: Any) -> None:
         name, edits = case
         config = mutations.changed(bases()[name], edits)
         workdir = tmp_path / "run"
-        if mutations.refused(lambda: start.start_run(config, workdir, StopRequest())):
+        if mutations.refused(lambda: _start(config, workdir)):
             assert not list(tmp_path.iterdir())
         else:
             (workdir / "config.json").unlink()
