@@ -197,3 +197,10 @@ def truncate(
     """Cuts a checkpoint by a selector of one value."""
     selector = {"name": name, "args": {"value": value}}
     return checkpoints.truncate_checkpoint(path, output, selector, **options)
+
+
+@contextlib.contextmanager
+def all_devices() -> Iterator[None]:
+    """Runs on all simulated devices instead of one."""
+    with jax.default_device(None):
+        yield

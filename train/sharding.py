@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -124,7 +125,7 @@ class Placement:
         whole = self.sharding(PartitionSpec())
         shardings = (layout.shardings(nnx.as_pure(params)), whole, whole)
         params, local, rest = jax.jit(parts, out_shardings=shardings)()
-        local = jax.tree.map(lambda leaf: leaf.addressable_data(0), local)
+        local = jax.tree.map(_uncommitted, local)
         return nnx.merge(graphdef, params, local, rest)
 
     def put_model(self, model: nnx.Module) -> nnx.Module:
@@ -303,6 +304,14 @@ def _names_of(variable: nnx.Variable) -> tuple[str | None, ...]:
 def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The axes of the mesh in an entry of a spec."""
     return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def _uncommitted(leaf: jax.Array) -> jax.Array:
+    """An array that is whole on every device as one that may be used on any."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        numbers = _uncommitted(jax.random.key_data(leaf))
+        return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(leaf))
+    return jnp.asarray(np.asarray(leaf))
 
 
 def _struct(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
