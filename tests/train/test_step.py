@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 from loop_configs import make_config, phase
 from reference import relative_error
 from support import begin
@@ -22,7 +23,7 @@ from train.step import make_train_step
 named = common.named
 
 
-def step_parts(model: str, sampler: dict[str, Any], **changes: Any):
+def step_parts(model: str, sampler: dict[str, Any], *, parts: int = 1, **changes: Any):
     """Model, structure, state, batch and the step under plain SGD of rate 1."""
     rng = np.random.default_rng(0)
     batch = {
@@ -40,7 +41,9 @@ def step_parts(model: str, sampler: dict[str, Any], **changes: Any):
     run = open_run(to_json(config))
     network, running = run.fresh_model(), begin(config["phases"][0])
     structure, state = new_state(network, running, 0)
-    step = make_train_step(structure, running, run.task, jax.random.key(0))
+    step = make_train_step(
+        structure, running, run.task, jax.random.key(0), accumulation_steps=parts
+    )
     return network, structure, state, batch, step
 
 
@@ -149,3 +152,25 @@ class TestDistillation:
         for key, array in expected.items():
             assert relative_error(found[key], array) < 1e-6, key
             assert np.any(before[key] != np.asarray(found[key])), key
+
+
+class TestAccumulation:
+    @pytest.mark.parametrize(
+        "sampler",
+        [
+            named("sandwich", passes=3, smallest=0.5),
+            named("per_example", batch_size=6),
+        ],
+        ids=lambda sampler: sampler["name"],
+    )
+    def test_parts_make_the_step_of_the_whole_batch(self, sampler):
+        """A part counts by the weight of its examples; a row runs at its own rank."""
+        updates, losses = [], []
+        for parts in (1, 3):
+            _, _, state, batch, step = step_parts("mlp", sampler, parts=parts)
+            batch["weight"] = jnp.arange(6, dtype=jnp.float32)
+            state, metrics = step(state, batch)
+            updates.append(ravel_pytree(state.params)[0])
+            losses.append(metrics["loss"])
+        assert relative_error(updates[1], updates[0]) <= 1e-6
+        np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
