@@ -141,7 +141,9 @@ def by_formula(fraction: float | None, axis: str, devices: int) -> float:
     """Returns what a device should send for the hidden layers, in float32."""
     sizes = (SIDE * SIDE, *HIDDEN)
     matrices = [
-        communication.Matrix(i, o, None if fraction is None else round(fraction * i))
+        communication.Matrix(
+            i, o, None if fraction is None else math.ceil(fraction * min(i, o))
+        )
         for i, o in zip(sizes, sizes[1:], strict=False)
     ]
     if axis == "data":
