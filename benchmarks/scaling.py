@@ -150,7 +150,7 @@ def by_formula(fraction: float | None, axis: str, devices: int) -> float:
         return communication.data_parallel(matrices, devices)
     if axis == "fsdp":
         return communication.fully_sharded(matrices, devices)
-    if fraction is None:  # what the best hand-made split sends: a pair and a half
+    if fraction is None:  # by hand: a pair, and a layer without a partner
         pairs = [HIDDEN[0]] * (len(HIDDEN) // 2)
         return communication.tensor_parallel_pairs(pairs, ROWS, devices, number=4)
     return communication.tensor_parallel(matrices, ROWS, devices, number=4)

@@ -184,7 +184,7 @@ def test_values_in_a_config(times):
         config = mutations.changed(bases()[name], edits)
         mutations.refused(lambda: open_all(config))
 
-    mutations.campaign(check, cases(*bases()), 300 * times, KNOWN)
+    mutations.campaign(check, cases(*bases()), "configs", times, KNOWN)
 
 
 @mutations.TIMES
@@ -199,7 +199,7 @@ def test_a_start_leaves_nothing_behind(tmp_path, times):
             (workdir / "config.json").unlink()
             workdir.rmdir()
 
-    mutations.campaign(check, cases("digits_mlp", "maestro", "khodak"), 20 * times)
+    mutations.campaign(check, cases("digits_mlp", "maestro", "khodak"), "starts", times)
 
 
 @pytest.mark.parametrize("what", mutations.UNREADABLE)

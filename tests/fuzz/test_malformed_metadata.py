@@ -77,7 +77,7 @@ def test_metadata_of_a_checkpoint(folder, tmp_path, times):
         shutil.rmtree(output, ignore_errors=True)
 
     cases = st.tuples(st.sampled_from(list(uses)), mutations.edits(good))
-    mutations.campaign(check, cases, 80 * times, KNOWN)
+    mutations.campaign(check, cases, "metadata", times, KNOWN)
 
 
 @mutations.TIMES
@@ -105,4 +105,4 @@ def test_rank_files(folder, tmp_path, times):
     cases = changed.map(lambda value: json.dumps(value).encode()) | damaged
     known = [b'{"head": 2, "head": 3}', b"[" * 100_000, b'{"head": 1e400}', b"\xff"]
     known += [b'{"head": ' + b"9" * 5000 + b"}", b"", b"\xef\xbb\xbf{}", b"null"]
-    mutations.campaign(check, cases, 40 * times, known)
+    mutations.campaign(check, cases, "rank files", times, known)

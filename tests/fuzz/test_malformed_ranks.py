@@ -46,7 +46,7 @@ def test_ranks_of_a_model(times):
 
     whats = st.sampled_from(["set", "check", "cut", "shrink", "choose"])
     cases = st.tuples(whats, mutations.edits(RANKS))
-    mutations.campaign(check, cases, 60 * times)
+    mutations.campaign(check, cases, "ranks", times)
 
 
 @mutations.TIMES
@@ -66,4 +66,4 @@ def test_rules_of_a_model(times):
         [((2, 1, "form"), {"max_rank": 3})],
         [((0, 0), "(.|/)*z")],
     ]
-    mutations.campaign(check, mutations.edits(RULES), 60 * times, known)
+    mutations.campaign(check, mutations.edits(RULES), "rules", times, known)
