@@ -55,11 +55,11 @@ def test_rules_of_a_model(times):
         rules = mutations.changed(RULES, edits)
         dense = saved_models.Net(nnx.Rngs(0))
 
-        def factorize() -> nnx.Module:
+        def factorize(dense: nnx.Module) -> nnx.Module:
             with errors.at("rules"):  # messages name the layer, the caller the place
                 return factorization.factorize(dense, rules, rngs=nnx.Rngs(0))
 
-        mutations.refused(lambda: nnx.eval_shape(factorize))
+        mutations.refused(lambda: nnx.eval_shape(factorize, dense))
 
     known = [
         [((0, 1, "scheme"), [None])],
