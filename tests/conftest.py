@@ -34,6 +34,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_device", jax.devices()[0])
 
 LONG = {
+    "tests/fuzz/test_malformed_commands.py",
+    "tests/fuzz/test_malformed_configs.py",
+    "tests/fuzz/test_malformed_metadata.py",
+    "tests/fuzz/test_malformed_ranks.py",
     "tests/lowrank_jax/test_layers_contract.py",
     "tests/lowrank_jax/test_layers_transforms.py",
     "tests/lowrank_jax/test_layers_twins.py",

@@ -27,6 +27,16 @@ Edits = Sequence[tuple[Place, Any]]
 SECONDS = 60
 """What takes longer hangs: most cases take a hundredth of a second."""
 
+EXAMPLES = {
+    "configs": 300,
+    "starts": 20,
+    "ranks": 60,
+    "rules": 60,
+    "metadata": 80,
+    "rank files": 40,
+}
+"""How many cases each campaign generates; those that are known come on top."""
+
 TIMES = pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.slow)])
 """How many times as many cases as in every run of the tests."""
 
@@ -220,18 +230,20 @@ def edits(value: Any, most: int = 2) -> st.SearchStrategy[list[tuple[Place, Any]
 def campaign(
     check: Callable[[Any], None],
     cases: st.SearchStrategy[Any],
-    count: int,
+    name: str,
+    times: int,
     known: Sequence[Any] = (),
 ) -> None:
-    """Checks so many generated cases, the same in every run, and those that are known.
+    """Checks generated cases, the same in every run, and those that are known.
 
     Args:
       check: Raises for a case that did not end as it must.
       cases: What is generated.
-      count: How many to generate.
+      name: Of the campaign, a key of `EXAMPLES`.
+      times: How many times as many cases as there.
       known: What went wrong once.
     """
-    tried = 0
+    tried, count = 0, times * EXAMPLES[name]
 
     def counted(case: Any) -> None:
         nonlocal tried

@@ -3,8 +3,8 @@
 import json
 
 import commands
+import mutations
 import support
-from mutations import nested
 
 CONFIG = "--config=configs/digits_mlp.py:smoke"
 
@@ -31,7 +31,7 @@ def test_malformed_command_lines(tmp_path):
     judge = "train.evaluate"
     workdir, output = f"--workdir={new}", f"--output={new}"
     there = f"--checkpoint={files}"
-    args = json.dumps(nested(300))
+    args = json.dumps(mutations.nested(300))
     lines = {
         "no flags": (train,),
         "no workdir": (train, CONFIG),
@@ -95,3 +95,8 @@ def test_malformed_command_lines(tmp_path):
     assert not {name: end for name, end in ended.items() if not is_refusal(end)}
     assert support.contents(files) == before
     assert list(tmp_path.iterdir()) == [files]
+
+
+def test_there_are_five_hundred():
+    """Each campaign checks that it has tried as many as it says."""
+    assert sum(mutations.EXAMPLES.values()) >= 500
