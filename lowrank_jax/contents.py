@@ -182,4 +182,6 @@ def _fitting(sharding: Any, shape: list[int]) -> Any:
         names = names if isinstance(names, tuple) else (names,) * (names is not None)
         parts = math.prod(sharding.mesh.shape[name] for name in names)
         spec.append(names if size % parts == 0 else None)
-    return sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+    spec = jax.sharding.PartitionSpec(*spec)
+    kind = sharding.memory_kind
+    return jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=kind)

@@ -45,13 +45,13 @@ Index = dict[str, list[dict[str, Any]]]
 
 
 class Piece(NamedTuple):
-    """A part of an array, in this process's memory.
+    """A part of an array, on the host.
 
     Args:
       key: Which array it is of.
       start: Where it begins there.
       axis: The axis (from the end) along which it can be read in part.
-      values: A copy of its own.
+      values: Its numbers, which do not change.
     """
 
     key: str
@@ -61,7 +61,7 @@ class Piece(NamedTuple):
 
 
 def take_pieces(arrays: Mapping[str, Any], axes: Mapping[str, int]) -> list[Piece]:
-    """Copies what this process has to write; the arrays may be donated afterwards.
+    """Takes what this process has to write; the arrays may be donated afterwards.
 
     Of an array that spans processes each process writes what it holds, and nothing
     twice; any other array is process 0's to write.
@@ -85,9 +85,16 @@ def take_pieces(arrays: Mapping[str, Any], axes: Mapping[str, int]) -> list[Piec
         else:
             held.append((key, (0,) * array.ndim, array))
     return [
-        Piece(key, start or (0,), axes.get(key, -data.ndim), np.array(data, ndmin=1))
+        Piece(key, start or (0,), axes.get(key, -data.ndim), _on_host(data))
         for key, start, data in held
     ]
+
+
+def _on_host(data: Any) -> np.ndarray:
+    """Numbers that nobody changes. On a CPU these are the array's own: JAX does not
+    reuse memory that NumPy looks at, though it be donated."""
+    values = np.asarray(data) if isinstance(data, jax.Array) else np.array(data)
+    return values.reshape(values.shape or 1)
 
 
 def write_pieces(folder: Path, pieces: list[Piece], process: int, count: int) -> None:
@@ -153,7 +160,7 @@ def read_arrays(folder: Path, templates: Mapping[str, Any]) -> dict[str, jax.Arr
       DamagedCheckpoint: Something is missing, cut off, or differs from its checksum.
     """
     arrays = {
-        key: jnp.zeros(leaf.shape, leaf.dtype, device=getattr(leaf, "sharding", None))
+        key: jnp.zeros(leaf.shape, leaf.dtype, device=_sharding_of(leaf))
         for key, leaf in templates.items()
         if not math.prod(leaf.shape)
     }
@@ -227,9 +234,7 @@ def _read_array(
     open_file: Callable[[int], Any],
 ) -> jax.Array:
     shape, dtype = template.shape, jnp.dtype(template.dtype)
-    sharding = getattr(template, "sharding", None)
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = _sharding_of(template)
     indices = sharding.addressable_devices_indices_map(shape).values()
     regions = [_bounds(index, shape) for index in indices]
     low = tuple(map(min, zip(*(start for start, _ in regions), strict=True)))
@@ -251,6 +256,21 @@ def _read_array(
         return values[tuple(slice(a - n, b - n) for a, b, n in inside)]
 
     return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
+
+
+def _sharding_of(template: Any) -> jax.sharding.Sharding:
+    """Where an array is to go. `eval_shape` under `jax.set_mesh` knows the mesh's shape
+    alone; its devices are those of the mesh that is set."""
+    sharding = getattr(template, "sharding", None)
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        mesh = sharding.mesh
+        if isinstance(mesh, jax.sharding.AbstractMesh):
+            mesh = jax.sharding.get_mesh()
+            fits = mesh.shape == sharding.mesh.shape
+            sharding = jax.sharding.NamedSharding(mesh, sharding.spec) if fits else None
+    if sharding is None:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return sharding
 
 
 def _read_piece(

@@ -161,6 +161,20 @@ def test_a_concrete_template_keeps_its_devices(tmp_path):
         assert params_of(found)[key].sharding == array.sharding, key
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_template_made_under_a_mesh_takes_its_devices(kind, tmp_path):
+    """`eval_shape` under `jax.set_mesh` knows no devices, but the mesh does."""
+    checkpoint.save(tmp_path / "new", placed(None))
+    saved = checkpoint.open_checkpoint(tmp_path / "new")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        template = nnx.eval_shape(build)
+        found = checkpoint.load(saved, template, ranks={"layer": 5})
+    for key, array in params_of(found).items():
+        assert array.sharding.mesh == mesh and array.is_fully_replicated, key
+    assert_same_numbers(found, truncate(build(), {"layer": 5}))
+
+
 def test_damage_to_one_device_s_part_is_found_under_any_sharding(tmp_path):
     """Also by a template that splits the part over other devices."""
     checkpoint.save(tmp_path / "new", placed("8 by inputs"))
