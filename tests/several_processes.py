@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+SCRIPT = Path(__file__).resolve()
 DEVICES = 4
 
 
