@@ -22,8 +22,6 @@ from reference import relative_error
 import lowrank_jax as lr
 from lowrank_jax.errors import UserError
 
-RNGS = nnx.Rngs(0)
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -48,33 +46,33 @@ class Row:
 
 def linear(*args: Any, **options: Any) -> Callable[[], nnx.Module]:
     options = {"use_bias": False, **options}
-    return lambda: nnx.LinearGeneral(*args, **options, rngs=RNGS)
+    return lambda: nnx.LinearGeneral(*args, **options, rngs=nnx.Rngs(0))
 
 
 def einsum(*args: Any) -> Callable[[], nnx.Module]:
-    return lambda: nnx.Einsum(*args, rngs=RNGS)
+    return lambda: nnx.Einsum(*args, rngs=nnx.Rngs(0))
 
 
 def conv(**options: Any) -> Callable[[], nnx.Module]:
-    return lambda: nnx.Conv(4, 8, (3,), use_bias=False, rngs=RNGS, **options)
+    return lambda: nnx.Conv(4, 8, (3,), use_bias=False, rngs=nnx.Rngs(0), **options)
 
 
 def embed() -> nnx.Module:
-    return nnx.Embed(16, 8, rngs=RNGS)
+    return nnx.Embed(16, 8, rngs=nnx.Rngs(0))
 
 
 COLUMNS, ROWS_ = (None, "tensor"), ("tensor", None)
 FEATURES = ("data", None, "tensor")
 ROWS = {
     "columns": Row(
-        lambda: nnx.Linear(16, 8, use_bias=False, rngs=RNGS),
+        lambda: nnx.Linear(16, 8, use_bias=False, rngs=nnx.Rngs(0)),
         COLUMNS,
         (4, 16),
         ("data",),
         None,
     ),
     "rows": Row(
-        lambda: nnx.Linear(16, 8, use_bias=False, rngs=RNGS),
+        lambda: nnx.Linear(16, 8, use_bias=False, rngs=nnx.Rngs(0)),
         ROWS_,
         (4, 6, 16),
         FEATURES,
