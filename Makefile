@@ -4,6 +4,7 @@
 # test       all but the slow ones; 2 workers of 4 GiB each
 # test-fast  for every save: no training, no binaries, no comparison with references
 # test-slow  whole recipes; minutes each
+# faults     200 small runs, killed and damaged, until all are done; 25 minutes
 #
 # What the tests compile is kept in ~/.cache/lowrank_jax: the second run is faster.
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: quickstart test test-fast test-slow lint benchmark clean
+.PHONY: quickstart test test-fast test-slow faults lint benchmark clean
 
 quickstart: $(READY)
 	$(BIN)/python -m train.quickstart --config=configs/digits_mlp.py \
@@ -27,6 +28,10 @@ test-fast: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+faults: $(READY)
+	$(BIN)/python -W ignore -m tests.faults.campaign --runs=206 --jobs=2 \
+	  --report=docs/faults.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -53,19 +53,24 @@ def base(*, seed: int) -> ConfigDict:
     """Makes everything but data, task, model and phases."""
     config = ConfigDict()
     config.seed = seed
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.data = ConfigDict()
     config.task = ConfigDict()
     config.model = ConfigDict()
     config.rank_rules = ((".*", "full"),)
     config.init_from = ""
     config.phases = ()
+    config.accumulation_steps = 1
     config.log_every_steps = 50
     config.eval_every_epochs = 1
     config.eval_fractions = (1.0, 0.5, 0.25, 0.125)
     config.recalibration_batches = 0
     config.scoring_batches = 2
     config.checkpoint_every_epochs = 1
+    config.checkpoint_every_steps = 0
+    config.checkpoint_every_minutes = 0.0
     config.keep_checkpoints = 2
+    config.keep_best = 1
     return config
 
 

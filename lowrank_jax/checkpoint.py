@@ -1,38 +1,57 @@
 """Checkpoints that know their ranks: save, read what they hold, load at any lower rank.
 
-A checkpoint folder holds one folder per step, each with
+A checkpoint folder holds one folder per step, named by its number, each with
 
 - `params`, `model_state`, and whatever else was saved (`opt_state`, `sampler`): arrays,
-  each under its `"/"`-joined path; factors are chunked along the rank axis, so that
-  loading at a lower rank reads little more than what it keeps;
-- `metadata`: JSON with the format version, the active and allocated ranks, the rules
-  that make the structure from the dense model, every array's shape and dtype, the rank
-  axes of those that have some, the step, the library's version, and what the caller
-  adds (the config).
+  each under its `"/"`-joined path, in `process_I.bin` and `process_I.json` for each
+  process I that wrote (`pieces` says what is in them). Factors are written column by
+  column of their rank, with a checksum for every few, so that loading at a lower rank
+  reads at most 1.125 times what it keeps. Arrays without elements are in the metadata
+  alone;
+- `metadata/metadata`: JSON with the format version, the active and allocated ranks, the
+  rules that make the structure from the dense model, every array's shape and dtype, the
+  rank axes of those that have some, the step, its figure, the library's version, what
+  the caller adds (the config), and `sha256`, the digest of all the others;
+- `_CHECKPOINT_METADATA` and `commit_success.txt`, which say that the step is complete.
 
-Nothing in it is executed: arrays are arrays, metadata is JSON (`storage`).
+A step that is being written is a folder `STEP.orbax-checkpoint-tmp`. Nothing in a
+checkpoint is executed, and no array is returned whose bytes differ from what was saved.
 """
 
+import itertools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
-from lowrank_jax.active import get_ranks, max_ranks, set_ranks
-from lowrank_jax.errors import ExistingFile, MissingFile, UserError
-from lowrank_jax.factorization import rules_of
-from lowrank_jax.factors import Factors, Rank
-from lowrank_jax.paths import find_aliases, find_factors, walk
+from lowrank_jax.active import set_ranks
+from lowrank_jax.contents import (
+    FORMAT_VERSION,
+    at_ranks,
+    contents,
+    differences,
+    flatten,
+    model_items,
+    read_axes,
+)
+from lowrank_jax.errors import (
+    DamagedCheckpoint,
+    ExistingFile,
+    MissingFile,
+    UserError,
+    at,
+)
+from lowrank_jax.metadata import check_metadata
+from lowrank_jax.paths import find_aliases, find_factors
+from lowrank_jax.pieces import check_seal, read_arrays, verify_pieces
 from lowrank_jax.ranks import Limits, Ranks, check_lower, largest
-from lowrank_jax.storage import StepWriter, read_arrays
-from lowrank_jax.version import __version__
-
-FORMAT_VERSION = 2
-MODEL_ITEMS = ("params", "model_state")
-"""The items that `model_items` makes, whose paths are the model's own."""
+from lowrank_jax.storage import METADATA_FILE, StepWriter
 
 
 class Saved(NamedTuple):
@@ -56,15 +75,34 @@ class Saved(NamedTuple):
 
 
 class CheckpointWriter:
-    """Saves steps into one folder, in the background, keeping the last few.
+    """Saves steps into one folder, in the background, keeping the last and the best.
+
+    Every process makes one and calls it at the same steps; each writes what its devices
+    hold. An older step is deleted when the newer one is complete on disk.
 
     Args:
-      directory: Folder for the steps; made if missing.
+      directory: Folder for the steps; made if missing. What a save that was cut off
+        left there is removed.
       keep: How many of the latest steps to keep, None for all.
+      keep_best: How many of the steps with the best figures to keep beside them.
+      higher_is_better: Which figures are the best.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int | None = None):
-        self._writer = StepWriter(directory, keep=keep)
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int | None = None,
+        keep_best: int = 0,
+        higher_is_better: bool = True,
+    ):
+        self._directory = Path(directory)
+        self._writer = StepWriter(
+            directory,
+            keep=keep,
+            keep_best=keep_best,
+            higher_is_better=higher_is_better,
+        )
 
     def save(
         self,
@@ -72,32 +110,43 @@ class CheckpointWriter:
         model: nnx.Module,
         metadata: Mapping[str, Any],
         items: Mapping[str, Any] | None = None,
+        *,
+        figure: float | None = None,
     ) -> None:
         """Saves a model and further trees of arrays; returns before they are written.
+
+        What is given may be donated at once.
 
         Args:
           step: Number of the step.
           model: The model; its ranks go into the metadata.
           metadata: JSON values to add, such as the config.
           items: Further trees by name, such as the optimizer state.
+          figure: How good the model is; NaN and None are never the best.
 
         Raises:
+          ExistingFile: The step is there.
+          OSError: This save, or the one before it, could not be written.
           UserError: Two arrays have one path.
         """
-        flat, about = _contents(step, model, metadata, items)
-        chunk_axes = {
-            name: {
-                key: axes[0] for key in leaves if (axes := _axes_of(name, key, about))
-            }
-            for name, leaves in flat.items()
-        }
-        self._writer.write(step, flat, chunk_axes, about)
+        if step in self._writer.steps():
+            raise ExistingFile(
+                f"checkpoint {self._directory / str(step)}: must not exist yet, got a"
+                " second save of the step. Move the folder away."
+            )
+        flat, about = contents(step, model, metadata, items, figure)
+        self._writer.write(step, flat, read_axes(flat, about), about)
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
+        """Returns when everything is on disk.
+
+        Raises:
+          OSError: It could not be written.
+        """
         self._writer.wait()
 
     def close(self) -> None:
+        """Waits, and lets go of the folder."""
         self._writer.close()
 
 
@@ -115,7 +164,9 @@ def save(
       ExistingFile: The folder is there already.
     """
     check_new_folder(directory)
-    _contents(step, model, metadata or {}, items)  # a bad value leaves no folder behind
+    contents(
+        step, model, metadata or {}, items, None
+    )  # a bad value leaves no folder behind
     writer = CheckpointWriter(directory)
     writer.save(step, model, metadata or {}, items)
     writer.close()
@@ -141,47 +192,106 @@ def open_checkpoint(path: str | Path) -> Saved:
       MissingFile: There is no (complete) checkpoint.
       UserError: The folder or its metadata is of another kind or another format.
     """
+    complete = complete_steps(path)
+    if not complete:
+        names = sorted(p.name for p in _root(path).iterdir())
+        raise MissingFile(
+            f"must hold a complete checkpoint of this library, got {path}, which has"
+            f" {names}. A save that was cut off leaves a temporary or half-written"
+            " folder; use another one."
+        )
+    try:
+        metadata = json.loads((complete[0] / METADATA_FILE).read_bytes())
+        version = metadata.get("format_version")
+        if version == FORMAT_VERSION or "sha256" in metadata:
+            check_seal(metadata)
+    except DamagedCheckpoint as error:
+        raise _damaged(complete[0], f"metadata: {error}") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        text = f"metadata: must be JSON of this library, not another's, got {error}."
+        raise _damaged(complete[0], text) from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"must be of format {FORMAT_VERSION}, got {version} in {complete[0]}. Use"
+            f" the library version {metadata.get('library_version')} that wrote it."
+        )
+    with at(f"checkpoint {complete[0]}"):
+        check_metadata(metadata)
+    return Saved(complete[0], metadata)
+
+
+def complete_steps(path: str | Path) -> list[Path]:
+    """Finds the checkpoints that were written to their end, the latest first.
+
+    Whether their files are still as they were written, only reading them shows: go on
+    with the next one after a `DamagedCheckpoint`.
+
+    Args:
+      path: A step's folder, a folder of steps, or a workdir with a folder
+        `checkpoints`.
+
+    Raises:
+      MissingFile: There is no such folder.
+    """
+    root = _root(path)
+    steps = [p for p in root.iterdir() if p.name.isdigit()]
+    candidates = sorted(steps, key=lambda p: -int(p.name)) or [root]
+    marks = (METADATA_FILE, "_CHECKPOINT_METADATA")
+    return [p for p in candidates if all((p / mark).is_file() for mark in marks)]
+
+
+def set_aside(step: Path) -> Path:
+    """Renames a damaged step's folder, so that the step can be saved again.
+
+    Returns:
+      The new path, `STEP.damaged` or, if that is there, `STEP.damaged.1` and so on.
+    """
+    names = (f".{n}" * bool(n) for n in itertools.count())
+    paths = (step.with_name(f"{step.name}.damaged{name}") for name in names)
+    return step.rename(next(path for path in paths if not path.exists()))
+
+
+def verify(saved: Saved) -> None:
+    """Reads a whole checkpoint.
+
+    Raises:
+      DamagedCheckpoint: A file is not as it was written.
+    """
+    try:
+        for name, leaves in saved.metadata["arrays"].items():
+            if any(math.prod(shape) for shape, _ in leaves.values()):
+                verify_pieces(saved.path / name)
+    except DamagedCheckpoint as error:
+        raise _damaged(saved.path, str(error)) from error
+
+
+def _root(path: str | Path) -> Path:
+    """The folder of steps, or of one step."""
     root = Path(path).absolute()
     if not root.is_dir():
         raise MissingFile(
             f"must be a folder with a checkpoint, got {path}, which is not"
             " there. Check the path."
         )
-    if (root / "checkpoints").is_dir():
-        root = root / "checkpoints"
-    steps = [p for p in root.iterdir() if p.name.isdigit()]
-    candidates = sorted(steps, key=lambda p: -int(p.name)) or [root]
-    complete = [p for p in candidates if (p / "metadata" / "metadata").is_file()]
-    complete = [p for p in complete if (p / "_CHECKPOINT_METADATA").is_file()]
-    if not complete:
-        raise MissingFile(
-            f"must hold a complete checkpoint of this library, got {path},"
-            f" which has {sorted(p.name for p in root.iterdir())}. A save that was cut"
-            " off leaves a temporary or half-written folder; use another one."
-        )
-    try:
-        text = (complete[0] / "metadata" / "metadata").read_text()
-        metadata = json.loads(text)
-        version = metadata["format_version"]
-        missing = {"step", "ranks", "max_ranks", "rank_axes", "arrays"} - set(metadata)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"metadata must be JSON of this library, got {complete[0]}"
-            f" ({error!r}). The file is damaged, or from another program."
-        ) from error
-    if version != FORMAT_VERSION or missing:
-        raise UserError(
-            f"must be of format {FORMAT_VERSION}, got {version} in"
-            f" {complete[0]} (missing: {sorted(missing)}). Use the library version"
-            f" {metadata.get('library_version')} that wrote it."
-        )
-    return Saved(complete[0], metadata)
+    return root / "checkpoints" if (root / "checkpoints").is_dir() else root
+
+
+def _damaged(step: Path, text: str) -> DamagedCheckpoint:
+    """The error for a step, with the checkpoint to use in its place."""
+    older = [
+        path
+        for path in (complete_steps(step.parent) if step.name.isdigit() else [])
+        if path.name.isdigit() and int(path.name) < int(step.name)
+    ]
+    use = f"Use the one before it, {older[0]}." if older else "Use another checkpoint."
+    return DamagedCheckpoint(f"checkpoint {step}: {text} {use}")
 
 
 def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.Module:
     """Returns the model with the checkpoint's arrays, at its ranks or at lower ones.
 
-    Reads little more than the columns that are kept.
+    Reads little more than the columns that are kept. Each parameter gets the sharding
+    of the given model's, less the axes that no longer divide.
 
     Args:
       saved: An opened checkpoint.
@@ -192,6 +302,7 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
         not named are cut to these. None keeps allocated and active ranks alike.
 
     Raises:
+      DamagedCheckpoint: A file is not as it was written.
       UserError: The checkpoint is of another model (all differences are named), or a
         rank is out of bounds.
     """
@@ -215,7 +326,7 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
         )
         active = allocated = {**active, **named}
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    template = _at_ranks(model, nnx.as_pure(params), allocated)
+    template = at_ranks(model, nnx.as_pure(params), allocated)
     items = {"params": template, "model_state": model_items(model)["model_state"]}
     restored = restore(saved, items)
     model = nnx.merge(graphdef, restored["params"], rest, copy=True)
@@ -232,20 +343,23 @@ def restore(saved: Saved, items: Mapping[str, Any]) -> dict[str, Any]:
     """Trees of arrays from a checkpoint, each in the shape of its template.
 
     A template may be smaller than what is stored along the rank axis of factors, and
-    only there.
+    only there. Each array gets the sharding of its template, whatever it was saved
+    under; every process calls this, and reads what its own devices need.
 
     Args:
       saved: An opened checkpoint.
-      items: Templates by name: trees of arrays or `jax.ShapeDtypeStruct`.
+      items: Templates by name: trees of arrays or `jax.ShapeDtypeStruct`. Those without
+        a sharding go to the first device of each process.
 
     Raises:
+      DamagedCheckpoint: A file is not as it was written (on any process).
       UserError: Names, dtypes or other axes differ; all differences are named.
     """
     flat = {name: flatten(tree) for name, tree in items.items()}
     problems = [
         problem
         for name, leaves in flat.items()
-        for problem in _differences(name, leaves, saved.metadata)
+        for problem in differences(name, leaves, saved.metadata)
     ]
     if problems:
         raise UserError(
@@ -253,146 +367,33 @@ def restore(saved: Saved, items: Mapping[str, Any]) -> dict[str, Any]:
             + "\n  ".join(problems)
             + "\nLoad it with the config it was trained with."
         )
-    restored = {}
-    for name, tree in items.items():
-        arrays = read_arrays(saved.path / name, flat[name])
-        leaves = [arrays[key] for key in flat[name]]
-        restored[name] = jax.tree.unflatten(jax.tree.structure(tree), leaves)
-    return restored
-
-
-def model_items(model: nnx.Module) -> dict[str, Any]:
-    """Returns a model's arrays as two trees: parameters, and the rest.
-
-    Ranks and random keys are left out.
-    """
-    _, params, _, state = nnx.split(model, nnx.Param, (Rank, nnx.RngState), ...)
-    trees = nnx.as_pure(params), nnx.as_pure(state)
-    return dict(zip(MODEL_ITEMS, trees, strict=True))
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree by `"/"`-joined path.
-
-    Raises:
-      UserError: Two leaves have one path, such as "x/y" next to "x" that holds "y".
-    """
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    flat: dict[str, Any] = {}
-    colliding = []
-    for path, leaf in leaves:
-        key = jax.tree_util.keystr(path, simple=True, separator="/")
-        colliding += [key] if key in flat else []
-        flat[key] = leaf
-    if colliding:
-        raise UserError(
-            f"paths: must be one array's each, got several for {colliding}. Rename the"
-            ' modules or dictionary keys that have a "/" in their name.'
-        )
-    return flat
-
-
-def rank_axes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """Finds which axes (from the end) of a model's parameters are the rank, by path."""
-    return {key: axes for key, (_, axes) in _factor_arrays(model).items()}
-
-
-def _factor_arrays(
-    model: nnx.Module,
-) -> dict[str, tuple[Factors, tuple[int, ...]]]:
-    """The arrays that are cut with a rank, at all their paths: whose, and their rank
-    axes."""
+    arrays = _read_together(saved, flat)
     return {
-        f"{path}/{name}".removeprefix("/"): (node, axes)
-        for path, node in walk(model)
-        if isinstance(node, Factors)
-        for name, axes in node.rank_axes.items()
-        if getattr(node, name) is not None
+        name: jax.tree.unflatten(
+            jax.tree.structure(tree), [arrays[name][key] for key in flat[name]]
+        )
+        for name, tree in items.items()
     }
 
 
-def _axes_of(item: str, key: str, metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """The rank axes of an array: a parameter's by its path, a moment's by those of the
-    parameter that its path ends in, the longest there is."""
-    axes, params = metadata["rank_axes"], metadata["arrays"]["params"]
-    parts = key.split("/")
-    starts = range(1 if item in MODEL_ITEMS else len(parts))
-    ends = ("/".join(parts[start:]) for start in starts)
-    param = next((end for end in ends if end in params or end in axes), None)
-    return tuple(axes.get(param, ()))
-
-
-def _contents(
-    step: int,
-    model: nnx.Module,
-    metadata: Mapping[str, Any],
-    items: Mapping[str, Any] | None,
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """What a checkpoint holds: arrays by item and path, and the metadata, checked.
-
-    Raises:
-      TypeError: The metadata hold something other than JSON values.
-      UserError: Two arrays have one path.
-    """
-    trees = {**model_items(model), **(items or {})}
-    flat = {name: flatten(tree) for name, tree in trees.items()}
-    about = {
-        **metadata,
-        "format_version": FORMAT_VERSION,
-        "library_version": __version__,
-        "step": step,
-        "ranks": get_ranks(model),
-        "max_ranks": max_ranks(model),
-        "rank_rules": rules_of(model),
-        "rank_axes": rank_axes(model),
-        "arrays": {name: _describe(leaves) for name, leaves in flat.items()},
-    }
-    return flat, json.loads(json.dumps(about))  # a copy: it is written later
-
-
-def _at_ranks(model: nnx.Module, params: Any, ranks: Ranks) -> Any:
-    """Shapes of the parameters with the factors of each layer allocated at these
-    ranks."""
-    arrays = _factor_arrays(model)
-    paths = {id(factors): path for path, factors in find_factors(model).items()}
-
-    def shape(key_path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        sizes = list(leaf.shape)
-        key = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        if key in arrays:
-            factors, axes = arrays[key]
-            for axis in axes:
-                sizes[axis] = largest(ranks[paths[id(factors)]])
-        return jax.ShapeDtypeStruct(tuple(sizes), leaf.dtype)
-
-    return jax.tree.map_with_path(shape, params)
-
-
-def _describe(leaves: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {key: [list(x.shape), str(x.dtype)] for key, x in leaves.items()}
-
-
-def _differences(
-    name: str, leaves: Mapping[str, Any], metadata: Mapping[str, Any]
-) -> list[str]:
-    """How a template departs from the stored arrays, other than by lower ranks."""
-    stored = metadata["arrays"].get(name)
-    if stored is None:
-        known = sorted(metadata["arrays"])
-        return [f"{name}: is not in the checkpoint, which has {known}"]
-    problems = [
-        f"{name}/{key}: is not in the checkpoint" for key in leaves - stored.keys()
-    ]
-    problems += [f"{name}/{key}: is not in the model" for key in stored.keys() - leaves]
-    for key in leaves.keys() & stored.keys():
-        (shape, dtype), leaf = stored[key], leaves[key]
-        wanted = list(leaf.shape)
-        fits = len(shape) == len(wanted)
-        for axis in _axes_of(name, key, metadata) if fits else ():
-            wanted[axis] = max(wanted[axis], shape[axis])
-        if not fits or wanted != shape or str(leaf.dtype) != dtype:
-            problems.append(
-                f"{name}/{key}: is {dtype}{shape} in the checkpoint,"
-                f" {leaf.dtype}{list(leaf.shape)} in the model"
-            )
-    return sorted(problems)
+def _read_together(
+    saved: Saved, templates: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, jax.Array]]:
+    """Reads items by name; damage that one process sees is an error on all of them."""
+    arrays, problem = {}, None
+    try:
+        for name, leaves in templates.items():
+            arrays[name] = read_arrays(saved.path / name, leaves)
+    except DamagedCheckpoint as error:
+        problem = _damaged(saved.path, str(error))
+    except OSError as error:
+        problem = error
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array([problem is not None]))
+        if problem is None and failed.any():
+            others = np.flatnonzero(failed).tolist()
+            text = f"must be readable, got errors on processes {others}."
+            problem = _damaged(saved.path, text)
+    if problem is not None:
+        raise problem
+    return arrays

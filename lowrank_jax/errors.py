@@ -21,6 +21,10 @@ class ExistingFile(UserError, FileExistsError):
     """A file or folder that must not be there and is."""
 
 
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are not as they were written."""
+
+
 @contextlib.contextmanager
 def at(place: str) -> Iterator[None]:
     """Puts a place in front of the message of a user's mistake.

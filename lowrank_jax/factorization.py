@@ -1,6 +1,5 @@
 """Factorization: put low rank into a model by rules, and read the rules back."""
 
-import contextlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from lowrank_jax.paths import (
     replace,
 )
 from lowrank_jax.ranks import fraction_of, name_of
-from lowrank_jax.rules import match_rules
+from lowrank_jax.rules import compile_pattern, match_rules
 
 LayerRule: TypeAlias = str | Mapping[str, Any]
 """What a rule asks for: "dense", "full", or a mapping with any of
@@ -150,8 +149,9 @@ def _chosen_rules(
 ) -> dict[str, LayerRule]:
     """The rule of each layer, and of each Param that a rule is about."""
     names = {path: paths for path, (_, paths) in layers.items()}
+    patterns = [(compile_pattern(pattern), rule) for pattern, rule in rules]
     for path, (_, paths) in matrices.items():
-        rule = _first_match(rules, paths)
+        rule = _first_match(patterns, paths)
         if rule == "dense" or (isinstance(rule, Mapping) and "param" in rule):
             names[path] = paths
     if rules and not names:
@@ -167,12 +167,11 @@ def _chosen_rules(
 
 
 def _first_match(
-    rules: Sequence[tuple[str, LayerRule]], paths: Sequence[str]
+    rules: Sequence[tuple[re.Pattern[str], LayerRule]], paths: Sequence[str]
 ) -> LayerRule | None:
     for pattern, rule in rules:
-        with contextlib.suppress(re.error):  # `match_rules` names a bad pattern
-            if any(re.fullmatch(pattern, path) for path in paths):
-                return rule
+        if any(pattern.fullmatch(path) for path in paths):
+            return rule
     return None
 
 
@@ -312,7 +311,7 @@ def _check_differentiable(fold: Fold, kernel: nnx.Param) -> None:
 def _form(options: Mapping[str, Any]) -> tuple[type[Factors], dict[str, Any]]:
     """The form that a rule asks for, and what the rule chooses of it."""
     name = options.get("form", Factors.form)
-    if name not in FORMS:
+    if not isinstance(name, str) or name not in FORMS:
         raise UserError(
             f"form must be one of {sorted(FORMS)}, got {name!r}. Choose one."
         )

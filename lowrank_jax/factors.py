@@ -21,6 +21,9 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.ranked import Rank, Ranked, known_rank
 from lowrank_jax.ranks import RankValue, flatten_rank, largest
 
+MOST_DEPTH = 64
+"""Of a product: each factor is an array and a product of its own in every trace."""
+
 
 class Factors(Ranked):
     """A matrix `W (i, o) = u (i, r) · diag(|s|) (r) · v (r, o)` with an ordered rank
@@ -177,8 +180,11 @@ class Factors(Ranked):
         """
         if not isinstance(with_s, bool):
             raise UserError(f"with_s must be true or false, got {with_s!r}. Choose.")
-        if isinstance(depth, bool) or not isinstance(depth, int):
-            raise UserError(f"depth must be a whole number >= 2, got {depth!r}. Mend.")
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth > MOST_DEPTH:
+            raise UserError(
+                f"depth must be a whole number in [2, {MOST_DEPTH}], got {depth!r}."
+                " Mend."
+            )
         if init not in ("svd", "random"):
             raise UserError(f"init must be 'svd' or 'random', got {init!r}. Choose.")
         if init == "svd":

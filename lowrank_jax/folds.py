@@ -242,10 +242,11 @@ def conv_fold(
         2: (0,),
         3: (),
     }
-    if scheme not in by_scheme or (scheme in (1, 2) and spatial != 2):
+    known = type(scheme) is int and scheme in by_scheme
+    if not known or (scheme in (1, 2) and spatial != 2):
         raise UserError(
             "conv scheme: must be 0 or 3, or for two spatial axes 1 or 2, got"
-            f" {scheme} for kernel size {tuple(kernel_size)}. Use 0."
+            f" {scheme!r} for kernel size {tuple(kernel_size)}. Use 0."
         )
     first = by_scheme[scheme]
     second = tuple(axis for axis in range(spatial) if axis not in first)

@@ -5,7 +5,9 @@ A path is `"/"`-joined, a pattern a regular expression that must match the whole
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from re import _constants as codes
+from re import _parser as parser
+from typing import Any, TypeVar
 
 from lowrank_jax.errors import UserError
 
@@ -31,7 +33,7 @@ def match_rules(
     {'body/0': 0.5, 'head': 'dense'}
     """
     names = paths if isinstance(paths, Mapping) else {path: [path] for path in paths}
-    patterns = [_compile(pattern) for pattern, _ in rules]
+    patterns = [compile_pattern(pattern) for pattern, _ in rules]
     values, used = {}, [False] * len(patterns)
     for path, aliases in names.items():
         for index, pattern in enumerate(patterns):
@@ -54,11 +56,70 @@ def match_rules(
     return values
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def compile_pattern(text: str) -> re.Pattern[str]:
+    """Compiles a regular expression for whole paths.
+
+    Raises:
+      UserError: It is none, or one that may take ages: Python tries every way in which
+        repetitions can share out a path.
+
+    >>> compile_pattern("(.*/)?conv[0-9]+").fullmatch("blocks/0/conv12") is not None
+    True
+    """
     try:
-        return re.compile(pattern)
-    except re.error as error:
+        choices = _choices(parser.parse(text))
+        if choices <= _MOST_CHOICES:
+            return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(
-            f"a pattern must be a regular expression, got {pattern!r}"
+            f"a pattern must be a regular expression, got {_shortened(text)}"
             f" ({error}). Escape special characters with a backslash."
         ) from error
+    raise UserError(
+        f"a pattern must have at most {_MOST_CHOICES} repetitions, none of them in"
+        f" another, got {_shortened(text)}. Write one '.*' for several, or several"
+        " rules."
+    )
+
+
+_MOST_CHOICES = 5
+"""A path of n characters is shared out among k repetitions in about n^k / k! ways."""
+
+
+def _choices(parsed: Any) -> float:
+    """Counts the repetitions that share out a text; infinite if one is in another."""
+    total = 0.0
+    for code, argument in parsed:
+        if code in (codes.MAX_REPEAT, codes.MIN_REPEAT):
+            least, most, body = argument
+            inner = _choices(body)
+            branches = any(code is codes.BRANCH for code, _ in _nodes(body))
+            if most > 1 and (inner or branches):
+                return float("inf")
+            total += inner + (least != most)
+        elif code is codes.BRANCH:
+            total += max(map(_choices, argument[1]))
+        else:  # groups, assertions, conditions: what they hold, else nothing
+            total += sum(map(_choices, _parts(argument)))
+    return total
+
+
+def _nodes(parsed: Any) -> Iterable[tuple[Any, Any]]:
+    """Yields every node of a parsed pattern."""
+    for code, argument in parsed:
+        yield code, argument
+        for part in _parts(argument):
+            yield from _nodes(part)
+
+
+def _parts(argument: Any) -> list[Any]:
+    """Lists the patterns in what a node of a parsed pattern holds."""
+    if isinstance(argument, parser.SubPattern):
+        return [argument]
+    if isinstance(argument, list | tuple):
+        return [part for item in argument for part in _parts(item)]
+    return []
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:80] + "...")

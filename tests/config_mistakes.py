@@ -64,7 +64,11 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "bool for a number": ("seed", True, ("config.seed: must be of type int", "True")),
     "number for a mapping": ("model", 3, ("config.model: must be a mapping", "3")),
     "phase that is no mapping": ("phases/0", 3, ("config.phases[0]: must be", "3")),
-    "value that is no JSON": ("model/args/hidden", {1}, ("config: must hold JSON",)),
+    "value that is no JSON": (
+        "model/args/hidden",
+        {1},
+        ("config.model.args.hidden: must hold JSON", "a set"),
+    ),
     "negative seed": ("seed", -1, ("seed", "-1")),
     "no batch": ("data/batch_size", 0, ("config.data.batch_size", "at least 1", "0")),
     "batch above the data": ("data/batch_size", 261, ("batch_size", "260", "261")),
@@ -203,7 +207,7 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "bad argument of a sampler": (
         "phases/0/sampler",
         named("sandwich", passes=1),
-        ("config.phases[0] (only)", "sampler", "passes must be at least 2", "1"),
+        ("config.phases[0] (only)", "sampler", "passes must be in [2, 64]", "1"),
     ),
     "missing argument of a sampler": (
         "phases/0/sampler",
@@ -269,9 +273,13 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
         f"learning rate of {value}": (
             "phases/0/optimizer/learning_rate",
             value,
-            ("config.phases[0] (only): optimizer: learning_rate: must be", str(value)),
+            (place, str(value)),
         )
-        for value in (-0.1, math.nan, math.inf)
+        for value, place in (
+            (-0.1, "config.phases[0] (only): optimizer: learning_rate: must be"),
+            (math.nan, "config.phases[0].optimizer.learning_rate: must be a finite"),
+            (math.inf, "config.phases[0].optimizer.learning_rate: must be a finite"),
+        )
     },
     "unknown schedule": (
         "phases/0/optimizer/schedule/name",

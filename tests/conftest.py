@@ -28,7 +28,10 @@ for name, value in SETTINGS.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(int(value) if isinstance(value, bool) else value)
 jax.config.update("jax_num_cpu_devices", 8)
+os.environ.setdefault("NPROC", "16")  # XLA's threads: a collective of 8 holds 8
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# a run is on one of them, where a test does not ask for more (`support.devices`)
+jax.config.update("jax_default_device", jax.devices()[0])
 
 LONG = {
     "tests/lowrank_jax/test_layers_contract.py",

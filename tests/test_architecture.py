@@ -15,15 +15,15 @@ TREES = ("lowrank_jax", "train", "configs", "benchmarks")
 
 LAYERS = (
     {"errors", "placement", "version"},
-    {"linalg", "rules", "ranks", "folds", "optimizer_state", "purity", "storage"}
+    {"linalg", "rules", "ranks", "folds", "optimizer_state", "purity", "pieces"}
     | {"nnx_internals"},
-    {"cost", "ranked"},
+    {"cost", "ranked", "storage", "metadata"},
     {"factors"},
     {"forms"},
     {"layers"},
     {"paths"},
     {"active", "factorization", "calibration", "counting", "penalties", "projections"},
-    {"samplers", "surgery"},
+    {"samplers", "surgery", "contents"},
     {"checkpoint", "selection", "shrinking", "summary"},
     {"lowrank_jax"},
 )

@@ -1,7 +1,8 @@
 """What the binaries share: how they start, and how a mistake ends them.
 
-A mistake of the user (in flags, config, files or disks) and a run that was stopped end
-with one message on stderr and exit status 1. Any other exception is a bug, of ours or
+A mistake of the user (in flags, config, files or disks) ends with one message on stderr
+and exit status 1, a run that was asked to stop, or lost another of its processes, with
+status 75: started again, it goes on. Any other exception is a bug, of ours or
 of the user's code, and keeps its traceback. `--verbosity=1` shows it for both.
 """
 
@@ -19,6 +20,7 @@ from absl import app, flags, logging
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from lowrank_jax.errors import UserError, raise_all
+from train import distributed
 from train.report import logs
 from train.stopping import Interrupted, Stopped
 
@@ -34,19 +36,26 @@ _CONFIG_FAILED = "Error whilst parsing config file"
 """How ml_collections begins the text it puts around an error of `get_config`."""
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], *, takes: str = "") -> None:
     """Runs a binary, after its flags are parsed.
 
     Args:
       main: What it does; reads flags by itself.
+      takes: What its arguments are, where it takes some beside flags, one at least; it
+        is called with them.
     """
 
     def start(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise UserError(f"flags: must begin with --, got {argv[1:]}. Add the --.")
+        arguments = argv[1:]
+        if arguments and not takes:
+            raise UserError(f"flags: must begin with --, got {arguments}. Add the --.")
+        if takes and not arguments:
+            raise UserError(f"{takes}: must be given, got none. Add one or more.")
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # orbax tells every file at INFO
-        main()
+            # orbax tells every file, and the traceback of each error that it raises
+            logging.set_verbosity(logging.FATAL)
+        distributed.make_room()
+        main(*arguments)
 
     app.run(_ending(start), flags_parser=_ending(_parse_flags))
 
@@ -82,12 +91,17 @@ def _ending(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
         try:
             return function(argv)
         except Exception as error:
+            error = distributed.peer_lost(error) or error
             message = _message_of(error)
-            if message is None:
+            if message is None and not distributed.has_peers():
                 raise
-            if flags.FLAGS["verbosity"].value >= 1:
+            if message is None or flags.FLAGS["verbosity"].value >= 1:
                 traceback.print_exc()
-            sys.exit(message)
+            status = error.status if isinstance(error, Stopped) else 1
+            if distributed.has_peers():  # that would wait for this one to shut down
+                distributed.end_process(message or "", status)
+            print(message, file=sys.stderr)
+            sys.exit(status)
 
     return ended
 
@@ -105,7 +119,7 @@ def _message_of(error: Exception) -> str | None:
     for link in _causes(error):
         code = link.errno if isinstance(link, OSError) else _errno_in(str(link))
         if code in _DISK_ERRORS:
-            place = getattr(link, "filename", None) or "disk"
+            place = getattr(link, "filename", None) or _path_in(str(link)) or "disk"
             return (
                 f"error: {place}: must be readable, writable and not full, got"
                 f" {os.strerror(code)!r}. {_DISK_ERRORS[code]}."
@@ -133,6 +147,12 @@ def _errno_in(text: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def _path_in(text: str) -> str | None:
+    """The file in a message of the storage driver."""
+    found = re.search(r'"(/[^"]*)"', text)
+    return found and found[1]
+
+
 def _flags_message(error: flags.Error) -> str:
     """What absl says of flags, in one line."""
     missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
@@ -157,7 +177,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except SystemExit:  # absl ends with status 1 after it has printed its help
         _print_config_help(path)
         sys.exit(0)
-    except (AttributeError, LookupError):
+    except (AttributeError, LookupError) as error:
+        if getattr(error, "name", None) == "get_config":
+            raise UserError(
+                "--config: must be a file with a function get_config, got"
+                f" {path}, which has none. Write one that returns the config."
+            ) from error
         if path is not None:
             raise_all(wrong_keys(_load_config(path), argv))
         raise

@@ -23,9 +23,9 @@ from train import context, evaluation, selecting
 from train.model import (
     abstract_checkpoint_model,
     checkpoint_task,
-    load_model,
     model_cost,
 )
+from train.opening import load_latest
 from train.report import logs
 from train.run import Run, open_checkpoint_run
 from train.state import split_model
@@ -109,8 +109,7 @@ def open_model(
     """
     allowed = list(allow_imports)
     with errors.at("--checkpoint"):
-        saved = checkpoint.open_checkpoint(path)
-        model = load_model(saved, allow_imports=allowed)
+        saved, model = load_latest(path, allow_imports=allowed)
     run = open_checkpoint_run(saved, data_dir=data_dir, allow_imports=allowed)
     return Opened(run, model)
 
@@ -191,7 +190,8 @@ def _about(
 
     @functools.cache
     def scorer() -> selectors.Score:
-        return context.make_score(whole(), open_run())
+        run = open_run()
+        return context.make_score(run.placement.put_model(whole()), run)
 
     return selectors.Context(
         saved.metadata["ranks"],
@@ -204,7 +204,7 @@ def _about(
 
 def _recalibrated(run: Run, model: nnx.Module, batches: int) -> nnx.Module:
     return calibration.recalibrate_batch_norm(
-        model,
+        run.placement.put_model(model),
         run.training_batches(batches),
         lambda model, batch: model(*run.task.inputs(batch, None)),
     )

@@ -12,7 +12,7 @@ from flax import nnx
 from lowrank_jax import active, checkpoint, errors, paths, penalties, projections
 from lowrank_jax.errors import UserError
 from lowrank_jax.samplers import RankSampler
-from train import context, evaluation, phases
+from train import context, distributed, evaluation, phases
 from train.run import Run
 from train.state import fill_state, split_model
 from train.step import make_train_step
@@ -21,6 +21,8 @@ from train.tasks.base import Task
 
 def check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> None:
     """Traces every phase on the model it will have, without any work.
+
+    Where one of several processes finds a mistake, all stop.
 
     The training step (forward pass, loss, penalties, update, projections) and the
     evaluation run on abstract arrays; the actions at a phase's end choose with what can
@@ -36,6 +38,10 @@ def check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> N
       UserError: Naming the phase. A bug in the user's own code keeps its type, and a
         note says in which phase it came up.
     """
+    distributed.together(lambda: _check_phases(run, plan, model))
+
+
+def _check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> None:
     model = _without_values(model)
     asked = context.before_run(run)
     spans = phases.spans(plan, run.steps_per_epoch)
@@ -150,7 +156,13 @@ def _trace(run: Run, running: phases.Running, model: nnx.Module) -> None:
     _check_sums(run.task, jax.eval_shape(evaluate, params, model_state, arrays, batch))
     for epoch in range(len(running.phase.trainable)):
         step = make_train_step(
-            structure, running, run.task, jax.random.key(0), epoch=epoch
+            structure,
+            running,
+            run.task,
+            jax.random.key(0),
+            epoch=epoch,
+            accumulation_steps=run.config["accumulation_steps"],
+            layout=run.placement.layout(model),
         )
         jax.eval_shape(step, state, _abstract_batch(run, run.batch_size))
 

@@ -57,8 +57,17 @@ def compile_phase(
       model: The model, to count it.
     """
     root_key = jax.random.key(run.config["seed"])
+    layout = run.placement.layout(model)
     steps = tuple(
-        make_train_step(structure, running, run.task, root_key, epoch=epoch)
+        make_train_step(
+            structure,
+            running,
+            run.task,
+            root_key,
+            epoch=epoch,
+            accumulation_steps=run.config["accumulation_steps"],
+            layout=layout,
+        )
         for epoch in range(len(running.phase.trainable))
     )
     count, calibrate = run.config["recalibration_batches"], None

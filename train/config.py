@@ -7,14 +7,14 @@ checkpoint says all there is to say.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
-from train import phases, registry
-from train.schema import NAMED, compare, difference, is_number
+from train import phases, registry, sharding
+from train.schema import NAMED, compare, difference, foreign, is_number
 from train.tasks import TASKS
 
 DATA = {
@@ -28,34 +28,46 @@ DATA = {
 
 CONFIG = {
     "seed": int,
+    "mesh": sharding.SCHEMA,
     "data": DATA,
     "task": NAMED,
     "model": NAMED,
     "rank_rules": list,
     "init_from": str,
     "phases": list,
+    "accumulation_steps": int,
     "log_every_steps": int,
     "eval_every_epochs": int,
     "eval_fractions": list,
     "recalibration_batches": int,
     "scoring_batches": int,
     "checkpoint_every_epochs": int,
+    "checkpoint_every_steps": int,
+    "checkpoint_every_minutes": float,
     "keep_checkpoints": int,
+    "keep_best": int,
 }
+
+MOST_EXAMPLES = 2**20
+"""Of a batch, which is made at once: beyond it one is larger than a machine."""
 
 LEAST = {
     "seed": 0,
+    "accumulation_steps": 1,
     "log_every_steps": 1,
     "eval_every_epochs": 0,
     "recalibration_batches": 0,
     "scoring_batches": 1,
     "checkpoint_every_epochs": 0,
+    "checkpoint_every_steps": 0,
+    "checkpoint_every_minutes": 0,
     "keep_checkpoints": 1,
+    "keep_best": 0,
     "data.batch_size": 1,
     "data.eval_batch_size": 1,
     "data.validation_examples": 0,
 }
-"""The least value of each whole number."""
+"""The least value of each number."""
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -68,13 +80,8 @@ def to_json(config: Any) -> dict[str, Any]:
         that do not exist; all offenders of a kind at once.
     """
     values = config.to_dict() if hasattr(config, "to_dict") else config
-    try:
-        plain = json.loads(json.dumps(values))
-    except TypeError as error:
-        raise UserError(
-            f"config: must hold JSON values only, got {error}. Name functions by import"
-            " path."
-        ) from error
+    errors.raise_all(foreign(values, "config"))
+    plain = json.loads(json.dumps(values))
     problems = compare(plain, CONFIG, "config")
     if not problems:
         for index, phase in enumerate(plain["phases"]):
@@ -99,16 +106,28 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "task": task, "phases": done}
 
 
-def _bounds(config: Mapping[str, Any]) -> list[str]:
-    """Values that have the right type but make no sense."""
+def too_small(config: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Lists which of these keys of `LEAST` have a smaller value."""
     problems = []
-    for key, least in LEAST.items():
+    for key in keys:
         value: Any = config
         for part in key.split("."):
             value = value[part]
-        if value < least:
+        if value < LEAST[key]:
             problems.append(
-                f"config.{key}: must be at least {least}, got {value}. Raise it."
+                f"config.{key}: must be at least {LEAST[key]}, got {value}. Raise it."
+            )
+    return problems
+
+
+def _bounds(config: Mapping[str, Any]) -> list[str]:
+    """Values that have the right type but make no sense."""
+    problems = too_small(config, LEAST)
+    for key in ("batch_size", "eval_batch_size"):
+        if config["data"][key] > MOST_EXAMPLES:
+            problems.append(
+                f"config.data.{key}: must be at most {MOST_EXAMPLES:,}, got"
+                f" {config['data'][key]:,}. Lower it."
             )
     if not config["phases"]:
         problems.append(
@@ -126,6 +145,8 @@ def _bounds(config: Mapping[str, Any]) -> list[str]:
 def differences(file: Path, config: Mapping[str, Any]) -> list[str]:
     """Lists the places where the config that a run wrote into its folder differs.
 
+    The mesh may differ: a run goes on with other devices.
+
     Args:
       file: The run's config.
       config: The one to compare with.
@@ -140,4 +161,6 @@ def differences(file: Path, config: Mapping[str, Any]) -> list[str]:
             f"{file}: must be JSON, got text that is not ({error}). It is damaged; name"
             " another workdir."
         ) from error
+    if isinstance(theirs, Mapping):
+        theirs = {**theirs, "mesh": config["mesh"]}
     return difference(theirs, config)

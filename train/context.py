@@ -1,7 +1,6 @@
 """What actions may ask about a model: in the run, and before its first step."""
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -127,14 +126,11 @@ def make_score(model: nnx.Module, run: Run) -> Callable[[Sequence[Ranks]], list[
     """
     structure, params, model_state = split_model(model)
     evaluate = evaluation.make_evaluator(structure, run.task, batch_statistics=True)
-    validation = run.eval_batches("validation")
-    batches = list(itertools.islice(validation, run.config["scoring_batches"]))
-    whole = [batch for batch in batches if batch["weight"].all()]
-    batches = whole or batches  # padding would enter the statistics
+    batches = run.scoring_batches()
 
     def score(candidates: Sequence[Ranks]) -> list[float]:
         return [
-            -evaluate(params, model_state, ranks, batches)["loss"]
+            -evaluate(params, model_state, ranks, run.stop.polled(batches))["loss"]
             for ranks in candidates
         ]
 

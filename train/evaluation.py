@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -98,9 +99,7 @@ def make_calibrator(
     def calibrate(params: Any, model_state: Any, ranks: Ranks) -> Any:
         arrays = settable(structure, ranks)
         for number, batch in enumerate(batches(), 1):
-            model_state = update(
-                model_state, jnp.float32(number), params, arrays, batch
-            )
+            model_state = update(model_state, np.float32(number), params, arrays, batch)
         return model_state
 
     return calibrate
@@ -166,11 +165,11 @@ def sweep(
     return rows
 
 
-def settable(structure: Structure, ranks: Ranks) -> dict[str, Array]:
+def settable(structure: Structure, ranks: Ranks) -> dict[str, np.ndarray]:
     """Returns ranks as arrays, checked; a form that has one rank only is left out."""
     check_lower(ranks, structure.limits)
     return {
-        path: jnp.asarray(rank, jnp.int32)
+        path: np.asarray(rank, np.int32)  # the same in every process
         for path, rank in ranks.items()
         if structure.limits[path].nested
     }

@@ -1,11 +1,13 @@
 """The one training loop. Its order, once and for all, at every step n:
 
-evaluate -> save -> sample ranks, forward, backward, update (one jitted step) -> log ->
-change (shrink, end a phase)
+change what is due (shrink, end a phase) -> evaluate -> save -> sample ranks, forward,
+backward, update (one jitted step) -> log
 
 Evaluation and the checkpoint see the state before the step, so a run that starts again
 from a checkpoint does what the one that wrote it did next. Everything random is a
-function of the seed and the step. Changes are the only place where shapes change.
+function of the seed and the step. Changes are the only place where shapes change. A
+stop that comes in the middle of a change or an evaluation breaks it off; the
+checkpoint says that it is to be done anew.
 """
 
 import contextlib
@@ -13,21 +15,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_jax import checkpoint, errors
-from train import folders
-from train.evaluation import Figures
-from train.report import logs
-from train.session import Session
+from train import distributed
+from train.report import logs, trackers
+from train.report.status import StatusFile
+from train.saving import Saver
 from train.start import start_run
-from train.stopping import Interrupted, StopRequest
+from train.stopping import Interrupted, StopRequested
 
 
-def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
+def train_and_evaluate(
+    config: Any,
+    workdir: str | Path,
+    *,
+    further: Sequence[trackers.OpenTracker] = (),
+) -> dict[str, Any]:
     """Trains a config in a workdir, or goes on with the run that is there.
+
+    With several processes (`train.distributed`), all call it alike.
 
     Args:
       config: A `ConfigDict` or mapping as in `configs/`.
       workdir: Folder of the run; a new one, or one that holds a run of the same config.
+      further: Trackers of its metrics, beside those of its folder.
 
     Returns:
       The figures of the last evaluation on the validation split: a list of rows, one
@@ -35,53 +44,64 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
 
     Raises:
       UserError: The config does not hold together (found before any work).
-      FloatingPointError: A loss that is not finite, naming the steps.
+      NotFinite: A loss or a gradient that is not finite, naming step and parameter.
       Interrupted: SIGTERM came; the state is saved.
     """
     workdir = Path(workdir)
-    run, plan, model, saved = start_run(config, workdir)
-    config = run.config
-    session = Session(run, plan, model, saved)
-    step = saved.step if saved else 0
-    writer = logs.MetricWriter(workdir, start_step=step)
-    metrics_log = logs.StepMetrics(writer, run.batch_size, saved_step=saved and step)
-    progress = logs.Progress(session.last_step(), start=step)
-    saver = checkpoint.CheckpointWriter(
-        workdir / "checkpoints", keep=config["keep_checkpoints"]
-    )
-    batches = run.batches_from(step)
-    frontier: list[Figures] = []
+    frontier: list[dict[str, Any]] = []
 
     with contextlib.ExitStack() as resources:
+        run, session, saved = start_run(config, workdir, resources)
+        config, stop = run.config, resources.enter_context(run.stop)
+        status = resources.enter_context(
+            StatusFile(workdir, enabled=distributed.is_first())
+        )
+        step = saved.step if saved else 0
+        writer = logs.MetricWriter(
+            workdir, start_step=step, config=config, further=further
+        )
+        metrics_log = logs.StepMetrics(writer, run.batch_size, saved_step=step or None)
+        progress = logs.Progress(session.last_step(), start=step, status=status)
+        saver = Saver(run, workdir, saved)
+        batches = run.batches_from(step)
         for resource in (saver, writer, progress, batches):  # however the run ends
             resources.enter_context(contextlib.closing(resource))
-        stop = resources.enter_context(StopRequest())
+        resources.push(distributed.leave_lost_peer)
         while True:
-            finished = session.finished(step)
-            fresh = saved is None or step > saved.step
-            on_epoch = fresh and step > 0 and step % session.steps_per_epoch == 0
-            epoch = step // session.steps_per_epoch
-
-            if finished or (on_epoch and _due(config["eval_every_epochs"], epoch)):
-                metrics_log.flush()
-                frontier = session.frontier()
-                if fresh and frontier:
-                    writer.write(step, {"validation": _by_fraction(frontier)})
-                progress.update(step, _summary(frontier, run.task.headline))
-            due = on_epoch and _due(config["checkpoint_every_epochs"], epoch)
-            if fresh and (finished or due or stop.requested):
+            finished = False
+            try:
+                if session.done["changes_due"]:
+                    metrics_log.flush()  # nothing is made of what is not finite
+                    status.write(state="changing", step=step)
+                    session.change(step)
+                    progress.total = session.last_step()
+                fresh = session.done["evaluated"] != step
+                finished = session.finished(step)
+                if finished or (fresh and session.evaluates(step)):
+                    metrics_log.flush()
+                    status.write(state="evaluating", step=step, **session.about())
+                    frontier = session.frontier()
+                    if fresh and frontier:
+                        writer.write(step, {"validation": _by_fraction(frontier)})
+                    session.done["evaluated"] = step
+                    status.write(figures=_by_fraction(frontier))
+                    progress.update(step, _summary(frontier, run.task.headline))
+            except StopRequested:
+                finished = False  # what was broken off is done anew
+            if (stopping := stop.poll()) or finished or saver.due(step):
                 metrics_log.flush()  # a loss that is not finite is never saved
-                with errors.at("--workdir"):
-                    folders.check_space(workdir, session.num_bytes())
-                metadata = {**run.metadata(), "run": session.memory}
-                saver.save(step, session.model(), metadata, session.state.items())
-                metrics_log.saved_step = step
+                status.write(state="saving", step=step)
+                judged = session.done["evaluated"] == step
+                saver.save(step, session, frontier if judged else [])
+                metrics_log.saved_step = saver.saved_step
             if finished:
                 break
-            if stop.requested:
+            if stopping:
                 raise Interrupted(f"stopped at step {step}; run it again to go on.")
 
             if session.compiles:
+                metrics_log.names = session.param_names()
+                status.write(**session.about())
                 progress.compiling(step)
                 metrics_log.compiling()
             metrics = session.train_step(step, next(batches))
@@ -89,19 +109,12 @@ def train_and_evaluate(config: Any, workdir: str | Path) -> dict[str, Any]:
             metrics_log.add(step, metrics)
             if step % config["log_every_steps"] == 0:
                 progress.update(step, metrics_log.flush())
-            if session.changes(step):
-                metrics_log.flush()  # nothing is made of a model that is not finite
-                session.change(step)
-                progress.total = session.last_step()
+            session.done["changes_due"] = session.changes(step)
 
     return {"step": step, "frontier": frontier}
 
 
-def _due(every: int, epoch: int) -> bool:
-    return every > 0 and epoch % every == 0
-
-
-def _by_fraction(frontier: Sequence[Figures]) -> dict[str, Any]:
+def _by_fraction(frontier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of a frontier by its fractions, without the ranks."""
     hidden = ("rank_fraction", "ranks")
     return {

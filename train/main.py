@@ -6,8 +6,8 @@ Ends with one line of JSON: `{"workdir", "step", "frontier": [...]}`.
 from absl import flags
 from ml_collections import config_flags
 
-from train import binary, loop
-from train.report import logs
+from train import binary, distributed, loop
+from train.report import logs, trackers
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with :argument after it (such as :smoke)."
@@ -15,11 +15,18 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; the same command goes on with a stopped run."
 )
+_WANDB = flags.DEFINE_string(
+    "wandb", None, "Project of Weights & Biases that gets the metrics, too."
+)
+_PROCESSES = distributed.define_flags()
 
 
 def _main() -> None:
-    result = loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value)
-    logs.emit({"workdir": _WORKDIR.value, **result})
+    _PROCESSES.connect()
+    further = [trackers.wandb(_WANDB.value)] if _WANDB.value else []
+    result = loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value, further=further)
+    if distributed.is_first():
+        logs.emit({"workdir": _WORKDIR.value, **result})
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from flax import nnx
 from lowrank_jax import checkpoint, counting, errors, factorization
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks
-from train import registry, schema
+from train import recorded, registry, schema
 from train.models import MODELS
+from train.sharding import Placement
 from train.state import seed_rngs
 from train.tasks import TASKS
 from train.tasks.base import Task
@@ -30,7 +31,10 @@ def build_task(
       allow_imports: Packages that names may import from, None for all.
     """
     with errors.at("config.task"):
-        return registry.build(config["task"], TASKS, facts, allow_imports=allow_imports)
+        spec = config["task"]
+        task = registry.build(spec, TASKS, facts, allow_imports=allow_imports)
+        registry.check_kind(spec, TASKS, task, lambda made: isinstance(made, Task))
+        return task
 
 
 def build_model(
@@ -59,12 +63,16 @@ def load_model(
     *,
     ranks: Ranks | None = None,
     allow_imports: Sequence[str] | None,
+    placement: Placement | None = None,
 ) -> nnx.Module:
     """Loads the model of a checkpoint of this application, at its ranks or lower ones.
 
-    The checkpoint says itself what model it is of.
+    The checkpoint says itself what model it is of. On a mesh every device reads what it
+    holds, whatever mesh the checkpoint was written on.
     """
     model = abstract_checkpoint_model(saved, allow_imports=allow_imports)
+    if placement is not None:
+        model = placement.template(model)
     return checkpoint.load(saved, model, ranks=ranks)
 
 
@@ -109,26 +117,29 @@ def about(saved: checkpoint.Saved) -> tuple[Any, Any, list[tuple[str, Any]]]:
     Raises:
       UserError: It was written by something else.
     """
-    try:
-        config, facts = saved.metadata["config"], saved.metadata["facts"]
-        rules = [tuple(pair) for pair in saved.metadata["rank_rules"]]
-        return config, facts, rules
-    except KeyError as error:
-        raise UserError(
-            f"checkpoint {saved.path}: metadata must hold config, facts and rank_rules,"
-            f" got no {error}. It was not written by train.main or train.truncate of"
-            " this version."
-        ) from error
+    with errors.at(f"checkpoint {saved.path}"):
+        return recorded.read(saved.metadata)
 
 
 def _dense_model(
     config: Mapping[str, Any], task: Task, allow_imports: Sequence[str] | None
 ) -> nnx.Module:
+    spec = config["model"]
     with errors.at("config.model"):
-        return registry.build(
-            config["model"],
-            MODELS,
-            allow_imports=allow_imports,
-            rngs=nnx.Rngs(config["seed"]),
-            **task.model_args,
-        )
+        try:
+            model = registry.build(
+                spec,
+                MODELS,
+                allow_imports=allow_imports,
+                rngs=nnx.Rngs(config["seed"]),
+                **task.model_args,
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"must fit into the memory, got {spec['name']} with {spec['args']}"
+                f" ({str(error).splitlines()[0]}). Lower its sizes."
+            ) from error
+        registry.check_kind(spec, MODELS, model, lambda m: isinstance(m, nnx.Module))
+        return model

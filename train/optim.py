@@ -2,15 +2,16 @@
 
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
+from lowrank_jax.rules import compile_pattern
 from train import registry
 from train.schema import NAMED
 
@@ -46,6 +47,7 @@ SCHEDULES = {
 def constant(peak: float, total_steps: int, *, warmup_steps: int) -> optax.Schedule:
     """Warms up linearly, then keeps one learning rate."""
     del total_steps
+    check_magnitude("warmup_steps", warmup_steps)
     if not warmup_steps:
         return optax.constant_schedule(peak)
     return optax.warmup_constant_schedule(0.0, peak, warmup_steps)
@@ -55,6 +57,7 @@ def cosine(
     peak: float, total_steps: int, *, warmup_steps: int, final_fraction: float
 ) -> optax.Schedule:
     """Warms up linearly, then falls by half a cosine to a fraction of the peak."""
+    check_magnitude("warmup_steps", warmup_steps)
     check_magnitude("final_fraction", final_fraction)
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup_steps else peak,
@@ -111,7 +114,7 @@ class Optimizer(NamedTuple):
                 f" {spec['decay_columns']!r}. Choose one."
             )
         optimizer = cls(spec)
-        optimizer.make(total_steps=2)
+        optimizer._try()
         return optimizer
 
     @property
@@ -133,6 +136,25 @@ class Optimizer(NamedTuple):
         """Returns whether the state of another optimizer is one of this."""
         same = ("name", "args", "weight_decay", "decayed", "clip_norm")
         return all(self.spec[key] == before.spec[key] for key in same)
+
+    def _try(self) -> None:
+        """Makes it for two steps, and traces one; what optax refuses is a mistake in
+        the arguments, what the user's own function raises is not."""
+        params = {"u": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+        name, args = self.spec["name"], self.spec["args"]
+        try:
+            optimizer = self.make(total_steps=2)
+            state = jax.eval_shape(optimizer.init, params)
+            jax.eval_shape(optimizer.update, params, state, params)
+        except UserError:
+            raise
+        except (ArithmeticError, TypeError, ValueError) as error:
+            if name not in OPTIMIZERS:
+                raise
+            raise UserError(
+                f"args: must be values that {name} can compute with, got {args}"
+                f" ({str(error).splitlines()[0]}). Correct them."
+            ) from error
 
     def make(self, total_steps: int) -> optax.GradientTransformation:
         """Makes the optimizer for a phase of so many steps.
@@ -184,25 +206,10 @@ def check_magnitude(name: str, value: float) -> None:
         )
 
 
-def pattern(text: str) -> re.Pattern[str]:
-    """Compiles a pattern for whole parameter paths, from a config.
-
-    Raises:
-      UserError: It is not a regular expression.
-    """
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise UserError(
-            f"must be a regular expression, got {text!r} ({error}). Escape special"
-            " characters with a backslash."
-        ) from error
-
-
 def _decay_mask(text: str) -> Callable[[Any], Any]:
     """Makes the mask of what decays: parameters whose whole path matches."""
     with errors.at("decayed"):
-        compiled = pattern(text)
+        compiled = compile_pattern(text)
 
     def decays(key_path: Any, leaf: Any) -> bool:
         key = jax.tree_util.keystr(key_path, simple=True, separator="/")

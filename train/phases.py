@@ -17,6 +17,7 @@ from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from lowrank_jax.penalties import PENALTIES
 from lowrank_jax.projections import PROJECTIONS
+from lowrank_jax.rules import compile_pattern
 from lowrank_jax.samplers import SAMPLERS, RankSampler
 from train import actions, optim, registry, schema
 from train.teachers import TEACHERS, Teacher
@@ -37,22 +38,40 @@ class Field(NamedTuple):
     complete: Callable[[Any], Any] = lambda value: value
 
 
-def _choice(table: Mapping[str, Any]) -> Field:
-    """A choice from a table."""
+def _has(kind: type) -> Callable[[Any], bool]:
+    """Whether a value has the fields of a NamedTuple."""
+    return lambda value: all(hasattr(value, name) for name in kind._fields)
+
+
+def _is_teacher(value: Any) -> bool:
+    return value is None or _has(Teacher)(value)
+
+
+def _acts(value: Any) -> bool:
+    """Whether a value is a penalty or a projection, with a state or without."""
+    return callable(value) or (hasattr(value, "init") and hasattr(value, "apply"))
+
+
+def _choice(table: Mapping[str, Any], check: Callable[[Any], bool]) -> Field:
+    """A choice from a table; the check says whether what it makes is of the kind."""
     return Field(
         schema.NAMED,
-        lambda spec: registry.build(spec, table),
+        lambda spec: registry.build_checked(spec, table, check),
         lambda spec: registry.complete(spec, table),
     )
 
 
 def _choices(
-    table: Mapping[str, Any], complete: Callable[[Any], Any] | None = None
+    table: Mapping[str, Any],
+    check: Callable[[Any], bool],
+    complete: Callable[[Any], Any] | None = None,
 ) -> Field:
     """Several choices from a table, each with its name."""
 
     def build(specs: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-        return tuple((spec["name"], registry.build(spec, table)) for spec in specs)
+        return tuple(
+            (spec["name"], registry.build_checked(spec, table, check)) for spec in specs
+        )
 
     complete = complete or (lambda spec: registry.complete(spec, table))
 
@@ -111,7 +130,7 @@ def _build_patterns(texts: Sequence[str]) -> tuple[re.Pattern[str], ...]:
             "must be regular expressions, one for each epoch in turn, got"
             f" {texts}. Use ('.*',) to train everything."
         )
-    return tuple(optim.pattern(text) for text in texts)
+    return tuple(compile_pattern(text) for text in texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +154,13 @@ class Phase:
 
     name: str = _key(Field(str))
     until: Until = _key(Field(dict, build_until, complete_until))
-    sampler: RankSampler = _key(_choice(SAMPLERS))
-    teacher: Teacher | None = _key(_choice(TEACHERS))
+    sampler: RankSampler = _key(_choice(SAMPLERS, _has(RankSampler)))
+    teacher: Teacher | None = _key(_choice(TEACHERS, _is_teacher))
     passes_loss: str = _key(_one_of("mean", "sum"))
-    penalties: tuple[Any, ...] = _key(Field(list, tuple, _choices(PENALTIES).complete))
-    projections: tuple[Any, ...] = _key(_choices(PROJECTIONS))
+    penalties: tuple[Any, ...] = _key(
+        Field(list, tuple, _choices(PENALTIES, _acts).complete)
+    )
+    projections: tuple[Any, ...] = _key(_choices(PROJECTIONS, _acts))
     trainable: tuple[re.Pattern[str], ...] = _key(Field(list, _build_patterns))
     optimizer: optim.Optimizer = _key(
         Field(optim.SCHEMA, optim.Optimizer.build, optim.complete)
@@ -147,7 +168,7 @@ class Phase:
     optimizer_state: str = _key(_one_of("new", "kept"))
     shrink: Shrink | None = _key(Field(dict, _build_shrink))
     on_end: tuple[tuple[str, actions.Action], ...] = _key(
-        _choices(actions.ACTIONS, actions.complete)
+        _choices(actions.ACTIONS, _has(actions.Action), actions.complete)
     )
 
     def begin(
@@ -162,7 +183,9 @@ class Phase:
         """
         with errors.at("penalties"):
             penalties = tuple(
-                registry.build(_with_targets(spec, target_ranks), PENALTIES)
+                registry.build_checked(
+                    _with_targets(spec, target_ranks), PENALTIES, _acts
+                )
                 for spec in self.penalties
             )
         with errors.at("optimizer"):

@@ -14,7 +14,9 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from lowrank_jax import errors
 from lowrank_jax.errors import UserError
+from train.schema import check_values
 
 Table = Mapping[str, str | Callable[..., Any]]
 """A function or its import path, `package.module:function`, for each short name."""
@@ -79,6 +81,8 @@ def build(
     8
     """
     function = resolve(spec["name"], table, allow_imports=allow_imports)
+    parameters = _options(function, len(positional))
+    errors.raise_all(check_values(parameters, spec["args"]))
     # what says the same as the default is left to it: JSON has lists, code has tuples
     defaults = complete({**spec, "args": {}}, {spec["name"]: function})["args"]
     args = {
@@ -89,16 +93,41 @@ def build(
     return call(function, *positional, **{**extra, **args})
 
 
+def build_checked(
+    spec: Mapping[str, Any], table: Table, check: Callable[[Any], bool]
+) -> Any:
+    """Builds as `build`, and checks what the function returned.
+
+    Raises:
+      UserError: As `build`, or the function made something of another kind.
+    """
+    value = build(spec, table)
+    check_kind(spec, table, value, check)
+    return value
+
+
+def check_kind(
+    spec: Mapping[str, Any], table: Table, value: Any, check: Callable[[Any], bool]
+) -> None:
+    """Raises UserError where a function made something of another kind."""
+    if not check(value):
+        raise UserError(
+            "name: must be a function that makes what"
+            f" {', '.join(sorted(table))} make, got {spec['name']!r}, which made a"
+            f" {type(value).__name__}. Return one of that kind."
+        )
+
+
 def call(function: Callable[..., Any], /, *positional: Any, **args: Any) -> Any:
     """Calls a function; arguments that it does not take are a mistake of the user.
 
     Raises:
       UserError: Unknown or missing arguments, with the known ones.
     """
+    known = _options(function, len(positional))
     try:
         inspect.signature(function).bind(*positional, **args)
     except TypeError as error:
-        known = _options(function, len(positional))
         raise UserError(
             f"args: must be arguments of {_name_of(function)} ({list(known)}), got"
             f" {sorted(args)}: {error}. Correct them."
@@ -165,7 +194,14 @@ def _options(
     function: Callable[..., Any], positional: int
 ) -> dict[str, inspect.Parameter]:
     """The parameters that are left after so many positional arguments."""
-    return dict(list(inspect.signature(function).parameters.items())[positional:])
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:  # some that are written in C
+        raise UserError(
+            f"name: must be a function whose arguments are known, got {function!r}."
+            " Write one in Python that calls it."
+        ) from error
+    return dict(list(parameters.items())[positional:])
 
 
 def _name_of(function: Callable[..., Any]) -> str:

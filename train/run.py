@@ -1,4 +1,4 @@
-"""What a run is about: its config, its task, its data."""
+"""What a run is about: its config, its task, its data, and the devices it is on."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,10 +9,12 @@ from jaxtyping import Array
 
 from lowrank_jax import checkpoint, counting, errors
 from lowrank_jax.errors import UserError
-from train import registry
+from train import registry, sharding
 from train.data import pipeline
 from train.model import build_model, build_task, model_cost
 from train.models import MODELS
+from train.sharding import Placement
+from train.stopping import StopRequest
 from train.tasks.base import Task
 
 Batches = Iterable[Mapping[str, Array]]
@@ -25,11 +27,16 @@ class Run(NamedTuple):
       config: The whole config as plain values.
       task: What is learned, and how it is judged.
       data: What it is learned from.
+      placement: Where its arrays lie.
+      stop: Polled with every batch that is not trained on, so that a stop need not wait
+        for the end of an evaluation or a search.
     """
 
     config: Mapping[str, Any]
     task: Task
     data: pipeline.Dataset
+    placement: Placement
+    stop: StopRequest
 
     @property
     def batch_size(self) -> int:
@@ -58,9 +65,14 @@ class Run(NamedTuple):
             spec, MODELS, supplied=supplied, allow_imports=allow_imports
         )
 
-    def fresh_model(self) -> nnx.Module:
+    def build_model(self) -> nnx.Module:
         """Builds the config's model, factorized by its rules, from its seed."""
         return build_model(self.config, self.task, allow_imports=None)
+
+    def fresh_model(self) -> nnx.Module:
+        """Builds the model on the mesh; where parameters are split, none is ever whole
+        on a device."""
+        return self.placement.build(self.build_model)
 
     def cost(self, model: nnx.Module) -> counting.ModelCost:
         """Counts a model for one example."""
@@ -68,19 +80,45 @@ class Run(NamedTuple):
 
     def training_batches(self, count: int) -> Batches:
         """Returns the first training batches of the config's seed."""
-        batches = self.data.train_batches(self.batch_size, seed=self.config["seed"])
-        return itertools.islice(batches, count)
+        batches = itertools.islice(self._train_batches(0), count)
+        return self.stop.polled(batches)
 
     def batches_from(self, step: int) -> Iterator[Mapping[str, Array]]:
         """Returns the training batches from a step on, read ahead in the background."""
+        return pipeline.prefetch(self._train_batches(step))
+
+    def _train_batches(self, step: int) -> Iterator[Mapping[str, Array]]:
+        size, placement = self.batch_size, self.placement
         batches = self.data.train_batches(
-            self.batch_size, seed=self.config["seed"], start_step=step
+            size,
+            seed=self.config["seed"],
+            start_step=step,
+            rows=placement.rows(size),
         )
-        return pipeline.prefetch(batches)
+        return (placement.batch(batch, size) for batch in batches)
 
     def eval_batches(self, split: str) -> Batches:
-        """Returns the batches of a split, each example once."""
-        return self.data.eval_batches(split, self.config["data"]["eval_batch_size"])
+        """Returns the batches of a split, each example once, split over devices."""
+        size, placement = self.config["data"]["eval_batch_size"], self.placement
+        multiple = placement.batch_shards
+        padded = -(-size // multiple) * multiple
+        rows = placement.rows(padded)
+        batches = self.data.eval_batches(split, size, multiple_of=multiple, rows=rows)
+        return self.stop.polled(placement.batch(batch, padded) for batch in batches)
+
+    def scoring_batches(self) -> list[Mapping[str, Array]]:
+        """Returns the validation batches that a search scores on, whole everywhere.
+
+        Their statistics normalize what is scored, so they are the same on any number of
+        devices.
+        """
+        batches = self.data.eval_batches(
+            "validation", self.config["data"]["eval_batch_size"]
+        )
+        some = list(itertools.islice(batches, self.config["scoring_batches"]))
+        full = [batch for batch in some if batch["weight"].all()]
+        # padding would enter the statistics
+        return [self.placement.whole(batch) for batch in full or some]
 
     def metadata(self) -> dict[str, Any]:
         """Returns what a checkpoint must say to be used without the config file."""
@@ -88,7 +126,10 @@ class Run(NamedTuple):
 
 
 def open_run(
-    config: Mapping[str, Any], *, allow_imports: Sequence[str] | None = None
+    config: Mapping[str, Any],
+    *,
+    allow_imports: Sequence[str] | None = None,
+    placement: Placement | None = None,
 ) -> Run:
     """Opens the data of a config and builds its task.
 
@@ -97,12 +138,19 @@ def open_run(
     Args:
       config: The whole config as plain values.
       allow_imports: Packages that names may import from, None for all.
+      placement: Where its arrays lie; None for the config's mesh.
+
+    Raises:
+      UserError: What the config names does not exist or does not fit.
     """
+    if placement is None:
+        placement = sharding.make_placement(config["mesh"])
+        _check_shards(config, placement)
     with errors.at("config.data"):
         about = pipeline.complete(config["data"], allow_imports=allow_imports)
         data = pipeline.load_data(about, allow_imports=allow_imports)
     task = build_task(config, data.facts, allow_imports=allow_imports)
-    run = Run({**config, "data": about}, task, data)
+    run = Run({**config, "data": about}, task, data, placement, StopRequest())
     with errors.at("config.model"):
         model = run.complete_model(config["model"], allow_imports=allow_imports)
     return run._replace(config={**run.config, "model": model})
@@ -124,7 +172,8 @@ def open_checkpoint_run(
     config = saved.metadata["config"]
     if data_dir is not None:
         config = {**config, "data": {**config["data"], "data_dir": data_dir}}
-    run = open_run(config, allow_imports=allow_imports)
+    placement = sharding.any_devices(config["mesh"])
+    run = open_run(config, allow_imports=allow_imports, placement=placement)
     if run.data.facts != saved.metadata["facts"]:
         raise UserError(
             f"checkpoint {saved.path}: its data must be {saved.metadata['facts']}, got"
@@ -132,3 +181,15 @@ def open_checkpoint_run(
             " that it was trained on."
         )
     return run
+
+
+def _check_shards(config: Mapping[str, Any], placement: Placement) -> None:
+    """Every device gets as many examples of each part of a batch as any other."""
+    size, parts = config["data"]["batch_size"], config["accumulation_steps"]
+    shards = placement.batch_shards
+    if size % (shards * parts):
+        raise UserError(
+            f"config.data.batch_size: must be a multiple of {shards * parts}, that is"
+            f" config.accumulation_steps {parts} times the {shards} parts over which"
+            f" config.mesh splits a batch, got {size}. Change one of them."
+        )

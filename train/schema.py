@@ -5,6 +5,11 @@ mapping from keys to schemas. Every key is present in a config, and no other: a
 misspelled key is an error, not a default.
 """
 
+import collections.abc
+import inspect
+import math
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +17,111 @@ from lowrank_jax.errors import UserError
 
 NAMED = {"name": str, "args": dict}
 """A choice from a table, or an import path, and its arguments."""
+
+DEEPEST = 32
+"""Lists and mappings in one another; deeper ones come of a mistake, and end in a
+recursion that is too deep wherever they are read."""
+
+LARGEST = 2**31 - 1
+"""Of a whole number: steps, sizes and ranks are counted in int32."""
+
+
+def foreign(value: Any, where: str, depth: int = 0) -> list[str]:
+    """Lists what is not JSON in a value, or cannot be counted or written down."""
+    kind = type(value).__name__
+    if isinstance(value, Mapping | list | tuple):
+        if depth == DEEPEST:
+            return [
+                f"{where}: must be nested at most {DEEPEST} deep, got a {kind} in it."
+                " Flatten it."
+            ]
+        mapping = isinstance(value, Mapping)
+        if mapping and not all(isinstance(key, str) for key in value):
+            return [f"{where}: must have names for keys, got others. Write text."]
+        return [
+            problem
+            for key, part in (value.items() if mapping else enumerate(value))
+            for problem in foreign(
+                part, f"{where}.{key}" if mapping else f"{where}[{key}]", depth + 1
+            )
+        ]
+    if isinstance(value, str) and not _is_unicode(value):
+        return [f"{where}: must be text in Unicode, got {value!r}. Write it anew."]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{where}: must be a finite number, got {value}. Give one."]
+    if isinstance(value, int) and abs(value) > LARGEST:
+        size = f"{value:,}" if abs(value) < 2**64 else "a larger one"
+        return [f"{where}: must be at most {LARGEST:,} in size, got {size}. Lower it."]
+    if value is not None and not isinstance(value, str | int | float):
+        return [
+            f"{where}: must hold JSON values only, got a {kind}. Name functions by"
+            " import path."
+        ]
+    return []
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether text can be written to a file: half of a surrogate pair cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def takes(annotation: Any, value: Any) -> bool:
+    """Returns whether a parameter with this annotation takes a value of JSON.
+
+    Only what is plain is checked: numbers, text, lists, mappings, None and unions with
+    them. Any other annotation takes all.
+    """
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    kind = origin or annotation
+    if kind in (typing.Union, types.UnionType):
+        plain = [part for part in parts if _is_plain(part)]
+        if not plain:  # beside None, a class that may well be made of JSON
+            return True
+        return any(takes(part, value) for part in (*plain, None) if part in parts)
+    if kind in _SCALARS:
+        return isinstance(value, _SCALARS[kind]) and (
+            kind is bool or not isinstance(value, bool)
+        )
+    if kind in (None, types.NoneType):
+        return value is None
+    if kind in _MAPPINGS:
+        values = value.values() if isinstance(value, Mapping) else None
+        return values is not None and (
+            not parts or all(takes(parts[1], part) for part in values)
+        )
+    if kind in _LISTS:
+        if not isinstance(value, list | tuple):
+            return False
+        if kind is tuple and parts and parts[-1] is not Ellipsis:
+            return len(value) == len(parts) and all(map(takes, parts, value))
+        return not parts or all(takes(parts[0], part) for part in value)
+    return True
+
+
+_SCALARS = {bool: bool, int: int, float: int | float, str: str}
+_MAPPINGS = (dict, collections.abc.Mapping)
+_LISTS = (list, tuple, collections.abc.Sequence)
+
+
+def _is_plain(annotation: Any) -> bool:
+    kind = typing.get_origin(annotation) or annotation
+    return kind in (*_SCALARS, *_MAPPINGS, *_LISTS)
+
+
+def check_values(
+    parameters: Mapping[str, inspect.Parameter], values: Mapping[str, Any]
+) -> list[str]:
+    """Lists the arguments whose values are not of their parameters' types."""
+    return [
+        f"{name}: must be of type {_shown(parameters[name].annotation)}, got"
+        f" {value!r}. Give one of that type."
+        for name, value in values.items()
+        if name in parameters and not takes(parameters[name].annotation, value)
+    ]
+
+
+def _shown(annotation: Any) -> str:
+    return inspect.formatannotation(annotation).replace("collections.abc.", "")
 
 
 def compare(value: Any, schema: Any, where: str) -> list[str]:
@@ -83,7 +193,8 @@ def pairs(rules: Sequence[Sequence[Any]]) -> list[tuple[str, Any]]:
       UserError: An entry that is not a pair of a name and a value.
     """
     for rule in rules:
-        if len(rule) != 2 or isinstance(rule, str) or not isinstance(rule[0], str):
+        pair = isinstance(rule, list | tuple) and len(rule) == 2
+        if not pair or not isinstance(rule[0], str):
             raise UserError(
                 f"every entry must be a pair of a name and a value, got {rule!r}. Write"
                 ' (".*", "full").'

@@ -1,7 +1,8 @@
 """Rank selectors by name: from configs, and from the flags of `train.truncate`."""
 
+import collections
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from absl import flags
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from lowrank_jax.selection import selectors
-from train import registry
+from train import registry, schema
 
 TABLE = {name: row.function for name, row in selectors.SELECTORS.items()}
 """The selectors by the name they have in configs and flags."""
@@ -86,8 +87,8 @@ def read_rank_file(path: str | Path, where: str) -> dict[str, Any]:
       UserError: It is not there or not a JSON object.
     """
     try:
-        text = Path(path).read_text()
-    except OSError as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # not there, or not text
         raise UserError(
             f"{where}: must be a JSON file of {{path: rank}}, got {path} ({error})."
             " Check the path."
@@ -97,11 +98,20 @@ def read_rank_file(path: str | Path, where: str) -> dict[str, Any]:
 
 def _read_object(text: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{where}: must be JSON, got {text[:80]!r} ({error}). Mend it."
         ) from error
+    errors.raise_all(schema.foreign(value, where))
     if not isinstance(value, dict):
         raise UserError(f"{where}: must be a JSON object, got {value!r}. Mend it.")
     return value
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object; of a name that comes twice, JSON drops the first in silence."""
+    counts = collections.Counter(name for name, _ in pairs)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"names that come more than once: {twice}")
+    return dict(pairs)

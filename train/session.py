@@ -1,6 +1,7 @@
 """The phase that runs: its state and compiled step, and what changes them in between:
 shrinking, the end of a phase, the beginning of the next."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,16 @@ from train.compiled import compile_phase
 from train.phases import Phase, place_of
 from train.report import logs
 from train.run import Run
-from train.state import carried_state, new_state
+from train.state import Structure, TrainState, carried_state, new_state
 
 Memory = dict[str, Any]
 """What a run remembers beside its arrays, as JSON values in the checkpoint: "phase" and
 "phase_start", "history" of the phase's condition and the step at which it "ended" the
 phase, "target_ranks" that were selected, "initial_stable_ranks"."""
+
+Done = dict[str, Any]
+"""How far the work between two steps has come, for a run that was stopped in it: the
+step that was last "evaluated", and whether "changes_due" are still to be made."""
 
 
 class Session:
@@ -54,24 +59,37 @@ class Session:
                     run, phases, model
                 ),
             }
+            self.done: Done = {"evaluated": None, "changes_due": False}
             self._begin(model, 0)
             self._measure(0)
             return
-        if "run" not in saved.metadata:
+        if not {"run", "done"} <= saved.metadata.keys():
             raise UserError(
                 f"--workdir: must hold a run of this version, got {saved.path}, which"
                 " does not say what phase it is in. Start a new run with"
                 " config.init_from."
             )
-        self.memory = saved.metadata["run"]
+        self.memory, self.done = saved.metadata["run"], saved.metadata["done"]
         self._begin(model, saved.step)
-        self.state = self.state.with_items(
-            checkpoint.restore(saved, self.state.items())
-        )
+        items = checkpoint.restore(saved, self.state.items())
+        self.state = self._layout.put(self.state.with_items(items))
 
     def num_bytes(self) -> int:
         """Returns the size of what a checkpoint holds."""
         return sum(array.nbytes for array in jax.tree.leaves(self.state))
+
+    def about(self) -> dict[str, Any]:
+        """Returns what is running, for the status file."""
+        return {
+            "phase": self.running.phase.name,
+            "ranks": active.get_ranks(self.model()),
+            "processes": jax.process_count(),
+            "devices": self._run.placement.mesh.size,
+        }
+
+    def param_names(self) -> list[str]:
+        """Returns the paths of the parameters, in the order of their leaves."""
+        return list(checkpoint.flatten(self.state.params))
 
     def model(self) -> nnx.Module:
         """Returns the model as it is, in evaluation mode, at its active ranks."""
@@ -102,12 +120,27 @@ class Session:
         return self._shrinks(step) or self._measures(step) or step >= self._end
 
     def change(self, step: int) -> None:
-        """Shrinks, measures the phase's condition, and goes on to the next phase."""
-        if self._shrinks(step):
-            self._shrink()
-        self._measure(step)
-        if step >= self._end:
-            self._finish(step)
+        """Shrinks, measures the phase's condition, and goes on to the next phase.
+
+        Where a stop is asked for in the middle (`StopRequested`), or anything else is
+        raised, all is as it was before.
+        """
+        before = {**vars(self), "memory": copy.deepcopy(self.memory)}
+        try:
+            if self._shrinks(step):
+                self._shrink()
+            self._measure(step)
+            if step >= self._end:
+                self._finish(step)
+        except BaseException:
+            vars(self).update(before)
+            raise
+        self.done["changes_due"] = False
+
+    def evaluates(self, step: int) -> bool:
+        """Returns whether an evaluation is due at a step."""
+        every = self._run.config["eval_every_epochs"] * self.steps_per_epoch
+        return every > 0 and step > 0 and not step % every
 
     def frontier(self) -> list[dict[str, Any]]:
         """Returns figures on the validation split at the config's fractions.
@@ -131,11 +164,15 @@ class Session:
         self.running = phase.begin(start, end, self.memory["target_ranks"])
         ended = self.memory["ended"]
         self._end = end if ended is None else ended
-        self.structure, self.state = new_state(model, self.running, step)
-        self._compile(model)
+        self._adopt(model, *new_state(model, self.running, step))
 
-    def _compile(self, model: nnx.Module) -> None:
-        run, running, structure = self._run, self.running, self.structure
+    def _adopt(
+        self, model: nnx.Module, structure: Structure, state: TrainState
+    ) -> None:
+        """Goes on with a state of a model of other shapes, laid out on the mesh."""
+        run, running = self._run, self.running
+        self._layout = run.placement.layout(model)
+        self.structure, self.state = structure, self._layout.put(state)
         self._compiled = compile_phase(run, running, structure, model)
         self.compiles = True  # when it is called next
 
@@ -160,9 +197,9 @@ class Session:
                 logs.say(f"shrink {path}: rank {old[path]} -> {new[path]}")
         for part in shrunk.restarted:
             logs.say(f"shrink: the optimizer's {part} starts anew")
-        self.structure, state = carried_state(shrunk.model, self.running, self.state)
-        self.state = state._replace(opt_state=shrunk.opt_state)
-        self._compile(shrunk.model)
+        structure, state = carried_state(shrunk.model, self.running, self.state)
+        state = state._replace(opt_state=shrunk.opt_state)
+        self._adopt(shrunk.model, structure, state)
 
     def _measures(self, step: int) -> bool:
         condition = self.running.phase.until.condition
@@ -200,8 +237,8 @@ class Session:
         self.memory["target_ranks"] = ended.target_ranks
         if over:
             if self.running.phase.on_end:
-                self.structure, self.state = new_state(ended.model, self.running, step)
-                self._compile(ended.model)
+                state = new_state(ended.model, self.running, step)
+                self._adopt(ended.model, *state)
             return
         self.memory |= {
             "phase": index,
@@ -215,7 +252,7 @@ class Session:
             opt_state = optimizer_state.restart_schedules(
                 ended.opt_state, self.state.opt_state
             )
-            self.state = self.state._replace(opt_state=opt_state)
+            self.state = self._layout.put(self.state._replace(opt_state=opt_state))
         how = "goes on" if kept else "starts anew"
         logs.say(f"phase {self.running.phase.name} at step {step}; the optimizer {how}")
         self._measure(step)

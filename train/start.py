@@ -1,19 +1,17 @@
-"""What a run starts from: its parts, checked before any work, and its model."""
+"""What a run starts from: its parts, checked before any work, and its session."""
 
-import json
-from collections.abc import Mapping, Sequence
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flax import nnx
-
-from lowrank_jax import active, checkpoint, errors, paths
-from lowrank_jax.errors import UserError
-from train import checks, folders, phases
-from train.config import differences, to_json
-from train.model import about, factorize, load_model
-from train.report import logs
-from train.run import Run, open_run
+from lowrank_jax import checkpoint
+from train import checks, workdirs
+from train.initial import initial_model
+from train.preparing import prepare
+from train.report.description import describe
+from train.resuming import resume
+from train.run import Run
+from train.session import Session
 
 
 class Start(NamedTuple):
@@ -21,123 +19,34 @@ class Start(NamedTuple):
 
     Args:
       run: What the run is about.
-      plan: Its phases.
-      model: The model to start or go on with.
-      saved: The checkpoint to go on from, if there is one.
+      session: Its phase, with its state.
+      saved: The checkpoint that it goes on from, if there is one.
     """
 
     run: Run
-    plan: tuple[phases.Phase, ...]
-    model: nnx.Module
+    session: Session
     saved: checkpoint.Saved | None
 
 
-def start_run(config: Any, workdir: Path) -> Start:
+def start_run(config: Any, workdir: Path, resources: contextlib.ExitStack) -> Start:
     """Opens a run; the workdir is made, and says what config it is of.
 
     Args:
       config: A `ConfigDict` or mapping as in `configs/`.
       workdir: Folder of the run; a new one, or one that holds a run of the same config.
+      resources: Hold the workdir until they are closed.
 
     Raises:
       UserError: Something does not hold together; nothing was written.
     """
-    config = to_json(config)
-    plan = phases.build_phases(config["phases"])
-    with errors.at("--workdir"):
-        folders.check_writable(workdir)
-    run = open_run(config)
-    saved = check_workdir(workdir, run.config)
-    if saved is None:
-        model = _initial_model(run)
-        checks.check_phases(run, plan, model)
+    workdirs.own(workdir, resources)
+    run, plan = prepare(config)
+    if steps := workdirs.steps_of(workdir, run.config):
+        session, saved = resume(run, plan, steps)
     else:
-        model = load_model(saved, allow_imports=None)
-    _describe(run, plan, model, saved)
-    workdir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(run.config, indent=1, sort_keys=True)
-    (workdir / "config.json").write_text(text)
-    return Start(run, plan, model, saved)
-
-
-def check_workdir(workdir: Path, config: Mapping[str, Any]) -> checkpoint.Saved | None:
-    """Returns the latest checkpoint of this config's run, if there is one.
-
-    Raises:
-      UserError: It holds something else.
-    """
-    file = workdir / "config.json"
-    if not file.exists():
-        if workdir.exists() and any(workdir.iterdir()):
-            raise UserError(
-                f"--workdir: must be a new folder or one of a run, got {workdir}, which"
-                " holds other files. Nothing is overwritten; name another."
-            )
-        return None
-    with errors.at("--workdir"):
-        lines = differences(file, config)
-    if lines:
-        raise UserError(
-            f"--workdir: must hold a run of the same config, got {workdir} with\n  "
-            + "\n  ".join(lines)
-            + "\nName a new workdir; config.init_from starts from a checkpoint."
-        )
-    folder = workdir / "checkpoints"
-    if not folder.is_dir() or not any(p.name.isdigit() for p in folder.iterdir()):
-        return None
-    with errors.at("--workdir"):
-        return checkpoint.open_checkpoint(folder)
-
-
-def _initial_model(run: Run) -> nnx.Module:
-    """The model to start from: `init_from`'s, or a new one."""
-    if not run.config["init_from"]:
-        return run.fresh_model()
-    with errors.at("config.init_from"):
-        saved = checkpoint.open_checkpoint(run.config["init_from"])
-        their_config, facts, _ = about(saved)
-        theirs = run.complete_model(their_config["model"])
-        if (theirs, facts) != (run.config["model"], run.data.facts):
-            raise UserError(
-                f"must be a checkpoint of the same model and data, got {theirs} for"
-                f" {facts}, here {run.config['model']} for {run.data.facts}. Correct"
-                " config.model or the path."
-            )
-        model = load_model(saved, allow_imports=None)
-    model = factorize(model, run.config)
-    _check_same_layers(run, model)
-    return model
-
-
-def _check_same_layers(run: Run, model: nnx.Module) -> None:
-    """Low-rank layers of `init_from` must be low-rank by the rules as well."""
-    wanted = nnx.eval_shape(run.fresh_model)
-    extra = sorted({*paths.find_factors(model)} - {*paths.find_factors(wanted)})
-    if extra:
-        raise UserError(
-            "config.rank_rules: layers that are low-rank in config.init_from must be so"
-            f" here, got 'dense' for {extra}. Change their rule to 'full'; their ranks"
-            " are those of the checkpoint."
-        )
-
-
-def _describe(
-    run: Run,
-    plan: Sequence[phases.Phase],
-    model: nnx.Module,
-    saved: checkpoint.Saved | None,
-) -> None:
-    cost = run.cost(model)
-    sizes = ", ".join(f"{n} {split}" for split, n in run.data.sizes.items())
-    logs.say(f"{run.config['data']['name']}: {sizes}")
-    logs.say(
-        f"{run.config['model']['name']}: {cost.dense_params:,} parameters and"
-        f" {cost.dense_macs:,} MACs when dense; low-rank layers"
-        f" {active.get_ranks(model)}"
-    )
-    spans = phases.spans(plan, run.steps_per_epoch)
-    for phase, (start, end) in zip(plan, spans, strict=True):
-        most = "at most " if phase.until.condition else ""
-        logs.say(f"phase {phase.name}: steps {start} to {most}{end}")
-    if saved:
-        logs.say(f"resuming at step {saved.step}")
+        model, saved = initial_model(run), None
+        checks.check_phases(run, plan, model)
+        describe(run, plan, model)
+        session = Session(run, plan, model, None)
+    workdirs.write_config(workdir, run.config)
+    return Start(run, session, saved)

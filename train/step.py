@@ -15,6 +15,7 @@ from lowrank_jax import active, penalties, projections
 from lowrank_jax.paths import find_factors
 from lowrank_jax.samplers import RankSampler, SampledRanks
 from train.phases import Running
+from train.sharding import Layout
 from train.state import Structure, TrainState, model_state_of
 from train.tasks.base import Task
 
@@ -30,6 +31,8 @@ def make_train_step(
     root_key: PRNGKeyArray,
     *,
     epoch: int = 0,
+    accumulation_steps: int = 1,
+    layout: Layout | None = None,
 ) -> Step:
     """Makes the jitted step of a phase.
 
@@ -40,10 +43,16 @@ def make_train_step(
       root_key: Everything random in step n comes from `fold_in(root_key, n)`.
       epoch: Of the phase: its pattern says what is trained. The other parameters get no
         gradient and no update; their moments go on as after a zero gradient.
+      accumulation_steps: Parts of the batch whose gradients are added, one part after
+        the other, so that one part's activations are in memory. All are at the ranks of
+        the step; BatchNorm sees part after part.
+      layout: How the state lies on a mesh; None on one device.
     """
     patterns = running.phase.trainable
     pattern = patterns[epoch % len(patterns)]
-    step = _TrainStep(structure, running, task, root_key, pattern)
+    step = _TrainStep(
+        structure, running, task, root_key, pattern, accumulation_steps, layout
+    )
     return jax.jit(step.apply, donate_argnums=0)
 
 
@@ -56,6 +65,8 @@ class _TrainStep:
     task: Task
     root_key: PRNGKeyArray
     pattern: re.Pattern[str]
+    accumulation_steps: int
+    layout: Layout | None
 
     def apply(
         self, state: TrainState, batch: Batch
@@ -63,9 +74,15 @@ class _TrainStep:
         """Takes one step; returns the new state and the metrics of the old one."""
         rank_key, key = jax.random.split(jax.random.fold_in(self.root_key, state.step))
         passes, sampler_state = self._sample(state, rank_key)
-        grads, (model_state, penalty_states, metrics) = jax.grad(
-            self._loss, has_aux=True
-        )(state.params, state, batch, passes, key)
+        grads, model_state, metrics = self._task_gradients(state, batch, passes, key)
+        if self.running.penalties:
+            penalize = jax.value_and_grad(self._penalize, has_aux=True)
+            (penalty, penalty_states), more = penalize(state.params, state)
+            grads = jax.tree.map(jnp.add, grads, more)
+        else:
+            penalty, penalty_states = jnp.float32(0), ()
+        if self.layout is not None:
+            grads = self.layout.constrain(grads)
         updates, opt_state = self.running.optimizer.update(
             grads, state.opt_state, self._decaying(state, passes)
         )
@@ -73,7 +90,7 @@ class _TrainStep:
         params, projection_states = self._project(
             optax.apply_updates(state.params, updates), state
         )
-        metrics["gradient_norm"] = optax.tree.norm(grads)
+        metrics |= {"penalty": penalty, **_gradient_metrics(grads)}
         new = TrainState(
             state.step + 1,
             params,
@@ -83,7 +100,7 @@ class _TrainStep:
             penalty_states,
             projection_states,
         )
-        return new, metrics
+        return (new if self.layout is None else self.layout.constrain(new)), metrics
 
     def _phase_step(self, state: TrainState) -> Array:
         return state.step - self.running.start
@@ -99,10 +116,60 @@ class _TrainStep:
             passes.insert(0, {})
         return passes, sampler_state
 
+    def _task_gradients(
+        self, state: TrainState, batch: Batch, passes: Passes, key: PRNGKeyArray
+    ) -> tuple[Any, Any, dict[str, Array]]:
+        """Gradients of the task's loss over the batch, part by part; the new model
+        state, and metrics."""
+        gradients = jax.grad(self._loss, has_aux=True)
+        if self.accumulation_steps == 1:
+            grads, (model_state, sums, losses) = gradients(
+                state.params, state.model_state, batch, passes, key
+            )
+            return grads, model_state, _metrics(sums, losses)
+
+        own_ranks = self.running.phase.sampler.per_example
+
+        def part_gradients(model_state: Any, part: Any) -> Any:
+            batch, ranks, key = part
+            ranks = ranks if own_ranks else passes
+            return gradients(state.params, model_state, batch, ranks, key)
+
+        def add(carry: Any, part: Any) -> tuple[Any, None]:
+            total, model_state = carry
+            grads, (model_state, sums, losses) = part_gradients(model_state, part)
+            # a part's loss is the mean over its weight
+            weighed = jax.tree.map(lambda x: x * sums["weight"], (grads, losses))
+            return (jax.tree.map(jnp.add, total, (*weighed, sums)), model_state), None
+
+        count = self.accumulation_steps
+        ranks = [_parts_of_ranks(p, count) for p in passes] if own_ranks else None
+        parts = (self._parts(batch), ranks, jax.random.split(key, count))
+        first = jax.tree.map(lambda x: x[0], parts)
+        grads, (_, sums, losses) = jax.eval_shape(
+            part_gradients, state.model_state, first
+        )
+        zeros = optax.tree.zeros_like((grads, losses, sums))
+        (total, model_state), _ = jax.lax.scan(add, (zeros, state.model_state), parts)
+        grads, losses, sums = total
+        grads, losses = jax.tree.map(lambda x: x / sums["weight"], (grads, losses))
+        return grads, model_state, _metrics(sums, losses)
+
+    def _parts(self, batch: Batch) -> Batch:
+        """The batch as (parts, rows of a part, ...), each device's rows divided."""
+
+        def parts(array: Array) -> Array:
+            count = self.accumulation_steps
+            strided = array.reshape(-1, count, *array.shape[1:])
+            return jnp.swapaxes(strided, 0, 1)
+
+        batch = jax.tree.map(parts, dict(batch))
+        return batch if self.layout is None else self.layout.placement.parts(batch)
+
     def _loss(
         self,
         params: Any,
-        state: TrainState,
+        model_state: Any,
         batch: Batch,
         passes: Passes,
         key: PRNGKeyArray,
@@ -116,11 +183,13 @@ class _TrainStep:
         """
         task, phase = self.task, self.running.phase
         params = self._freeze(params, jax.lax.stop_gradient)
+        if self.layout is not None:
+            params = self.layout.gather(params)
         input_key, model_key = jax.random.split(key)
         inputs = task.inputs(batch, input_key)
         losses, first_outputs, taught, new_state = [], None, None, None
         for ranks in passes:
-            model = self.structure.merge(params, state.model_state, model_key)
+            model = self.structure.merge(params, model_state, model_key)
             active.set_ranks(model, ranks)
             outputs = model(*inputs)
             loss = task.loss(outputs, batch)
@@ -135,14 +204,13 @@ class _TrainStep:
         others = losses[1:]
         share = 1 / len(others) if others and phase.passes_loss == "mean" else 1
         total = losses[0] + share * sum(others)
-        penalty, penalty_states = self._penalize(model, state)
-        metrics = {"loss": total, "penalty": penalty}
-        metrics |= _means(task.sums(first_outputs, batch))
-        metrics |= {f"loss_pass_{n}": loss for n, loss in enumerate(losses)}
-        return total + penalty, (new_state, penalty_states, metrics)
+        named = {"loss": total, **{f"loss_pass_{n}": x for n, x in enumerate(losses)}}
+        return total, (new_state, task.sums(first_outputs, batch), named)
 
-    def _penalize(self, model: nnx.Module, state: TrainState) -> tuple[Array, Any]:
+    def _penalize(self, params: Any, state: TrainState) -> tuple[Array, Any]:
         """The sum of the phase's penalties, and their new states."""
+        params = self._freeze(params, jax.lax.stop_gradient)
+        model = self.structure.merge(params, state.model_state, self.root_key)
         total, states = jnp.float32(0), []
         for penalty, own_state in zip(
             self.running.penalties, state.penalties, strict=True
@@ -202,10 +270,33 @@ def _passes(ranks: SampledRanks, sampler: RankSampler) -> list[SampledRanks]:
     ]
 
 
-def _means(sums: Mapping[str, Array]) -> dict[str, Array]:
-    """What the task sums up, but for the loss, divided by its weight."""
+def _parts_of_ranks(ranks: SampledRanks, count: int) -> SampledRanks:
+    """One rank per example, (..., batch), as (parts, ..., rows of a part)."""
     return {
+        path: jnp.moveaxis(rank.reshape(*rank.shape[:-1], -1, count), -1, 0)
+        for path, rank in ranks.items()
+    }
+
+
+def _metrics(
+    sums: Mapping[str, Array], losses: Mapping[str, Array]
+) -> dict[str, Array]:
+    """The losses, and what the task sums up beside them, divided by its weight."""
+    means = {
         name: value / sums["weight"]
         for name, value in sums.items()
         if name not in ("weight", "loss")
+    }
+    return {**losses, **means}
+
+
+def _gradient_metrics(grads: Any) -> dict[str, Array]:
+    """The norm of all gradients, and which is the first that is not finite: its place
+    among the parameters, -1 if all are."""
+    squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
+    bad = ~jnp.isfinite(squares)
+    first = jnp.where(bad.any(), jnp.argmax(bad), -1)
+    return {
+        "gradient_norm": jnp.sqrt(jnp.sum(squares)),
+        "nonfinite_gradient": first.astype(jnp.int32),
     }

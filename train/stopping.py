@@ -1,39 +1,90 @@
-"""How a run ends early without a bug: asked to stop, or a loss is not finite."""
+"""How a run ends early without a bug: asked to stop, a peer gone, a loss not finite."""
 
 import signal
 import threading
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+REQUEUE = 75
+"""The exit status of a run that goes on when it is started again: EX_TEMPFAIL of
+sysexits.h. Launchers start it anew on this status, and on death by a signal."""
 
 
 class Stopped(RuntimeError):
-    """A run ended early; the message says where, and what to do."""
+    """A run ended early; the message says where, and what to do.
+
+    Attributes:
+      status: The exit status of a binary that ends so.
+    """
+
+    status: ClassVar[int] = 1
 
 
 class Interrupted(Stopped):
     """The process was asked to stop (SIGTERM) and has saved its state."""
 
+    status = REQUEUE
+
+
+class PeerLost(Stopped):
+    """Another process of the run died, or did not come."""
+
+    status = REQUEUE
+
 
 class NotFinite(Stopped, FloatingPointError):
-    """A loss is NaN or infinite."""
+    """A loss or a gradient is NaN or infinite."""
+
+
+class StopRequested(Exception):
+    """A stop was asked for in the middle of something that is then done anew."""
 
 
 class StopRequest:
     """Notes SIGTERM, so that the loop can save before it stops.
 
-    Used as a context manager. Outside the main thread, where Python takes no signals,
-    nothing is noted.
+    Used as a context manager, and polled. With several processes a signal to one of
+    them stops all at the same poll: JAX's coordination service agrees on it, so every
+    process must poll as often as every other. Alone, outside the main thread, where
+    Python takes no signals, nothing is noted.
     """
 
-    requested = False
+    def __init__(self) -> None:
+        self._requested = False
+        self._polls = 0
+        self._together = False
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
+        self._together = jax.process_count() > 1
+        main = threading.current_thread() is threading.main_thread()
+        if main and not self._together:  # else JAX has a handler of its own
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def _note(self, *_: Any) -> None:
-        self.requested = True
+        self._requested = True
+
+    def poll(self) -> bool:
+        """Returns whether the run shall stop now."""
+        if self._together and not self._requested:
+            self._polls += 1
+            sync_point = multihost_utils.reached_preemption_sync_point
+            self._requested = sync_point(self._polls)
+        return self._requested
+
+    def polled(self, items: Iterable[T]) -> Iterator[T]:
+        """Yields the items, and raises `StopRequested` when a stop is asked for."""
+        for item in items:
+            if self.poll():
+                raise StopRequested
+            yield item
 
     def __exit__(self, *_: Any) -> None:
+        self._together = False
         if hasattr(self, "_before"):
             signal.signal(signal.SIGTERM, self._before)

@@ -9,6 +9,8 @@ checkpoint stands alone. Ends with one line of JSON: `{"output", "params", "macs
 "ranks"}`.
 """
 
+import contextlib
+
 from absl import flags
 
 from lowrank_jax import errors
@@ -50,21 +52,23 @@ def _main() -> None:
         {"recalibration_batches": ["recalibrate"], "select_args": ["select"]},
     )
     selector = selecting.from_flags(_SELECTORS)
-    with errors.at("--output"):
-        folders.check_writable(_OUTPUT.value)
-    logs.emit(
-        checkpoints.truncate_checkpoint(
-            _CHECKPOINT.value,
-            _OUTPUT.value,
-            selector,
-            form=_FORM.value,
-            recalibration_batches=_RECALIBRATION_BATCHES.value
-            if _RECALIBRATE.value
-            else 0,
-            data_dir=_DATA_DIR.value,
-            allow_imports=_ALLOW.value,
+    with contextlib.ExitStack() as stack:
+        with errors.at("--output"):
+            folders.check_writable(_OUTPUT.value)
+            stack.enter_context(folders.claim(_OUTPUT.value))
+        logs.emit(
+            checkpoints.truncate_checkpoint(
+                _CHECKPOINT.value,
+                _OUTPUT.value,
+                selector,
+                form=_FORM.value,
+                recalibration_batches=_RECALIBRATION_BATCHES.value
+                if _RECALIBRATE.value
+                else 0,
+                data_dir=_DATA_DIR.value,
+                allow_imports=_ALLOW.value,
+            )
         )
-    )
 
 
 if __name__ == "__main__":

@@ -79,7 +79,9 @@ def build_until(spec: Mapping[str, Any]) -> Until:
         )
     condition = None
     if "condition" in spec:
-        condition = registry.build(spec["condition"], CONDITIONS)
+        condition = registry.build_checked(
+            spec["condition"], CONDITIONS, lambda made: isinstance(made, Condition)
+        )
     return Until(unit, count, condition)
 
 

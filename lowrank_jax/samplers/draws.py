@@ -100,6 +100,10 @@ def per_example(*, batch_size: int, common_fraction: bool = False) -> RankSample
       common_fraction: Draw one fraction per example for all layers, instead of one rank
         per example and layer.
     """
+    if batch_size < 1:
+        raise UserError(
+            f"per_example: batch_size must be at least 1, got {batch_size}. Raise it."
+        )
 
     def sample(state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int):
         del step

@@ -27,6 +27,9 @@ from lowrank_jax.samplers.base import (
     table_at,
 )
 
+MOST_PASSES = 64
+"""Of a step: each is a forward and a backward pass of its own in its program."""
+
 
 def one_level(fractions: Sequence[float]) -> RankSampler:
     """Draws one of these fractions for all layers, all equally often."""
@@ -42,8 +45,10 @@ def sandwich(*, passes: int = 4, smallest: float = 0.125) -> RankSampler:
       smallest: The smallest fraction of the ranks, in (0, 1].
     """
     fraction_of(smallest, 1)
-    if passes < 2:
-        raise UserError(f"sandwich: passes must be at least 2, got {passes}. Raise it.")
+    if not 2 <= passes <= MOST_PASSES:
+        raise UserError(
+            f"sandwich: passes must be in [2, {MOST_PASSES}], got {passes}. Correct it."
+        )
 
     def init(model: ModelOrRanks) -> TableState:
         return table_at([1.0, smallest], model)

@@ -12,7 +12,8 @@ from flax import nnx
 from saved_models import Net, Scanned, low_rank, structure
 
 from lowrank_jax import checkpoint
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import DamagedCheckpoint, UserError
+from lowrank_jax.pieces import seal
 from lowrank_jax.surgery import truncate
 
 folder = saved_models.folder
@@ -111,9 +112,10 @@ def metadata_file(folder: Path) -> Path:
     return folder / "5" / "metadata" / "metadata"
 
 
-def edit(folder: Path, **changes: Any) -> None:
+def edit(folder: Path, sealed: bool = True, **changes: Any) -> None:
     metadata = json.loads(metadata_file(folder).read_text())
     metadata = {k: v for k, v in {**metadata, **changes}.items() if v is not None}
+    metadata = seal(metadata) if sealed else metadata
     metadata_file(folder).write_text(json.dumps(metadata))
 
 
@@ -151,35 +153,44 @@ BROKEN = {
     ),
     "broken JSON": (
         lambda f: metadata_file(f).write_text('{"step": 5,'),
-        ValueError,
+        DamagedCheckpoint,
         "must be JSON",
     ),
     "other JSON": (
         lambda f: metadata_file(f).write_text("[1, 2]"),
-        ValueError,
-        "another program",
+        DamagedCheckpoint,
+        "not another's",
     ),
     "binary": (
         lambda f: metadata_file(f).write_bytes(b"\xff\xfe\x00"),
-        ValueError,
+        DamagedCheckpoint,
         "must be JSON",
     ),
     "no version": (
         lambda f: edit(f, format_version=None),
         ValueError,
-        "format_version",
+        "must be of format 3, got None",
     ),
     "newer": (
-        lambda f: edit(f, format_version=3, library_version="9.9"),
+        lambda f: edit(f, format_version=4, library_version="9.9"),
         ValueError,
-        r"must be of format 2, got 3(.|\n)*9\.9",
+        r"must be of format 3, got 4(.|\n)*9\.9",
     ),
     "older": (
-        lambda f: edit(f, format_version=1, library_version="0.1", rank_axes=None),
+        lambda f: edit(f, False, format_version=2, library_version="0.1", sha256=None),
         ValueError,
-        r"must be of format 2, got 1(.|\n)*0\.1",
+        r"must be of format 3, got 2(.|\n)*0\.1",
     ),
-    "no ranks": (lambda f: edit(f, ranks=None), ValueError, r"missing: \['ranks'\]"),
+    "no digest": (
+        lambda f: edit(f, False, sha256=None),
+        DamagedCheckpoint,
+        "digest must be None",
+    ),
+    "no ranks": (
+        lambda f: edit(f, False, ranks=None),
+        DamagedCheckpoint,
+        r"metadata: its digest must be \w+, got \w+\. Use another",
+    ),
 }
 
 

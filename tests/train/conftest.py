@@ -1,7 +1,10 @@
 """Runs that several files of tests read: each is trained once."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import disks
 import pytest
 from cutting import FULL, make_config
 
@@ -17,3 +20,14 @@ def run(tmp_path_factory) -> Path:
     loop.train_and_evaluate(config, workdir)
     assert checkpoint.open_checkpoint(workdir).metadata["ranks"] == FULL
     return workdir
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[disks.SmallDisk]:
+    """A disk of one megabyte."""
+    with contextlib.ExitStack() as stack:
+        try:
+            disk = stack.enter_context(disks.small_disk(tmp_path / "disk"))
+        except disks.NoDisk as reason:
+            pytest.skip(f"no small disk can be mounted: {reason}")
+        yield disk

@@ -143,8 +143,40 @@ def test_a_loss_that_is_not_finite(tmp_path, saved, said):
     with pytest.raises(NotFinite, match="at step 7 to 8.*learning_rate") as caught:
         metrics.flush()
     writer.close()
+    assert str(caught.value).startswith("loss: must be finite, got NaN")
     assert str(caught.value).endswith(f"{said}.")
     assert read(tmp_path) == []
+
+
+@pytest.mark.parametrize("loss, place", [(1.0, "gradient"), (jnp.nan, "loss")])
+def test_a_gradient_that_is_not_finite(tmp_path, loss, place):
+    """The parameter of the first bad step is named, whether or not the loss is bad."""
+    writer = logs.MetricWriter(tmp_path, start_step=0)
+    metrics = logs.StepMetrics(writer, batch_size=10, names=("head/u", "head/v"))
+    for step, index in ((6, -1), (7, 1), (8, 0)):
+        metrics.add(step, {"loss": loss, logs.NONFINITE_GRADIENT: jnp.int32(index)})
+    with pytest.raises(NotFinite) as caught:
+        metrics.flush()
+    first = 7 if place == "gradient" else 6
+    whose = " (first gradient that is not finite: head/v)" if first == 7 else ""
+    assert str(caught.value).startswith(
+        f"{place}: must be finite, got NaN or infinity at step {first} to 8{whose}."
+    )
+    writer.close()
+
+
+def test_the_parameter_of_a_gradient_is_no_figure(tmp_path):
+    """It stays out of the means, in any order of shrinks that change the names."""
+    writer = logs.MetricWriter(tmp_path, start_step=0)
+    metrics = logs.StepMetrics(writer, batch_size=10, names=("a",))
+    metrics.add(1, {"loss": 1.0, logs.NONFINITE_GRADIENT: -1})
+    metrics.flush()
+    metrics.names = ("b", "c")
+    metrics.add(2, {"loss": 1.0, logs.NONFINITE_GRADIENT: 1})
+    with pytest.raises(NotFinite, match=r"\(first gradient that is not finite: c\)"):
+        metrics.flush()
+    writer.close()
+    assert read(tmp_path) == [{"step": 1, "train/loss": 1.0}]
 
 
 def test_emit_prints_one_line_of_json(capsys):

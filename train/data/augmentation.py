@@ -17,12 +17,15 @@ from lowrank_jax.errors import UserError, raise_all
 Images = Num[Array, "b x y c"]
 Augment = Callable[[PRNGKeyArray, Images], Images]
 
+MOST_PADDING = 1024
+
 
 def random_crop(key: PRNGKeyArray, images: Images, *, padding: int) -> Images:
     """Pads with zeros by `padding` pixels, then cuts each image at its own offset."""
-    if not isinstance(padding, int) or padding < 1:
+    if not isinstance(padding, int) or not 1 <= padding <= MOST_PADDING:
         raise UserError(
-            f"padding must be an integer of at least 1, got {padding!r}. Raise it."
+            f"padding must be an integer in [1, {MOST_PADDING}], got {padding!r}."
+            " Correct it."
         )
     batch, x, y, c = images.shape
     border = (padding, padding)

@@ -24,6 +24,7 @@ Batch = dict[str, np.ndarray]
 T = TypeVar("T")
 
 SPLITS = ("train", "validation", "test")
+_ALL = slice(None)
 # Fixed, so that the held-out examples do not depend on a run's seed.
 _VALIDATION_SEED = 20_240
 
@@ -77,9 +78,20 @@ class Dataset:
         return size // batch_size
 
     def train_batches(
-        self, batch_size: int, *, seed: int, start_step: int = 0
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        start_step: int = 0,
+        rows: slice = _ALL,
     ) -> Iterator[Batch]:
         """Yields batches start_step, start_step + 1, ... without end.
+
+        Args:
+          batch_size: examples of a batch, b.
+          seed: of the order.
+          start_step: the first batch.
+          rows: which rows of every batch to read, such as those of this process.
 
         Returns:
           Dicts of the source's arrays, b rows of each; a new permutation every
@@ -97,12 +109,26 @@ class Dataset:
         def batch_at(step: int) -> Batch:
             epoch, position = divmod(step, steps_per_epoch)
             order = _epoch_order(seed, epoch, len(train))
-            return train.batch(order[position * batch_size :][:batch_size])
+            batch = order[position * batch_size :][:batch_size]
+            return train.batch(batch[rows])
 
         return _read_in_order(batch_at, start_step, sys.maxsize, train.source.streams)
 
-    def eval_batches(self, split: str, batch_size: int) -> Iterator[Batch]:
+    def eval_batches(
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        multiple_of: int = 1,
+        rows: slice = _ALL,
+    ) -> Iterator[Batch]:
         """Yields every example of `split` once, in fixed order.
+
+        Args:
+          split: "train", "validation" or "test".
+          batch_size: examples of a batch, b.
+          multiple_of: pads every batch to a multiple of this, so that it divides.
+          rows: which rows of every (padded) batch to read.
 
         Returns:
           Dicts as in training with "weight" float32 (b,): 0 for the rows that pad the
@@ -124,12 +150,16 @@ class Dataset:
                 f"{self.name}: batch_size must be at least 1, got {batch_size}."
             )
 
+        padded_size = -(-batch_size // multiple_of) * multiple_of
+        own_size = len(range(padded_size)[rows])
+
         def batch_at(step: int) -> Batch:
             start = step * batch_size
             stop = min(start + batch_size, len(subset))
-            batch = subset.batch(np.arange(start, stop))
-            batch.setdefault("weight", np.ones(stop - start, np.float32))
-            return {name: _pad(array, batch_size) for name, array in batch.items()}
+            own = np.arange(start, stop)[rows]
+            batch = subset.batch(own)
+            batch.setdefault("weight", np.ones(len(own), np.float32))
+            return {name: _pad(array, own_size) for name, array in batch.items()}
 
         steps = -(-len(subset) // batch_size)
         return _read_in_order(batch_at, 0, steps, subset.source.streams)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from train.models.sizes import check_sizes
+
 
 class ConvBlock(nnx.Module):
     """A 3x3 convolution without bias, batch normalization, relu.
@@ -60,6 +62,7 @@ class ConvNet(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
+        check_sizes("convnet", widths=widths)
         self.blocks = nnx.List([])
         for index, width in enumerate(widths):
             stride = 1 if index == 0 else 2

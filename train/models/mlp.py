@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from train.models.sizes import check_sizes
+
 
 class MLP(nnx.Module):
     """Linear layers with relu between them: `hidden/0`, `hidden/1`, ..., `head`.
@@ -29,6 +31,7 @@ class MLP(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
+        check_sizes("mlp", hidden=hidden, num_classes=num_classes)
         self.hidden = nnx.List([])
         for width in hidden:
             self.hidden.append(nnx.Linear(in_features, width, rngs=rngs))

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from flax import nnx
 
+from train.models.sizes import MOST_FEATURES
+
 NORMS = ("batch", "group")
 
 
@@ -26,9 +28,10 @@ def problems(
         errors.append(
             f"{model}: norm must be one of {NORMS}, got {norm!r}. Choose one of them."
         )
-    if not all(width >= 1 and width == int(width) for width in widths):
+    if not all(1 <= width <= MOST_FEATURES and width == int(width) for width in widths):
         errors.append(
-            f"{model}: width_multiplier must give whole widths above 0, got "
+            f"{model}: width_multiplier must give whole widths in "
+            f"[1, {MOST_FEATURES:,}], got "
             f"{multiplier}, hence {sorted(set(widths))}. Choose another multiplier."
         )
     elif norm == "group" and (

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from lowrank_jax.errors import UserError
+from train.models.sizes import MOST_LAYERS, check_sizes
 
 
 class Block(nnx.Module):
@@ -84,8 +85,20 @@ class ViT(nnx.Module):
         dropout_rate: float,
         rngs: nnx.Rngs,
     ):
+        check_sizes(
+            "vit",
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            mlp_dim=mlp_dim,
+        )
+        check_sizes("vit", MOST_LAYERS, depth=depth)
         x, y, channels = image_shape
         errors = []
+        if not 0 <= dropout_rate < 1:
+            errors.append(
+                f"vit: dropout_rate must be in [0, 1), got {dropout_rate}. Lower it."
+            )
         if x % patch_size or y % patch_size:
             errors.append(
                 f"vit: patch_size must divide the image's {x}x{y} pixels, "

@@ -1,5 +1,9 @@
-"""What a run says: metrics to files, progress to stderr, results to stdout."""
+"""What a run says: metrics to trackers, progress to stderr, results to stdout.
 
+Of several processes, process 0 alone speaks.
+"""
+
+import contextlib
 import json
 import math
 import os
@@ -11,12 +15,17 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 
 from lowrank_jax.errors import UserError
+from train import distributed
+from train.report import trackers
+from train.report.status import StatusFile
 from train.stopping import NotFinite
 
+NONFINITE_GRADIENT = "nonfinite_gradient"
+"""The step's metric that says which parameter's gradient is the first that is not
+finite, -1 if all are; no figure of its own."""
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -48,56 +57,50 @@ def _plain(value: Any, where: str) -> Any:
 
 
 class MetricWriter:
-    """Writes metrics to workdir/metrics.jsonl and, if numbers, to TensorBoard.
+    """Writes metrics to workdir/metrics.jsonl, to TensorBoard and to further trackers.
 
-    A run that resumes drops what an earlier attempt wrote after `start_step`, so that
-    every step is there once.
+    Process 0 does; on others, nothing is opened.
 
     Args:
       workdir: Folder of the run; made if missing.
-      start_step: The step the run starts after; 0 for a new run.
+      start_step: The step the run starts after; 0 for a new run. What an earlier
+        attempt wrote after it is dropped.
+      config: The run's config, for the further ones.
+      further: What opens them.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, start_step: int):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        start_step: int,
+        config: Mapping[str, Any] | None = None,
+        further: Sequence[trackers.OpenTracker] = (),
+    ):
+        self._trackers: list[trackers.Tracker] = []
+        if not distributed.is_first():
+            return
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            _drop_lines_after(path, start_step)
-        self._lines = path.open("a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step + 1
-        )
+        self._trackers.append(trackers.Lines(workdir, start_step))
+        self._trackers.append(trackers.TensorBoard(workdir, start_step))
+        self._trackers += [
+            open_tracker(workdir, config or {}, start_step) for open_tracker in further
+        ]
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Appends one line; nested names are joined with "/"."""
+        """Hands over the metrics of a step; nested names are joined with "/"."""
         flat = {name: _plain(value, name) for name, value in flatten(metrics)}
         if "step" in flat:
             raise UserError("metrics: 'step' is taken by the step itself. Rename it.")
-        self._lines.write(json.dumps({"step": int(step), **flat}) + "\n")
-        self._lines.flush()
-        for name, value in flat.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, int(step))
+        for tracker in self._trackers:
+            tracker.write(int(step), flat)
 
     def close(self) -> None:
-        """Flushes and closes both files."""
-        self._lines.close()
-        self._board.close()
-
-
-def _drop_lines_after(path: pathlib.Path, step: int) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # cut short when the earlier attempt was killed
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    partial = path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+        """Ends every tracker, whatever becomes of the others."""
+        with contextlib.ExitStack() as stack:
+            for tracker in self._trackers:
+                stack.callback(tracker.close)
 
 
 class Progress:
@@ -109,15 +112,17 @@ class Progress:
     Args:
       total: The last step; may be set anew.
       start: Steps already done.
+      status: File that is told the same.
     """
 
-    def __init__(self, total: int, *, start: int = 0):
+    def __init__(self, total: int, *, start: int = 0, status: StatusFile | None = None):
         self.total = total
+        self._status = status
         self._counted_from, self._began = start, time.monotonic()
         self._spoke = self._began
         self._compiling = False
         self._bar = None
-        if sys.stderr.isatty():
+        if distributed.is_first() and sys.stderr.isatty():
             self._bar = tqdm.tqdm(
                 total=total, initial=start, file=sys.stderr, dynamic_ncols=True
             )
@@ -125,6 +130,8 @@ class Progress:
     def compiling(self, step: int) -> None:
         """Says, before the step after `step` runs, that it is compiled first."""
         self._compiling = True
+        if self._status is not None:
+            self._status.write(state="compiling", step=step, last_step=self.total)
         if self._bar is not None:
             self._bar.set_postfix_str("compiling")
         else:
@@ -139,6 +146,16 @@ class Progress:
             if self._bar is not None:
                 self._bar.unpause()
                 self._bar.set_postfix_str("", refresh=False)
+        rate, left = self._pace(step, now)
+        if self._status is not None:
+            pace = {"rate": rate, "seconds_left": left}
+            self._status.write(
+                state="training",
+                step=step,
+                last_step=self.total,
+                message=message,
+                **pace,
+            )
         if self._bar is not None:
             if message:
                 self._bar.set_postfix_str(message, refresh=False)
@@ -148,17 +165,19 @@ class Progress:
         if step < self.total and now - self._spoke < _SECONDS_BETWEEN_LINES:
             return
         self._spoke = now
-        line = f"step {step}/{self.total}{self._pace(step, now)}"
-        print(f"{line}, {message}" if message else line, file=sys.stderr, flush=True)
+        parts = [f"step {step}/{self.total}"]
+        if rate is not None:
+            parts.append(f"{rate:.3g} steps/s")
+            parts += [f"{duration(left)} left"] if left else []
+        if distributed.is_first():
+            print(", ".join([*parts, message] if message else parts), file=sys.stderr)
 
-    def _pace(self, step: int, now: float) -> str:
-        """Steps a second and, if some are left, how long they will take."""
+    def _pace(self, step: int, now: float) -> tuple[float | None, float | None]:
+        """Steps a second, and how many seconds those that are left will take."""
         done, seconds = step - self._counted_from, now - self._began
         if done <= 0 or seconds <= 0:
-            return ""
-        rate, left = done / seconds, self.total - step
-        remaining = f", {tqdm.tqdm.format_interval(left / rate)} left" if left else ""
-        return f", {rate:.3g} steps/s{remaining}"
+            return None, None
+        return done / seconds, (self.total - step) * seconds / done
 
     def close(self) -> None:
         """Ends the bar, so that later output starts on a line of its own."""
@@ -166,9 +185,19 @@ class Progress:
             self._bar.close()
 
 
+def duration(seconds: float) -> str:
+    """Writes seconds as minutes and seconds, with hours if there are some.
+
+    >>> duration(75)
+    '01:15'
+    """
+    return tqdm.tqdm.format_interval(seconds)
+
+
 def say(message: str) -> None:
-    """Prints a line on stderr that leaves a progress bar whole."""
-    tqdm.tqdm.write(message, file=sys.stderr)
+    """Prints a line on stderr that leaves a progress bar whole; process 0 does."""
+    if distributed.is_first():
+        tqdm.tqdm.write(message, file=sys.stderr)
 
 
 class StepMetrics:
@@ -178,6 +207,8 @@ class StepMetrics:
       writer: Where their means go.
       batch_size: Examples in a step, for the rate.
       saved_step: Step of the last checkpoint, None without one; to be set after a save.
+      names: Paths of the parameters, in the order in which the step's metric
+        `NONFINITE_GRADIENT` counts them; to be set anew when they change.
     """
 
     def __init__(
@@ -186,9 +217,10 @@ class StepMetrics:
         batch_size: int,
         *,
         saved_step: int | None = None,
+        names: Sequence[str] = (),
     ):
         self._writer, self._batch_size = writer, batch_size
-        self.saved_step = saved_step
+        self.saved_step, self.names = saved_step, names
         self._pending: list[tuple[int, Mapping[str, Any]]] = []
         self._timed, self._began = 0, None
 
@@ -208,20 +240,25 @@ class StepMetrics:
         """Writes the means since the last call; returns a short summary.
 
         Raises:
-          NotFinite: A loss is not finite; names the steps.
+          NotFinite: A loss or a gradient is not finite; names the steps and the
+            parameter.
         """
         if not self._pending:
             return ""
         steps = [step for step, _ in self._pending]
         values = jax.device_get([metrics for _, metrics in self._pending])
         self._pending = []
-        bad = [s for s, v in zip(steps, values, strict=True) if not _finite(v)]
+        bad = [n for n, metrics in enumerate(values) if not _finite(metrics)]
         if bad:
+            last = steps[bad[-1]]
             raise NotFinite(
-                f"loss: must be finite, got NaN or infinity at step {_ranges(bad)}."
+                f"{_place_of(values[bad[0]])}: must be finite, got NaN or infinity at"
+                f" step {_range(steps[bad[0]], last)}{self._whose(values[bad[0]])}."
                 " Lower config.phases[...].optimizer.learning_rate or set its clip_norm"
                 f"; {_what_is_saved(self.saved_step)}."
             )
+        for metrics in values:
+            metrics.pop(NONFINITE_GRADIENT, None)
         means = {key: float(np.mean([v[key] for v in values])) for key in values[0]}
         now = time.perf_counter()
         if self._timed:
@@ -231,9 +268,21 @@ class StepMetrics:
         self._writer.write(steps[-1], {"train": means})
         return f"loss {means['loss']:.4f}"
 
+    def _whose(self, metrics: Mapping[str, Any]) -> str:
+        """The parameter whose gradient was not finite, if one was."""
+        index = int(metrics.get(NONFINITE_GRADIENT, -1))
+        if not 0 <= index < len(self.names):
+            return ""
+        return f" (first gradient that is not finite: {self.names[index]})"
+
+
+def _place_of(metrics: Mapping[str, Any]) -> str:
+    return "gradient" if np.isfinite(metrics["loss"]).all() else "loss"
+
 
 def _finite(metrics: Mapping[str, Any]) -> bool:
-    return all(np.isfinite(value).all() for value in metrics.values())
+    gradients = metrics.get(NONFINITE_GRADIENT, -1) < 0
+    return gradients and all(np.isfinite(value).all() for value in metrics.values())
 
 
 def _what_is_saved(step: int | None) -> str:
@@ -242,9 +291,9 @@ def _what_is_saved(step: int | None) -> str:
     return f"the last checkpoint is of step {step}"
 
 
-def _ranges(steps: Sequence[int]) -> str:
+def _range(first: int, last: int) -> str:
     """Steps as text: "7", or "7 to 9" for the first and last of several."""
-    return str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+    return str(first) if first == last else f"{first} to {last}"
 
 
 def emit(figures: Mapping[str, Any]) -> None:

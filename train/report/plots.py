@@ -23,6 +23,7 @@ def plot_frontier(
     *,
     headline: str,
     higher_is_better: bool,
+    marks: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
     """Draws a figure against parameters and against MACs, one line per series.
 
@@ -32,6 +33,8 @@ def plot_frontier(
       path: The PNG to write.
       headline: Name of the figure, as in the rows.
       higher_is_better: Its direction, which the axis tells.
+      marks: Numbers of the colour and of the marker of each series, so that what is
+        alike looks alike; its own of each if not given.
 
     Raises:
       UserError: Nothing to draw, or a row without one of its figures.
@@ -43,7 +46,8 @@ def plot_frontier(
     for panel, (cost, label) in zip(panels, _PANELS, strict=True):
         for index, (name, rows) in enumerate(series.items()):
             points = sorted(rows, key=lambda row: row[cost])
-            _draw(panel, index, name, points, cost, headline, higher_is_better)
+            mark = marks[name] if marks is not None else (index, index)
+            _draw(panel, mark, name, points, cost, headline, higher_is_better)
         _decorate(panel, label, [row[cost] for rows in series.values() for row in rows])
     direction = "higher" if higher_is_better else "lower"
     panels[0].set_ylabel(f"{headline} ({direction} is better)", color=_INK)
@@ -83,20 +87,21 @@ def _costs_something(row: Mapping[str, Any]) -> bool:
 
 def _draw(
     panel: axes.Axes,
-    index: int,
+    mark: tuple[int, int],
     name: str,
     rows: Sequence[Mapping[str, Any]],
     cost: str,
     headline: str,
     higher_is_better: bool,
 ) -> None:
+    index, shape = mark
     colour = _COLOURS[index % len(_COLOURS)]
     panel.plot(
         [row[cost] for row in rows],
         [row[headline] for row in rows],
         color=colour,
-        marker=_MARKERS[index % len(_MARKERS)],
-        linestyle=_DASHES[index % len(_DASHES)],
+        marker=_MARKERS[shape % len(_MARKERS)],
+        linestyle=_DASHES[shape % len(_DASHES)],
         linewidth=1.8,
         markersize=6.5,
         markeredgecolor="white",

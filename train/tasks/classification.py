@@ -18,6 +18,9 @@ from train.tasks.base import Batch, Task
 
 Logits = Float[Array, "b o"]
 
+MOST_CLASSES = 2**20
+"""Beyond it a head is larger than a machine."""
+
 
 def classification(
     facts: Mapping[str, Any],
@@ -112,7 +115,8 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
     """A classification needs images, class indices and their number."""
     arrays, problems = facts["arrays"], []
     image, label = (arrays.get(name) for name in ("image", "label"))
-    if not image or image["dtype"] != "uint8" or len(image["shape"]) != 3:
+    right = image and image["dtype"] == "uint8" and len(image["shape"]) == 3
+    if not right or not all(image["shape"]):
         problems.append(
             "data: must have 'image' uint8 [x, y, c], got"
             f" {image or _shown(arrays)}. Scale to 0..255, cast, and keep the channel"
@@ -129,7 +133,16 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
             "data: 'label' must be class indices from 0, got no 'num_classes' in the"
             " facts, so some are negative. Give class indices from 0."
         )
+    elif not _is_count(facts["num_classes"]):
+        problems.append(
+            f"data: 'num_classes' must be in [1, {MOST_CLASSES:,}], got"
+            f" {facts['num_classes']!r}. Give the number of classes."
+        )
     raise_all(problems)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MOST_CLASSES
 
 
 def _shown(arrays: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -1,0 +1,44 @@
+"""The model that a run starts with: a new one, or a checkpoint's."""
+
+from flax import nnx
+
+from lowrank_jax import checkpoint, errors, paths
+from lowrank_jax.errors import UserError
+from train.model import about, factorize, load_model
+from train.run import Run
+
+
+def initial_model(run: Run) -> nnx.Module:
+    """Returns the model to start from, on the mesh: `init_from`'s, or a new one.
+
+    Raises:
+      UserError: The checkpoint is of something else.
+    """
+    if not run.config["init_from"]:
+        return run.fresh_model()
+    with errors.at("config.init_from"):
+        saved = checkpoint.open_checkpoint(run.config["init_from"])
+        their_config, facts, _ = about(saved)
+        theirs = run.complete_model(their_config["model"])
+        if (theirs, facts) != (run.config["model"], run.data.facts):
+            raise UserError(
+                f"must be a checkpoint of the same model and data, got {theirs} for"
+                f" {facts}, here {run.config['model']} for {run.data.facts}. Correct"
+                " config.model or the path."
+            )
+        model = load_model(saved, allow_imports=None)
+    model = factorize(model, run.config)
+    _check_same_layers(run, model)
+    return run.placement.put_model(model)
+
+
+def _check_same_layers(run: Run, model: nnx.Module) -> None:
+    """Low-rank layers of `init_from` must be low-rank by the rules as well."""
+    wanted = nnx.eval_shape(run.build_model)
+    extra = sorted({*paths.find_factors(model)} - {*paths.find_factors(wanted)})
+    if extra:
+        raise UserError(
+            "config.rank_rules: layers that are low-rank in config.init_from must be so"
+            f" here, got 'dense' for {extra}. Change their rule to 'full'; their ranks"
+            " are those of the checkpoint."
+        )

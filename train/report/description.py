@@ -1,0 +1,26 @@
+"""What a run says of itself before its first step."""
+
+from collections.abc import Sequence
+
+from flax import nnx
+
+from lowrank_jax import active
+from train import phases
+from train.report import logs
+from train.run import Run
+
+
+def describe(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> None:
+    """Says data, model, devices and phases on stderr."""
+    cost = run.cost(model)
+    sizes = ", ".join(f"{n} {split}" for split, n in run.data.sizes.items())
+    logs.say(f"{run.config['data']['name']}: {sizes}")
+    logs.say(
+        f"{run.config['model']['name']}: {cost.dense_params:,} parameters and"
+        f" {cost.dense_macs:,} MACs when dense; low-rank layers"
+        f" {active.get_ranks(model)}"
+    )
+    spans = phases.spans(plan, run.steps_per_epoch)
+    for phase, (start, end) in zip(plan, spans, strict=True):
+        most = "at most " if phase.until.condition else ""
+        logs.say(f"phase {phase.name}: steps {start} to {most}{end}")

@@ -1,0 +1,50 @@
+"""Going on from the latest checkpoint that is whole."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowrank_jax import checkpoint
+from lowrank_jax.errors import DamagedCheckpoint
+from train import distributed
+from train.model import load_model
+from train.phases import Phase
+from train.report import logs
+from train.report.description import describe
+from train.run import Run
+from train.session import Session
+
+
+def resume(
+    run: Run, plan: Sequence[Phase], steps: Sequence[Path]
+) -> tuple[Session, checkpoint.Saved]:
+    """Returns the session of the latest checkpoint that is whole, and that checkpoint.
+
+    Damaged ones are named and set aside, so that their steps can be saved again.
+
+    Args:
+      run: What the run is about.
+      plan: Its phases.
+      steps: The checkpoints, the latest first.
+
+    Raises:
+      DamagedCheckpoint: None is whole.
+      UserError: They are of another version.
+    """
+    damaged: list[DamagedCheckpoint] = []
+    for path in steps:
+        try:
+            saved = checkpoint.open_checkpoint(path)
+            model = load_model(saved, allow_imports=None, placement=run.placement)
+            describe(run, plan, model)
+            session = Session(run, plan, model, saved)
+        except DamagedCheckpoint as error:
+            damaged.append(error)
+            logs.say(f"skipped: {error}")
+            continue
+        if distributed.is_first():
+            for step in steps[: len(damaged)]:
+                logs.say(f"{step} is now {checkpoint.set_aside(step)}")
+        logs.say(f"resuming at step {saved.step}")
+        distributed.exchange(None)  # before anyone saves, all is in place
+        return session, saved
+    raise damaged[0]
