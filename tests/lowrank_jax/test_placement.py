@@ -94,9 +94,9 @@ ROWS = {
         COLUMN,
         ("tensor", None, "fsdp"),
     ),
-    "embed": Row(lambda: nnx.Embed(8, 6, rngs=nnx.Rngs(0)), BOTH, ROW, COLUMN, BOTH),
+    "embed": Row(lambda: nnx.Embed(8, 8, rngs=nnx.Rngs(0)), BOTH, ROW, COLUMN, BOTH),
     "conv": Row(
-        conv(4, 6, (3, 3)),
+        conv(4, 8, (3, 3)),
         (None, None, *BOTH),
         (None, None),
         COLUMN,
@@ -113,7 +113,7 @@ ROWS = {
         (None, None, "tensor"),
     ),
     "conv transpose": Row(
-        lambda: nnx.ConvTranspose(4, 6, (3,), rngs=nnx.Rngs(0)),
+        lambda: nnx.ConvTranspose(4, 8, (3,), rngs=nnx.Rngs(0)),
         (None, *BOTH),
         (None, None),
         COLUMN,
