@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from lowrank_jax import placement
 from lowrank_jax.active import get_ranks, max_ranks
 from lowrank_jax.errors import UserError
 from lowrank_jax.factorization import rules_of
@@ -112,8 +113,9 @@ def at_ranks(model: nnx.Module, params: Any, ranks: Ranks) -> Any:
             factors, axes = arrays[key]
             for axis in axes:
                 sizes[axis] = largest(ranks[paths[id(factors)]])
-        sharding = _fitting(getattr(leaf, "sharding", None), sizes)
-        return jax.ShapeDtypeStruct(tuple(sizes), leaf.dtype, sharding=sharding)
+        shape = tuple(sizes)
+        sharding = placement.respec(placement.sharding_of(leaf), shape)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map_with_path(template, params)
 
@@ -171,17 +173,3 @@ def _axes_of(item: str, key: str, metadata: Mapping[str, Any]) -> tuple[int, ...
 
 def _describe(leaves: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {key: [list(x.shape), str(x.dtype)] for key, x in leaves.items()}
-
-
-def _fitting(sharding: Any, shape: list[int]) -> Any:
-    """A sharding without the axes that do not divide the sizes of a shape."""
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-        return sharding
-    spec = []
-    for size, names in zip(shape, sharding.spec, strict=False):
-        names = names if isinstance(names, tuple) else (names,) * (names is not None)
-        parts = math.prod(sharding.mesh.shape[name] for name in names)
-        spec.append(names if size % parts == 0 else None)
-    spec = jax.sharding.PartitionSpec(*spec)
-    kind = sharding.memory_kind
-    return jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=kind)

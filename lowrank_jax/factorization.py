@@ -291,13 +291,20 @@ def _kernel(layer: nnx.Module | nnx.Param) -> nnx.Param:
 
 
 def _check_differentiable(fold: Fold, kernel: nnx.Param) -> None:
-    """Refuses what JAX itself differentiates wrongly: 0.10.2, in silence, with the
-    batch split over explicit axes, dense kernels of grouped convolutions included."""
-    if getattr(fold, "groups", 1) > 1 and placement.is_explicit(kernel[...]):
+    """Refuses what XLA differentiates wrongly and JAX in part cannot on explicit axes.
+
+    Of a grouped convolution, dense or not, whose batch is split over one of several
+    axes of a mesh, the kernel's gradient is too large (JAX 0.10.2): on a mesh of Auto
+    axes too, but there nobody sees how the batch is split.
+    """
+    if getattr(fold, "groups", 1) == 1 or not placement.is_explicit(kernel[...]):
+        return
+    sizes = jax.typeof(kernel[...]).sharding.mesh.axis_sizes
+    if sum(size > 1 for size in sizes) > 1:
         raise UserError(
-            "a convolution with feature groups must not be on a mesh of explicit axes,"
-            " where JAX returns wrong gradients for it, got a kernel"
-            f" {jax.typeof(kernel[...])}. Make the mesh with AxisType.Auto."
+            "a convolution with feature groups must be on a mesh of one axis where axes"
+            f" are explicit, since XLA sums its gradient too often, got axes {sizes}."
+            " Split the batch over the one axis of a mesh."
         )
 
 

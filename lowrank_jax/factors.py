@@ -138,8 +138,7 @@ class Factors(Ranked):
         *,
         with_s: bool = False,
     ) -> "Factors":
-        """Draws factors whose product has entries of a matrix's variance, split over a
-        mesh as it is (`placed`)."""
+        """Draws factors whose product has entries of a matrix's variance."""
         u, v = linalg.random_factors(
             key,
             *matrix.shape[-2:],
@@ -226,10 +225,6 @@ class Factors(Ranked):
             if (variable := getattr(self, name)) is not None:
                 placement.move(variable, placement.with_axes(sharding, *kept))
         return self
-
-    def sharding(self) -> jax.sharding.Sharding | None:
-        """Returns how the matrix is split whose factors lie as these do."""
-        return placement.of_product(self.u, self.v)
 
     def params(self) -> dict[str, nnx.Param]:
         """Lists the arrays that are trained, by name."""
@@ -332,8 +327,7 @@ class Factors(Ranked):
     def _active_middle(self) -> Float[Array, "*stack n r r"]:
         """The square factors with the rows and columns past the rank set to zero."""
         mask = self.mask()[..., None, :]
-        acting = mask[..., None] & mask[..., None, :]
-        return placement.masked(acting, self.middle[...])
+        return placement.masked(mask[..., None] & mask[..., None, :], self.middle[...])
 
     def matrix(
         self, dtype: jax.typing.DTypeLike | None = None
@@ -341,7 +335,8 @@ class Factors(Ranked):
         """Returns the merged matrix at the active rank."""
         self._check_one_rank("merge the factors")
         u, v = self.active_u(dtype), self.active_v(dtype)
-        return placement.kept(u @ placement.factor_beside(v, u), self.sharding())
+        product = u @ placement.factor_beside(v, u)
+        return placement.kept(product, placement.of_product(self.u, self.v))
 
     def _check_one_rank(self, purpose: str) -> None:
         if self.per_example:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float
 
 
@@ -36,9 +36,9 @@ def respec(sharding: Sharding | None, shape: tuple[int, ...]) -> Sharding | None
     Axis by axis from the first one: split over the same mesh axes where the size
     divides, else not. A sharding that is no `NamedSharding` is returned as it is.
 
-    >>> mesh = jax.make_mesh((1,), ("x",))
-    >>> respec(NamedSharding(mesh, PartitionSpec(None, "x")), (3,)).spec
-    P(None,)
+    >>> columns = NamedSharding(jax.make_mesh((1,), ("x",)), PartitionSpec(None, "x"))
+    >>> respec(columns, (3,)).spec == PartitionSpec(None)
+    True
     """
     if not isinstance(sharding, NamedSharding):
         return sharding
@@ -52,14 +52,13 @@ def respec(sharding: Sharding | None, shape: tuple[int, ...]) -> Sharding | None
 def kept(array: Array, sharding: Sharding | None) -> Array:
     """Returns an array put where another one with this sharding is, by `respec`.
 
-    A traced array, or any with a sharding that is no `NamedSharding`, comes back as it
-    is. Every process must call it.
+    A traced array comes back as it is, and so does any for a sharding that is no
+    `NamedSharding` or has no devices (of an abstract mesh). Every process must call it.
     """
     if not isinstance(sharding, NamedSharding) or isinstance(array, jax.core.Tracer):
         return array
     wanted = respec(sharding, array.shape)
-    now = sharding_of(array)
-    if now == wanted:
+    if sharding_of(array) == wanted or not isinstance(sharding.mesh, Mesh):
         return array
     with jax.ensure_compile_time_eval():  # what is known stays known under a trace
         return jax.device_put(array, wanted)
@@ -144,8 +143,13 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def all_finite(array: Array) -> bool:
-    """Returns whether there is no NaN or infinity, without bringing it to the host."""
-    return bool(jnp.isfinite(array).all())
+    """Returns whether there is no NaN or infinity.
+
+    An array on a mesh is not brought to the host; any other is, since NumPy compiles
+    nothing.
+    """
+    xp = jnp if isinstance(sharding_of(array), NamedSharding) else np
+    return bool(xp.isfinite(array).all())
 
 
 def whole(matrix: Float[Array, "*stack i o"]) -> Float[Array, "*stack i o"]:

@@ -192,10 +192,7 @@ class GaugeFactors(Factors):
         self, dtype: jax.typing.DTypeLike | None = None
     ) -> Float[Array, "*stack i o"]:
         matrix = self.expand(self.active_u(dtype), jnp.matmul, dtype)
-        return placement.kept(matrix, self.sharding())
-
-    def sharding(self) -> jax.sharding.Sharding | None:
-        return placement.of_product(self.u, self.rest)
+        return placement.kept(matrix, placement.of_product(self.u, self.rest))
 
     def expand(
         self,

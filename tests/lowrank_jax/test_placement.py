@@ -22,8 +22,6 @@ from lowrank_jax import factorization, placement, selection
 from lowrank_jax.optimizer_state import convert_opt_state, restart_schedules
 from lowrank_jax.selection import curves
 
-RNGS = nnx.Rngs(0)
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -54,11 +52,11 @@ class Own(nnx.Module):
 
 
 def conv(*args: Any, **options: Any) -> Callable[[], nnx.Module]:
-    return lambda: nnx.Conv(*args, rngs=RNGS, **options)
+    return lambda: nnx.Conv(*args, rngs=nnx.Rngs(0), **options)
 
 
 def linear(*args: Any, **options: Any) -> Callable[[], nnx.Module]:
-    return lambda: nnx.LinearGeneral(*args, rngs=RNGS, **options)
+    return lambda: nnx.LinearGeneral(*args, rngs=nnx.Rngs(0), **options)
 
 
 BOTH = ("fsdp", "tensor")
@@ -90,15 +88,15 @@ ROWS = {
         ("data", "fsdp", "tensor"),
     ),
     "einsum": Row(
-        lambda: nnx.Einsum("bti,hdi->bthd", (4, 2, 8), None, rngs=RNGS),
+        lambda: nnx.Einsum("bti,hdi->bthd", (4, 2, 8), None, rngs=nnx.Rngs(0)),
         ("tensor", None, "fsdp"),
         ROW,
         COLUMN,
         ("tensor", None, "fsdp"),
     ),
-    "embed": Row(lambda: nnx.Embed(8, 6, rngs=RNGS), BOTH, ROW, COLUMN, BOTH),
+    "embed": Row(lambda: nnx.Embed(8, 8, rngs=nnx.Rngs(0)), BOTH, ROW, COLUMN, BOTH),
     "conv": Row(
-        conv(4, 6, (3, 3)),
+        conv(4, 8, (3, 3)),
         (None, None, *BOTH),
         (None, None),
         COLUMN,
@@ -115,7 +113,7 @@ ROWS = {
         (None, None, "tensor"),
     ),
     "conv transpose": Row(
-        lambda: nnx.ConvTranspose(4, 6, (3,), rngs=RNGS),
+        lambda: nnx.ConvTranspose(4, 8, (3,), rngs=nnx.Rngs(0)),
         (None, *BOTH),
         (None, None),
         COLUMN,
@@ -194,7 +192,7 @@ def test_surgery_keeps_what_is_split(name: str):
 
 def test_a_size_that_does_not_divide_is_whole():
     """An odd rank on a split rank axis, and back on one that divides."""
-    model = lr.factorize(nnx.Linear(8, 8, rngs=RNGS))
+    model = lr.factorize(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
     model.factors.u.set_value(put(model.factors.u[...], mesh_of(), "fsdp", "tensor"))
     model.factors.v.set_value(put(model.factors.v[...], mesh_of(), "tensor", "fsdp"))
     for rank, axis in {6: "tensor", 5: None}.items():
@@ -252,7 +250,7 @@ def test_converted_and_restarted_states_stay_on_the_mesh():
 def test_changing_ranks_on_a_mesh_does_not_recompile():
     """The new rank lies where the old one did; anywhere else it would be another
     program."""
-    model = spread(lr.factorize(nnx.Linear(8, 4, rngs=RNGS)), mesh_of())
+    model = spread(lr.factorize(nnx.Linear(8, 4, rngs=nnx.Rngs(0))), mesh_of())
     graph = nnx.graphdef(model)
     run = jax.jit(lambda state: nnx.merge(graph, state).factors.matrix())
     for rank in (3, 1):
@@ -296,6 +294,8 @@ def test_helpers_leave_other_shardings_and_traces_alone():
     assert placement.respec(alone, (4,)) is alone
     array = jnp.ones((4, 8))
     assert all(placement.kept(array, x) is array for x in (alone, None))
+    abstract = NamedSharding(mesh.abstract_mesh, P("fsdp"))
+    assert placement.kept(array, abstract) is array
     struct = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=sharding)
     assert placement.sharding_of(struct) == sharding
     assert placement.sharding_of(np.ones(3)) is None
