@@ -29,7 +29,7 @@ from tests.faults.attempts import CONFIG, Kill, Outcome, Server, choose_moment
 from tests.faults.plan import ROWS, Row, deal
 from tests.faults.verdict import complete_steps, damage, problems_of, untidy
 
-REQUEUE, MISTAKE, KILLED, TERMINATED = 75, 1, -9, -15
+REQUEUE, MISTAKE, KILLED, TERMINATED, ABORTED = 75, 1, -9, -15, -6
 MOST_ATTEMPTS = 8
 SECOND_FAULT = 0.35
 """How likely an attempt that goes on is disturbed once more."""
@@ -124,8 +124,10 @@ class Trial:
         outcome = self._attempt(Kill(signal, victims, place, number))
         what = f"{signal} to {victims} at {place} {number:.3g}"
         self._note(what, outcome, struck=bool(outcome.struck))
-        died = KILLED if signal == "SIGKILL" else TERMINATED
-        self._check(outcome, [0, REQUEUE, died] if outcome.struck else [0])
+        allowed = [0, REQUEUE, KILLED if signal == "SIGKILL" else TERMINATED]
+        if self._row.processes > 1 and 0 in victims:
+            allowed.append(ABORTED)  # JAX's own end for who loses the coordinator
+        self._check(outcome, allowed if outcome.struck else [0])
         if outcome.struck and signal == "SIGKILL" and len(victims) < len(outcome.ended):
             first, last = min(outcome.ended), max(outcome.ended)
             self.result.seconds_alone.append(last - first)
