@@ -98,7 +98,7 @@ class Server:
         *,
         processes: int = 1,
         kill: Kill | None = None,
-        timeout: float = 180.0,
+        timeout: float = 300.0,
     ) -> Outcome:
         """Starts the run, or goes on with it.
 
@@ -113,7 +113,7 @@ class Server:
         each = [words]
         if processes > 1:
             words += [f"--coordinator=127.0.0.1:{_free_port()}"]
-            words += [f"--num_processes={processes}"]
+            words += [f"--num_processes={processes}", "--coordinator_timeout=45"]
             each = [[*words, f"--process_id={n}"] for n in range(processes)]
         by_time = kill is not None and kill.place == "any time"
         about = {

@@ -29,8 +29,9 @@ from tests.faults.attempts import CONFIG, Kill, Outcome, Server, choose_moment
 from tests.faults.plan import ROWS, Row, deal
 from tests.faults.verdict import complete_steps, damage, problems_of, untidy
 
-REQUEUE, MISTAKE, KILLED, TERMINATED = 75, 1, -9, -15
+REQUEUE, MISTAKE, KILLED, TERMINATED, ABORTED = 75, 1, -9, -15, -6
 MOST_ATTEMPTS = 8
+FURTHER_PLACES = sorted({row.place for row in ROWS if row.kind == "SIGKILL"})
 SECOND_FAULT = 0.35
 """How likely an attempt that goes on is disturbed once more."""
 MOST_SECONDS_ALONE = 60.0
@@ -77,7 +78,7 @@ class Trial:
         self._undisturbed, self._rng = undisturbed, rng
         self.workdir = folder / "run"
         self.result = report.Result(row, [], [], 0.0, [], [])
-        self._attempts = 0
+        self._attempts, self._done = 0, False
 
     def run(self) -> report.Result:
         """Disturbs the run, starts it again until it is done, and judges it."""
@@ -108,6 +109,7 @@ class Trial:
         outcome = self._server.attempt(
             self.workdir, log, processes=self._row.processes, kill=kill
         )
+        self._done = outcome.done
         if outcome.timed_out:
             self.result.problems.append(f"attempt {self._attempts}: no end")
         return outcome
@@ -124,8 +126,10 @@ class Trial:
         outcome = self._attempt(Kill(signal, victims, place, number))
         what = f"{signal} to {victims} at {place} {number:.3g}"
         self._note(what, outcome, struck=bool(outcome.struck))
-        died = KILLED if signal == "SIGKILL" else TERMINATED
-        self._check(outcome, [0, REQUEUE, died] if outcome.struck else [0])
+        allowed = [0, REQUEUE, KILLED if signal == "SIGKILL" else TERMINATED]
+        if self._row.processes > 1 and 0 in victims:
+            allowed.append(ABORTED)  # JAX's own end for who loses the coordinator
+        self._check(outcome, allowed if outcome.struck else [0])
         if outcome.struck and signal == "SIGKILL" and len(victims) < len(outcome.ended):
             first, last = min(outcome.ended), max(outcome.ended)
             self.result.seconds_alone.append(last - first)
@@ -182,18 +186,17 @@ class Trial:
 
     def _go_on(self) -> None:
         """Starts the run again until it is done, with further faults or without."""
-        while self._attempts < MOST_ATTEMPTS:
-            if self._attempts < 4 and self._rng.random() < SECOND_FAULT:
-                place = self._rng.choice([row.place for row in ROWS[:17]])
-                outcome = self._disturb("SIGKILL", place)
-            else:
-                outcome = self._attempt()
-                self._check(outcome, [0])
-            if outcome.done:
-                problems = problems_of(self.workdir, self._undisturbed.workdir)
-                self.result.problems.extend(problems)
+        while not self._done:
+            if self._attempts == MOST_ATTEMPTS:
+                self.result.problems.append(f"not done after {MOST_ATTEMPTS} attempts")
                 return
-        self.result.problems.append(f"not done after {MOST_ATTEMPTS} attempts")
+            if self._attempts < 4 and self._rng.random() < SECOND_FAULT:
+                self._disturb("SIGKILL", self._rng.choice(FURTHER_PLACES))
+            else:
+                self._check(self._attempt(), [0])
+        self.result.problems.extend(
+            problems_of(self.workdir, self._undisturbed.workdir)
+        )
 
     def _note(self, fault: str, outcome: Outcome, *, struck: bool = True) -> None:
         if struck:

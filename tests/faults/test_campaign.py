@@ -20,8 +20,6 @@ from tests.faults.verdict import damage, problems_of
 SMALL = (
     Row("SIGKILL", "files", 1),
     Row("SIGTERM", "phase end", 1),
-    Row("SIGKILL", "shrink", 1),
-    Row("SIGTERM", "evaluation", 1),
     Row("full disk", "any time", 1),
 )
 

@@ -11,7 +11,7 @@ from lowrank_jax import checkpoint
 
 RATES = ("train/examples_per_s",)
 """Figures of a run that depend on the clock."""
-LEFT_BEHIND = (".lock", "*.partial", "checkpoints/*tmp*", ".ballast")
+LEFT_BEHIND = (".lock", ".*.partial", "checkpoints/*tmp*", "checkpoints/.*")
 """What a run that has ended must not leave in its folder."""
 
 

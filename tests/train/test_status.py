@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import commands
+import numpy as np
 import pytest
 
 from lowrank_jax.errors import UserError
@@ -29,7 +30,7 @@ def test_a_state_is_written_at_once_and_the_rest_each_second(tmp_path, monkeypat
         file.write(state="training", step=2)
         assert written(tmp_path)["step"] == 1
         now[0] += 1.0
-        file.write(state="training", step=3, ranks={"head": 8})
+        file.write(state="training", step=3, ranks={"head": np.int64(8)})
         assert written(tmp_path)["step"] == 3
         file.write(state="saving")
     last = status.read(tmp_path)

@@ -1,5 +1,6 @@
 """Workdirs that are there already: gone on with, or refused and left unchanged."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from support import contents, put
 
 from lowrank_jax import checkpoint
 from lowrank_jax.errors import UserError
-from train import loop
+from train import folders, loop
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +94,61 @@ def test_a_half_written_checkpoint_beside_a_complete_one(finished, tmp_path):
     assert result["step"] == 4
     with pytest.raises(FileNotFoundError, match="half-written"):
         checkpoint.open_checkpoint(workdir / "checkpoints/5")
+
+
+def test_a_run_that_goes_on_elsewhere(finished):
+    """Its owner is named, and nothing is touched."""
+    before = contents(finished)
+    with folders.lock(finished):
+        with pytest.raises(UserError) as caught:
+            loop.train_and_evaluate(make_config(), finished)
+        assert contents(finished).keys() - before.keys() == {folders.LOCK}
+    assert str(caught.value).startswith(
+        f"--workdir: must be of one run at a time, got {finished}, which process"
+        f" {os.getpid()} on "
+    )
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", ".config.json.partial", ".lock"])
+def test_a_start_that_was_cut_off(tmp_path, name):
+    """A kill before the first checkpoint leaves nothing that is in the way."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / name).write_text('{"seed"')
+    assert loop.train_and_evaluate(make_config(), workdir)["step"] == 4
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "status.json",
+        "checkpoints",
+        "tensorboard",
+    } | {name} - {folders.LOCK, ".config.json.partial"}
+
+
+def test_a_damaged_config_of_a_run_that_has_checkpoints(finished, tmp_path):
+    """It is not overwritten: nobody knows what the checkpoints are of."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "config.json").write_text('{"seed"')
+    before = contents(workdir)
+    with pytest.raises(UserError, match="--workdir: .*config.json: must be JSON, got"):
+        loop.train_and_evaluate(make_config(), workdir)
+    assert contents(workdir) == before
+
+
+def test_a_checkpoint_that_was_being_replaced(finished, tmp_path):
+    """Killed between the former one and the new one: the former counts again; after
+    the new one, that counts."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    folders.make_way(workdir / "checkpoints/4")
+    assert [path.name for path in (workdir / "checkpoints").iterdir()].count("4") == 0
+    assert loop.train_and_evaluate(make_config(), workdir)["step"] == 4
+    arrays = contents(workdir / "checkpoints/4")
+    assert arrays == contents(finished / "checkpoints/4")
+    (workdir / "checkpoints/.4.aside").mkdir()
+    folders.put_back(workdir / "checkpoints")
+    assert contents(workdir / "checkpoints/4") == arrays
+    assert not (workdir / "checkpoints/.4.aside").exists()

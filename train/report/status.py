@@ -82,7 +82,8 @@ class StatusFile:
             return
         self._written = now
         written = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        text = json.dumps({**self._values, "time": written}, indent=1)
+        values = {**self._values, "time": written}
+        text = json.dumps(values, indent=1, default=_plain)
         with contextlib.suppress(OSError):
             folders.write_atomically(self._path, text, durable=False)
 
@@ -98,6 +99,11 @@ class StatusFile:
         state = "stopped" if isinstance(error, Interrupted) else "failed"
         text = str(error) or type(error).__name__
         self.write(state=state, message=text.splitlines()[0], **left)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not hold, such as a figure that is an array, as what it does."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def read(workdir: str | os.PathLike) -> dict[str, Any] | None:
