@@ -80,6 +80,17 @@ def is_signal(status: int) -> bool:
     return status > 128
 
 
+def combine(statuses: Sequence[int]) -> int:
+    """Returns the status of a run from those of its processes, in order of their ends.
+
+    >>> combine([0, 0]), combine([137, 75]), combine([75, 1]), combine([134, 1, 0])
+    (0, 75, 1, 134)
+    """
+    if REQUEUE in statuses and 1 not in statuses:
+        return REQUEUE
+    return next((status for status in statuses if status not in (0, REQUEUE)), 0)
+
+
 def send(processes: Iterable[Process], number: int) -> None:
     """Sends a signal to those that still run."""
     for process in processes:

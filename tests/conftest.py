@@ -34,6 +34,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_device", jax.devices()[0])
 
 LONG = {
+    "tests/launch/test_files.py",
+    "tests/launch/test_sweep.py",
     "tests/lowrank_jax/test_layers_contract.py",
     "tests/lowrank_jax/test_layers_transforms.py",
     "tests/lowrank_jax/test_layers_twins.py",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import local
+from launch import processes
 
 ROOT = Path(__file__).parents[2]
 STUB = Path(__file__).with_name("stub.py")
@@ -92,7 +92,7 @@ def test_a_log_file_is_appended_to(tmp_path):
 )
 def test_the_status_of_a_run(statuses, combined):
     """As the contract of launchers says."""
-    assert local.combine(statuses) == combined
+    assert processes.combine(statuses) == combined
 
 
 def test_the_status_is_passed_on():
