@@ -31,7 +31,7 @@ def test_a_run_under_slurm(tmp_path):
     assert "same parameters" in done.stdout
     for run in ("stopped", "limited"):
         log = (tmp_path / "try" / f"{run}.log").read_text()
-        assert "status 75" in log and "resuming at step" in log
+        assert "status 75" in log and "stopped at step" in log
     sweep = tmp_path / "try/sweep"
     states = json.loads((sweep / "results.json").read_text())["jobs"]
     assert states == {"seed=0": "done", "seed=1": "done", "seed=2": "failed"}
