@@ -80,17 +80,6 @@ class Log:
             self._file.flush()
 
 
-def combine(statuses: Sequence[int]) -> int:
-    """Returns the status of a run from those of its processes, in order of their ends.
-
-    >>> combine([0, 0]), combine([137, 75]), combine([75, 1]), combine([134, 1, 0])
-    (0, 75, 1, 134)
-    """
-    if REQUEUE in statuses and 1 not in statuses:
-        return REQUEUE
-    return next((status for status in statuses if status not in (0, REQUEUE)), 0)
-
-
 def run_once(
     command: Sequence[str],
     num_processes: int,
@@ -132,7 +121,7 @@ def run_once(
             processes.end(started, grace_s)
         for index, process in enumerate(started):
             ended.setdefault(index, processes.status(process))
-    return combine(list(ended.values()))
+    return processes.combine(list(ended.values()))
 
 
 @contextlib.contextmanager

@@ -98,7 +98,9 @@ def _end_all(running: dict[int, _Running]) -> None:
 
 
 def _cores(slot: int, slots: int) -> list[int]:
-    """The cores of a slot: a share of those that this process may use."""
+    """The cores of a slot: a share of those of this process; none if unknown."""
+    if not hasattr(os, "sched_getaffinity"):  # outside Linux
+        return []
     cores = sorted(os.sched_getaffinity(0))
     share = len(cores) // slots
     return cores[slot * share : (slot + 1) * share] or cores
@@ -124,11 +126,11 @@ def _start_one(
                 continue
             log = resources.enter_context((folder / "log.txt").open("ab"))
             output = resources.enter_context((folder / OUTPUT).open("wb"))
-            threads = str(len(cores))
+            # what asks for threads by number gets the share as well
+            threads = {"OMP_NUM_THREADS": str(len(cores))} if cores else {}
             process = processes.start(
                 [*sweep.command(name), *arguments],
-                # what asks for threads by number gets the share as well
-                {"OMP_NUM_THREADS": threads, **os.environ},
+                {**threads, **os.environ},
                 stdout=output,
                 stderr=log,
                 cpus=cores,

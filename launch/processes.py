@@ -1,7 +1,8 @@
 """Child processes that never outlive their parent, and what their ends mean."""
 
-import ctypes
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,22 @@ REQUEUE = 75
 """The status of a run that saved what it had: start it again (`train.stopping`)."""
 
 _SECONDS_BETWEEN_LOOKS = 0.05
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_STARTER = """
+import ctypes, os, sys
+
+parent, cpus, *command = sys.argv[1:]
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: kept by what follows
+if os.getppid() != int(parent):  # it ended before the line above
+    sys.exit(1)
+if cpus:
+    os.sched_setaffinity(0, map(int, cpus.split(",")))
+os.execvp(command[0], command)
+"""
+"""What a child runs before it becomes the command.
+
+Python's `preexec_fn` would run it between fork and exec, where the threads of a parent
+that has imported JAX may hold locks for ever.
+"""
 
 Process = subprocess.Popen
 
@@ -26,7 +41,6 @@ def start(
     stdout: int | IO | None = None,
     stderr: int | IO | None = None,
     cpus: Collection[int] = (),
-    keep_open: Sequence[int] = (),
 ) -> Process:
     """Starts a command that the kernel kills when this process ends, however it ends.
 
@@ -41,21 +55,16 @@ def start(
       stdout: As for `subprocess.Popen`.
       stderr: As for `subprocess.Popen`.
       cpus: The cores it may use, as numbers; all of the parent's if empty.
-      keep_open: File descriptors that it inherits.
 
     Raises:
-      OSError: The program is not there, or cannot be run.
+      FileNotFoundError: The program is not there.
     """
-    parent = os.getpid()
-
-    def prepare() -> None:
-        if _LIBC is not None:
-            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:  # it ended before the line above
-                os._exit(1)
-        if cpus:
-            os.sched_setaffinity(0, cpus)
-
+    if shutil.which(command[0], path=env.get("PATH")) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
+    if sys.platform == "linux":
+        numbers = ",".join(map(str, cpus))
+        starter = [sys.executable, "-I", "-S", "-c", _STARTER]
+        command = [*starter, str(os.getpid()), numbers, *command]
     return subprocess.Popen(
         command,
         env=dict(env),
@@ -63,8 +72,6 @@ def start(
         stdout=stdout,
         stderr=stderr,
         process_group=0,
-        pass_fds=tuple(keep_open),
-        preexec_fn=prepare,
     )
 
 
@@ -78,6 +85,17 @@ def status(process: Process) -> int | None:
 def is_signal(status: int) -> bool:
     """Returns whether a status says that a signal ended the process."""
     return status > 128
+
+
+def combine(statuses: Sequence[int]) -> int:
+    """Returns the status of a run from those of its processes, in order of their ends.
+
+    >>> combine([0, 0]), combine([137, 75]), combine([75, 1]), combine([134, 1, 0])
+    (0, 75, 1, 134)
+    """
+    if REQUEUE in statuses and 1 not in statuses:
+        return REQUEUE
+    return next((status for status in statuses if status not in (0, REQUEUE)), 0)
 
 
 def send(processes: Iterable[Process], number: int) -> None:

@@ -52,7 +52,7 @@ _RETRY = flags.DEFINE_bool("retry_failed", False, "Start failed jobs again, too.
 _PROGRAM = flags.DEFINE_string(
     "program",
     "train.main",
-    "Module that each job runs, with --config and --workdir; its last line is JSON.",
+    "Module that each job runs, with the flags and the last line of train.main.",
 )
 _SLURM = flags.DEFINE_bool(
     "slurm", False, "Submit the jobs as one array to Slurm, by launch/slurm.sbatch."

@@ -101,6 +101,11 @@ set_up() {
   return $status
 }
 
+# Whether the command still runs, of an earlier call of this script.
+runs() {
+  on_all_hosts "pkill -0 --parent \$(cat lowrank/pid)" > /dev/null 2>&1
+}
+
 # Starts the command on all hosts; each writes its status to a file when it ends.
 start() {
   local command
@@ -141,7 +146,9 @@ follow() {
 for ((attempt = 0; attempt <= ${RESTARTS:-100}; attempt++)); do
   acquire
   ((!stopping)) || exit 75
-  if ! { set_up && start "$@"; }; then
+  if runs; then
+    say 'it runs already'
+  elif ! { set_up && start "$@"; }; then
     say 'the hosts could not be set up; trying again'
     pause
     continue

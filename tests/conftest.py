@@ -34,10 +34,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_device", jax.devices()[0])
 
 LONG = {
+    "tests/faults/test_campaign.py",
     "tests/fuzz/test_malformed_commands.py",
     "tests/fuzz/test_malformed_configs.py",
     "tests/fuzz/test_malformed_metadata.py",
     "tests/fuzz/test_malformed_ranks.py",
+    "tests/launch/test_files.py",
+    "tests/launch/test_sweep.py",
     "tests/lowrank_jax/test_layers_contract.py",
     "tests/lowrank_jax/test_layers_transforms.py",
     "tests/lowrank_jax/test_layers_twins.py",
@@ -56,6 +59,8 @@ LONG = {
     "tests/train/test_own_task.py",
     "tests/train/test_parts.py",
     "tests/train/test_phases.py",
+    "tests/train/test_processes.py",
+    "tests/train/test_sharded_runs.py",
     "tests/train/test_step.py",
     "tests/train/test_truncation.py",
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TREES = ("lowrank_jax", "train", "configs", "benchmarks")
+TREES = ("lowrank_jax", "train", "configs", "benchmarks", "launch")
 
 LAYERS = (
     {"errors", "placement", "version"},
@@ -37,6 +37,7 @@ FORBIDDEN = {
     "absl",
     "benchmarks",
     "configs",
+    "launch",
     "ml_collections",
     "tensorflow",
     "tensorflow_datasets",
@@ -130,7 +131,7 @@ def test_the_application_knows_no_config_and_no_orbax():
         f"{path.relative_to(ROOT)}:{line}: {module}"
         for path in files("train")
         for module, line in imports(path)
-        if module.split(".")[0] in ("configs", "benchmarks", "tests", "orbax")
+        if module.split(".")[0] in ("configs", "benchmarks", "launch", "tests", "orbax")
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -186,6 +186,20 @@ def test_tpu_pod_passes_a_stop_on(pod):
     assert (pod.cloud / "saved").read_text() == "saved\nsaved\n"
 
 
+def test_tpu_pod_follows_a_run_that_is_there(pod):
+    """The script may be killed and started again: the run is started once."""
+    script = f"echo up >> {pod.cloud}/up; sleep 2"
+    with pod.start(script) as killed:
+        until = time.monotonic() + 30
+        while not (pod.cloud / "up").exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        killed.kill()
+    _, said = (again := pod.start(script)).communicate(timeout=60)
+    assert again.returncode == 0 and "it runs already" in said, said
+    assert (pod.cloud / "up").read_text() == "up\nup\n"  # two hosts
+
+
 def test_the_readme_names_every_launcher():
     """And no file, flag or variable that is not there."""
     readme = (ROOT / "launch/README.md").read_text()

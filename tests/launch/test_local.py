@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import local
+from launch import processes
 
 ROOT = Path(__file__).parents[2]
 STUB = Path(__file__).with_name("stub.py")
@@ -92,7 +92,7 @@ def test_a_log_file_is_appended_to(tmp_path):
 )
 def test_the_status_of_a_run(statuses, combined):
     """As the contract of launchers says."""
-    assert local.combine(statuses) == combined
+    assert processes.combine(statuses) == combined
 
 
 def test_the_status_is_passed_on():
@@ -179,3 +179,30 @@ def test_mistakes(words, message):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_killed_process_of_a_real_run(tmp_path):
+    """The others end with 75 within their time; started again, the run is finished."""
+    workdir = tmp_path / "run"
+    words = [sys.executable, "-m", "launch.local", "--num_processes=2", "--restarts=1"]
+    words += ["--", sys.executable, "-m", "train.main", f"--workdir={workdir}"]
+    words += ["--config=configs/digits_mlp.py:smoke"]
+    words += ["--config.checkpoint_every_steps=20"]
+    started = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: bool(list(workdir.glob("checkpoints/*[0-9]"))), 300)
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = file.read_bytes().split(b"\0")
+        except FileNotFoundError:
+            continue
+        if b"--process_id=1" in line and f"--workdir={workdir}".encode() in line:
+            os.kill(int(file.parent.name), signal.SIGKILL)
+    out, err = started.communicate(timeout=300)
+    assert started.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["step"] == 80
+    assert "process 1 ended with status 137" in err
+    assert "status 75: restart 1 of 1" in err and "resuming at step" in err

@@ -188,6 +188,24 @@ def test_a_job_that_another_sweep_runs(tmp_path, plan):
     assert attempts(sweep) == {"seed=0": 0, "seed=1": 1}
 
 
+def test_a_stopped_sweep(tmp_path, plan):
+    """SIGTERM goes on to what runs, and nothing more is started."""
+    sweep = make_sweep(tmp_path / "sweep", "config.seed=0,1,2")
+    plan(**{"*": ["wait"]})
+
+    def stop() -> None:
+        for seed in (0, 1):
+            wait_for(tmp_path, f"sweep/jobs/seed={seed}/workdir/attempts")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert sorted(run(sweep, restarts=3)) == ["seed=0", "seed=1", "seed=2"]
+    thread.join()
+    assert attempts(sweep) == {"seed=0": 1, "seed=1": 1, "seed=2": 0}
+    assert {sweep.state(name) for name in sweep.jobs} == {"waiting"}
+
+
 def test_another_sweep_in_the_folder(tmp_path):
     """Refused by what differs; nothing is written."""
     make_sweep(tmp_path / "sweep", "config.seed=0,1")

@@ -25,9 +25,9 @@ free_port() {
   python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
 }
 
-if ! command -v slurmctld munged > /dev/null; then
+if ! command -v slurmctld > /dev/null || ! command -v munged > /dev/null; then
   DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-    slurm-wlm munge > "$cluster/apt.log" 2>&1 || return 1
+    slurm-wlm munge > "$cluster/apt.log" 2>&1 || return 77
 fi
 
 mkdir -p "$cluster/state" "$cluster/spool" /run/munge
