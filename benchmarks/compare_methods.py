@@ -24,7 +24,7 @@ from lowrank_jax import active, paths
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.selection import curves, solvers
-from train import binary, checkpoints, evaluation, loop
+from train import binary, evaluation, loop, opening
 from train.report import logs
 from train.state import split_model
 
@@ -91,7 +91,7 @@ def seconds_per_step(method: str) -> float:
 
 def frontier(workdir: Path) -> dict[str, dict[str, Any]]:
     """Returns test figures of a trained model, whole and at each budget."""
-    opened = checkpoints.open_model(workdir)
+    opened = opening.open_model(workdir)
     run, model = opened
     cost, full = run.cost(model), active.get_ranks(model)
 

@@ -148,8 +148,10 @@ def all_finite(array: Array) -> bool:
     An array on a mesh is not brought to the host; any other is, since NumPy compiles
     nothing.
     """
-    xp = jnp if isinstance(sharding_of(array), NamedSharding) else np
-    return bool(xp.isfinite(array).all())
+    if not isinstance(sharding_of(array), NamedSharding):
+        return bool(np.isfinite(array).all())
+    with jax.ensure_compile_time_eval():  # what is known stays known under a trace
+        return bool(jnp.isfinite(array).all())
 
 
 def whole(matrix: Float[Array, "*stack i o"]) -> Float[Array, "*stack i o"]:

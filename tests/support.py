@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from configs import common
 from lowrank_jax import checkpoint
-from train import checkpoints, loop, phases
+from train import checkpoints, loop, opening, phases
 from train.config import to_json
 from train.report import logs
 from train.run import open_run
@@ -181,14 +181,14 @@ def begin(spec: Mapping[str, Any], *, steps: int = 10, **fields: Any) -> phases.
 
 def evaluate(path: Path, split: str = "test", **options: Any) -> dict[str, Any]:
     """Figures of a checkpoint at its ranks."""
-    return checkpoints.open_model(path, **options).figures(split)
+    return opening.open_model(path, **options).figures(split)
 
 
 def sweep(
     path: Path, fractions: Sequence[float], split: str = "test", **options: Any
 ) -> list[dict[str, Any]]:
     """Figures of a checkpoint at fractions of its ranks."""
-    return checkpoints.open_model(path).sweep(fractions, split, **options)
+    return opening.open_model(path).sweep(fractions, split, **options)
 
 
 def truncate(

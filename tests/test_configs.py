@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lowrank_jax import checkpoint
-from train import checkpoints, checks, loop, phases
+from train import checkpoints, checks, loop, opening, phases
 from train import model as models
 from train.config import to_json
 from train.data import pipeline
@@ -183,7 +183,7 @@ def test_it_trains_end_to_end(tmp_path, name, arg):
         tmp_path / "run", output, selector, allow_imports=packages
     )
     assert cut["ranks"] and cut["params"] < result["frontier"][0]["params"]
-    figures = checkpoints.open_model(output, allow_imports=packages).figures()
+    figures = opening.open_model(output, allow_imports=packages).figures()
     assert figures["ranks"] == cut["ranks"] and np.isfinite(figures["loss"])
 
 

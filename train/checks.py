@@ -16,7 +16,6 @@ from train import context, distributed, evaluation, phases
 from train.run import Run
 from train.state import fill_state, split_model
 from train.step import make_train_step
-from train.tasks.base import Task
 
 
 def check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> None:
@@ -153,7 +152,7 @@ def _trace(run: Run, running: phases.Running, model: nnx.Module) -> None:
     batch["weight"] = jax.ShapeDtypeStruct((size,), jnp.float32)
     evaluate = evaluation.make_sums(structure, run.task)
     arrays = evaluation.settable(structure, ranks)
-    _check_sums(run.task, jax.eval_shape(evaluate, params, model_state, arrays, batch))
+    _check_sums(run, jax.eval_shape(evaluate, params, model_state, arrays, batch))
     for epoch in range(len(running.phase.trainable)):
         step = make_train_step(
             structure,
@@ -186,7 +185,7 @@ def _check_examples(sampler: RankSampler, state: Any, batch_size: int) -> None:
         )
 
 
-def _check_sums(task: Task, sums: Mapping[str, Any]) -> None:
+def _check_sums(run: Run, sums: Mapping[str, Any]) -> None:
     """A task's evaluation must give scalars, a weight, and its headline figure."""
     problems = [
         f"config.task: sums must be scalars, got {name} of shape {value.shape}."
@@ -200,8 +199,8 @@ def _check_sums(task: Task, sums: Mapping[str, Any]) -> None:
             " Add the number of examples."
         )
     if not problems:
-        figures = task.figures(dict.fromkeys(sums, 1.0))
-        missing = {"loss", task.headline} - set(figures)
+        figures = run.task.figures(dict.fromkeys(sums, 1.0))
+        missing = {"loss", run.task.headline} - set(figures)
         if missing:
             problems.append(
                 f"config.task: figures must have {sorted(missing)}, got"

@@ -14,7 +14,7 @@ from absl import flags
 
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
-from train import binary, checkpoints, folders
+from train import binary, folders, opening
 from train.report import logs, plots
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -76,7 +76,7 @@ def _main() -> None:
     if fractions:
         with errors.at("--plot"):
             folders.check_new_file(picture)
-    opened = checkpoints.open_model(
+    opened = opening.open_model(
         _CHECKPOINT.value, data_dir=_DATA_DIR.value, allow_imports=_ALLOW.value
     )
     if not fractions:

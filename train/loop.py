@@ -51,7 +51,8 @@ def train_and_evaluate(
     frontier: list[dict[str, Any]] = []
 
     with contextlib.ExitStack() as resources:
-        run, session, saved = start_run(config, workdir, resources)
+        session, saved = start_run(config, workdir, resources)
+        run = session.run
         config, stop = run.config, resources.enter_context(run.stop)
         status = resources.enter_context(
             StatusFile(workdir, enabled=distributed.is_first())

@@ -13,8 +13,7 @@ from train import recorded, registry, schema
 from train.models import MODELS
 from train.sharding import Placement
 from train.state import seed_rngs
-from train.tasks import TASKS
-from train.tasks.base import Task
+from train.tasks import TASKS, Task
 
 
 def build_task(

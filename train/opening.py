@@ -1,15 +1,102 @@
-"""The model of the latest checkpoint that is whole, on the devices there are."""
+"""A checkpoint opened to judge it: its model, at its ranks or any lower ones."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from flax import nnx
 
-from lowrank_jax import checkpoint
+from lowrank_jax import active, calibration, checkpoint, errors
 from lowrank_jax.errors import DamagedCheckpoint
+from train import evaluation
 from train.model import about, load_model
 from train.report import logs
+from train.run import Run, open_checkpoint_run
 from train.sharding import any_devices
+from train.state import split_model
+
+
+class Opened(NamedTuple):
+    """A checkpoint's model with what its run was about.
+
+    Args:
+      run: Its config, task and data.
+      model: The model, with its arrays.
+    """
+
+    run: Run
+    model: nnx.Module
+
+    def figures(self, split: str = "test") -> evaluation.Figures:
+        """Returns the figures at the checkpoint's ranks.
+
+        Args:
+          split: "train", "validation" or "test".
+        """
+        _, params, model_state = split_model(self.model)
+        ranks = active.get_ranks(self.model)
+        return self.evaluator(split, 0).at(params, model_state, ranks)
+
+    def sweep(
+        self,
+        fractions: Sequence[float],
+        split: str = "test",
+        *,
+        recalibration_batches: int = 0,
+    ) -> list[evaluation.Figures]:
+        """Returns the figures at each of some fractions of the ranks.
+
+        Args:
+          fractions: Fractions of the ranks in (0, 1].
+          split: "train", "validation" or "test".
+          recalibration_batches: Training batches to re-estimate BatchNorm on at each
+            fraction; 0 for the statistics of the checkpoint.
+        """
+        _, params, model_state = split_model(self.model)
+        evaluator = self.evaluator(split, recalibration_batches)
+        ranks = active.get_ranks(self.model)
+        return evaluation.sweep(evaluator, params, model_state, ranks, fractions)
+
+    def evaluator(self, split: str, batches: int = 0) -> evaluation.Evaluator:
+        """Makes what judges the model at any ranks.
+
+        Args:
+          split: "train", "validation" or "test".
+          batches: Training batches to re-estimate BatchNorm on, 0 for none.
+        """
+        run, (structure, _, _) = self.run, split_model(self.model)
+        calibrate = None
+        if batches and calibration.has_batch_norm(self.model):
+            calibrate = evaluation.make_calibrator(
+                structure, run.task, lambda: run.training_batches(batches)
+            )
+        return evaluation.Evaluator(
+            evaluation.make_evaluator(structure, run.task),
+            calibrate,
+            run.cost(self.model),
+            lambda: run.eval_batches(split),
+            structure.limits,
+        )
+
+
+def open_model(
+    path: str | Path,
+    *,
+    data_dir: str | None = None,
+    allow_imports: Sequence[str] = (),
+) -> Opened:
+    """Opens a checkpoint to evaluate it.
+
+    Args:
+      path: A checkpoint, a folder of steps, or a run's workdir.
+      data_dir: Where the data set is, if not where the config says.
+      allow_imports: Packages that names in the checkpoint may be imported from.
+    """
+    allowed = list(allow_imports)
+    with errors.at("--checkpoint"):
+        saved, model = load_latest(path, allow_imports=allowed)
+    run = open_checkpoint_run(saved, data_dir=data_dir, allow_imports=allowed)
+    return Opened(run, model)
 
 
 def load_latest(

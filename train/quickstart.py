@@ -15,10 +15,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from lowrank_jax import errors
-from train import binary, checkpoints, folders
+from train import binary, checkpoints, folders, opening
 from train.loop import train_and_evaluate
 from train.report import logs, plots
-from train.tasks.base import Task
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to run.")
 _WORKDIR = flags.DEFINE_string(
@@ -62,12 +61,13 @@ def clear(workdir: Path) -> None:
 
 
 def _report(
-    task: Task,
+    opened: opening.Opened,
     rows: Sequence[dict[str, Any]],
     curve: Sequence[dict[str, Any]],
     picture: Path,
 ) -> None:
     """Prints the table and draws the picture."""
+    task = opened.run.task
     headline = task.headline
     plots.plot_frontier(
         {"any rank fraction": curve, "cut checkpoints": rows},
@@ -88,15 +88,15 @@ def _main() -> None:
         clear(workdir)
     run = workdir / "run"
     train_and_evaluate(_CONFIG.value, run)
-    whole = checkpoints.open_model(run)
+    whole = opening.open_model(run)
     rows = [{"size": "full", **whole.figures()}]
     for budget in BUDGETS:
         output = workdir / _cut_name(budget)
         selector = {"name": "params_fraction", "args": {"value": budget}}
         checkpoints.truncate_checkpoint(run, output, selector)
-        figures = checkpoints.open_model(output).figures()
+        figures = opening.open_model(output).figures()
         rows.append({"size": f"{budget:g}", **figures})
-    _report(whole.run.task, rows, whole.sweep(FRACTIONS), workdir / _PICTURE)
+    _report(whole, rows, whole.sweep(FRACTIONS), workdir / _PICTURE)
     logs.emit({"rows": rows})
 
 

@@ -30,7 +30,7 @@ step that was last "evaluated", and whether "changes_due" are still to be made."
 class Session:
     """Trains one phase after the other.
 
-    `compiles` is true before a step that is compiled first.
+    `run` is what it is about; `compiles` is true before a step that is compiled first.
 
     Args:
       run: What it is about.
@@ -46,7 +46,7 @@ class Session:
         model: nnx.Module,
         saved: checkpoint.Saved | None,
     ):
-        self._run, self._phases = run, phases
+        self.run, self._phases = run, phases
         self.steps_per_epoch = run.steps_per_epoch
         if saved is None:
             self.memory: Memory = {
@@ -84,7 +84,7 @@ class Session:
             "phase": self.running.phase.name,
             "ranks": active.get_ranks(self.model()),
             "processes": jax.process_count(),
-            "devices": self._run.placement.mesh.size,
+            "devices": self.run.placement.mesh.size,
         }
 
     def param_names(self) -> list[str]:
@@ -139,7 +139,7 @@ class Session:
 
     def evaluates(self, step: int) -> bool:
         """Returns whether an evaluation is due at a step."""
-        every = self._run.config["eval_every_epochs"] * self.steps_per_epoch
+        every = self.run.config["eval_every_epochs"] * self.steps_per_epoch
         return every > 0 and step > 0 and not step % every
 
     def frontier(self) -> list[dict[str, Any]]:
@@ -147,10 +147,10 @@ class Session:
 
         Empty without a split.
         """
-        if not self._run.holds_out:
+        if not self.run.holds_out:
             return []
         ranks = active.get_ranks(self.model())
-        fractions = self._run.config["eval_fractions"]
+        fractions = self.run.config["eval_fractions"]
         return self._compiled.frontier(self.state, ranks, fractions)
 
     @property
@@ -170,7 +170,7 @@ class Session:
         self, model: nnx.Module, structure: Structure, state: TrainState
     ) -> None:
         """Goes on with a state of a model of other shapes, laid out on the mesh."""
-        run, running = self._run, self.running
+        run, running = self.run, self.running
         self._layout = run.placement.layout(model)
         self.structure, self.state = structure, self._layout.put(state)
         self._compiled = compile_phase(run, running, structure, model)
@@ -259,4 +259,4 @@ class Session:
 
     def _context(self, target_ranks: dict[str, Any] | None) -> Any:
         initial = self.memory["initial_stable_ranks"]
-        return context.in_run(self._run, initial, target_ranks)
+        return context.in_run(self.run, initial, target_ranks)

@@ -2,7 +2,7 @@
 
 import contextlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lowrank_jax import checkpoint
 from train import checks, workdirs
@@ -10,31 +10,21 @@ from train.initial import initial_model
 from train.preparing import prepare
 from train.report.description import describe
 from train.resuming import resume
-from train.run import Run
 from train.session import Session
 
 
-class Start(NamedTuple):
-    """What the loop begins with.
-
-    Args:
-      run: What the run is about.
-      session: Its phase, with its state.
-      saved: The checkpoint that it goes on from, if there is one.
-    """
-
-    run: Run
-    session: Session
-    saved: checkpoint.Saved | None
-
-
-def start_run(config: Any, workdir: Path, resources: contextlib.ExitStack) -> Start:
+def start_run(
+    config: Any, workdir: Path, resources: contextlib.ExitStack
+) -> tuple[Session, checkpoint.Saved | None]:
     """Opens a run; the workdir is made, and says what config it is of.
 
     Args:
       config: A `ConfigDict` or mapping as in `configs/`.
       workdir: Folder of the run; a new one, or one that holds a run of the same config.
       resources: Hold the workdir until they are closed.
+
+    Returns:
+      The session, and the checkpoint that it goes on from, if there is one.
 
     Raises:
       UserError: Something does not hold together; nothing was written.
@@ -49,4 +39,4 @@ def start_run(config: Any, workdir: Path, resources: contextlib.ExitStack) -> St
         describe(run, plan, model)
         session = Session(run, plan, model, None)
     workdirs.write_config(workdir, run.config)
-    return Start(run, session, saved)
+    return session, saved

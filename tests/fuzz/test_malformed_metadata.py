@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from configs import common
 from lowrank_jax import checkpoint
 from lowrank_jax.pieces import seal
-from train import checkpoints, selecting
+from train import checkpoints, opening, selecting
 from train.config import to_json
 from train.run import open_run
 
@@ -65,7 +65,7 @@ def test_metadata_of_a_checkpoint(folder, tmp_path, times):
     shutil.copytree(folder, copy)
     selector = common.named("rank", value=2)
     uses = {
-        "open": lambda: checkpoints.open_model(copy),
+        "open": lambda: opening.open_model(copy),
         "truncate": lambda: checkpoints.truncate_checkpoint(copy, output, selector),
     }
 

@@ -8,8 +8,8 @@ import pytest
 from cutting import FIGURES, cut_to, load
 
 from configs import common
-from train import checkpoints
 from train import evaluate as evaluate_binary
+from train import opening
 from train.data import pipeline
 
 
@@ -25,7 +25,7 @@ class TestEvaluate:
         )
         chosen = logits[np.arange(360), batch["label"]]
         losses = np.log(np.exp(logits).sum(axis=-1)) - chosen
-        row = checkpoints.open_model(run).figures()
+        row = opening.open_model(run).figures()
         assert set(row) == FIGURES
         assert row["accuracy"] == (logits.argmax(axis=-1) == batch["label"]).mean()
         assert row["loss"] == pytest.approx(losses.mean(), rel=1e-5)
@@ -33,21 +33,21 @@ class TestEvaluate:
     def test_a_moved_checkpoint_stands_alone(self, run, tmp_path):
         """Neither the run nor the first checkpoint is needed; nor its name."""
         cut_to(run, tmp_path / "cut", "rank", 8)
-        before = checkpoints.open_model(tmp_path / "cut").figures()
+        before = opening.open_model(tmp_path / "cut").figures()
         (tmp_path / "far").mkdir()
         shutil.move(tmp_path / "cut", tmp_path / "far" / "moved")
-        assert checkpoints.open_model(tmp_path / "far/moved").figures() == before
+        assert opening.open_model(tmp_path / "far/moved").figures() == before
         (step,) = (p for p in (run / "checkpoints").iterdir() if p.name.isdigit())
         shutil.copytree(step, tmp_path / "alone")
-        expected = checkpoints.open_model(run).figures()
-        assert checkpoints.open_model(tmp_path / "alone").figures() == expected
+        expected = opening.open_model(run).figures()
+        assert opening.open_model(tmp_path / "alone").figures() == expected
 
     def test_fractions_are_those_of_truncated_checkpoints(self, run, tmp_path):
-        rows = checkpoints.open_model(run).sweep([1.0, 0.25])
+        rows = opening.open_model(run).sweep([1.0, 0.25])
         assert [row["rank_fraction"] for row in rows] == [1.0, 0.25]
         assert all(set(row) == FIGURES | {"rank_fraction"} for row in rows)
         cut_to(run, tmp_path / "cut", "rank_fraction", 0.25)
-        cut = checkpoints.open_model(tmp_path / "cut").figures()
+        cut = opening.open_model(tmp_path / "cut").figures()
         assert {k: rows[1][k] for k in ("accuracy", "params", "macs", "ranks")} == {
             k: cut[k] for k in ("accuracy", "params", "macs", "ranks")
         }

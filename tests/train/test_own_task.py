@@ -22,7 +22,7 @@ from reference import relative_error
 from lowrank_jax import checkpoint
 from lowrank_jax.errors import UserError
 from lowrank_jax.paths import find_factors
-from train import checkpoints, loop
+from train import checkpoints, loop, opening
 from train import model as models
 from train.data import pipeline
 
@@ -98,7 +98,7 @@ def test_it_is_cut_and_evaluated(run, tmp_path, rank):
     )
     assert cut["ranks"] == {"map": rank}
     assert cut["params"] == min(rank * (8 + 6), 8 * 6)
-    opened = checkpoints.open_model(output, allow_imports=ALLOWED)
+    opened = opening.open_model(output, allow_imports=ALLOWED)
     figures = opened.figures("validation")
     assert set(figures) == FIGURES
     (row,) = [row for row in run["frontier"] if row["ranks"] == {"map": rank}]
@@ -109,7 +109,7 @@ def test_it_is_cut_and_evaluated(run, tmp_path, rank):
 def test_its_code_is_imported_with_consent_only(run, tmp_path):
     selector = {"name": "rank", "args": {"value": 1}}
     with pytest.raises(UserError, match="--allow_imports=own_package"):
-        checkpoints.open_model(run["workdir"])
+        opening.open_model(run["workdir"])
     with pytest.raises(UserError, match="--allow_imports=own_package"):
         checkpoints.truncate_checkpoint(run["workdir"], tmp_path / "cut", selector)
     assert not (tmp_path / "cut").exists()

@@ -19,7 +19,7 @@ from lowrank_jax.active import max_ranks, set_ranks
 from lowrank_jax.errors import UserError
 from lowrank_jax.paths import find_factors
 from lowrank_jax.surgery import merge
-from train import checkpoints, loop
+from train import loop, opening
 from train.data import pipeline
 
 CUT = {"head": 3, "hidden/0": 16}
@@ -64,7 +64,7 @@ class TestTruncate:
         cut_to(run, tmp_path / "cut", "rank", 0)
         logits = np.asarray(load(tmp_path / "cut")(images()))
         assert np.ptp(logits, axis=0).max() == 0
-        row = checkpoints.open_model(tmp_path / "cut").figures()
+        row = opening.open_model(tmp_path / "cut").figures()
         assert row["ranks"] == {"head": 0, "hidden/0": 0}
 
     def test_rank_fraction(self, run, tmp_path):
@@ -171,7 +171,7 @@ class TestTruncate:
             other = checkpoint.flatten(new["model_state"])[key]
             assert relative_error(other, array) > 1e-3, key
         losses = [
-            checkpoints.open_model(tmp_path / n).figures("train")["loss"]
+            opening.open_model(tmp_path / n).figures("train")["loss"]
             for n in ("plain", "new")
         ]
         assert losses[1] < losses[0]
@@ -277,7 +277,7 @@ class TestTruncateRefuses:
         file.write_text(json.dumps({**metadata, "format_version": version}))
         message = f"^--checkpoint: must be of format 2, got {version} .*Use the library"
         with pytest.raises(UserError, match=message):
-            checkpoints.open_model(tmp_path / "new")
+            opening.open_model(tmp_path / "new")
         with pytest.raises(UserError, match=message):
             cut_to(tmp_path / "new", tmp_path / "cut", "rank", 4)
 
@@ -286,7 +286,7 @@ class TestTruncateRefuses:
         model = load(run)
         checkpoint.save(tmp_path / "own", model)
         with pytest.raises(ValueError, match="must hold config, facts and rank_rules"):
-            checkpoints.open_model(tmp_path / "own").figures()
+            opening.open_model(tmp_path / "own").figures()
 
 
 @pytest.fixture(scope="module")
@@ -304,8 +304,8 @@ class TestGauge:
 
     def test_it_is_evaluated_and_merged(self, gauge):
         """With the figures of the factored form at the same ranks, less r^2 numbers."""
-        row = checkpoints.open_model(gauge).figures()
-        factored = checkpoints.open_model(gauge.parent / "factored").figures()
+        row = opening.open_model(gauge).figures()
+        factored = opening.open_model(gauge.parent / "factored").figures()
         assert row["ranks"] == factored["ranks"] == CUT
         saved = sum(rank**2 for rank in CUT.values())
         assert row["params"] == factored["params"] - saved
@@ -326,9 +326,9 @@ class TestGauge:
     def test_its_own_ranks_are_no_cut(self, gauge, tmp_path):
         """A cap above them leaves it as it is."""
         assert cut_to(gauge, tmp_path / "cut", "rank", 16)["ranks"] == CUT
-        expected = checkpoints.open_model(gauge).figures()
-        assert checkpoints.open_model(tmp_path / "cut").figures() == expected
-        (row,) = checkpoints.open_model(gauge).sweep([1.0])
+        expected = opening.open_model(gauge).figures()
+        assert opening.open_model(tmp_path / "cut").figures() == expected
+        (row,) = opening.open_model(gauge).sweep([1.0])
         assert row == {"rank_fraction": 1.0, **expected}
 
     def test_a_lower_rank_is_refused_by_name(self, gauge, tmp_path):
@@ -338,4 +338,4 @@ class TestGauge:
             cut_to(gauge, tmp_path / "cut", "rank", 8)
         assert not list(tmp_path.iterdir())
         with pytest.raises(UserError, match=message):
-            checkpoints.open_model(gauge).sweep([1.0, 0.5])
+            opening.open_model(gauge).sweep([1.0, 0.5])

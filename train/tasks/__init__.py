@@ -6,6 +6,10 @@
 no task.
 """
 
+from train.tasks.base import Task
+
+__all__ = ["TASKS", "Task"]
+
 TASKS: dict[str, str] = {
     "classification": "train.tasks.classification:classification",
 }
