@@ -155,8 +155,8 @@ class Server:
 
     def close(self) -> None:
         """Ends the server."""
-        self._process.stdin.close()
-        self._process.wait()
+        with self._process:  # closes its pipes, which ends it, and waits
+            pass
 
 
 def choose_moment(

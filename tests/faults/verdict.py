@@ -77,9 +77,10 @@ def complete_steps(workdir: Path) -> list[int]:
 
 
 def damage(rng: random.Random, folder: Path, kind: str) -> str:
-    """Flips a bit of a file of a checkpoint, or cuts a file off; says what it did."""
+    """Flips a bit of a checkpoint, or cuts a file off at a byte, each byte of all files
+    as likely as every other; says what it did."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    file = rng.choice([path for path in files if path.stat().st_size])
+    (file,) = rng.choices(files, [path.stat().st_size for path in files])
     size = file.stat().st_size
     place = rng.randrange(size)
     with file.open("r+b") as opened:
