@@ -375,5 +375,7 @@ def test_six_maestro_runs(tmp_path):
     rows = json.loads((tmp_path / "sweep/results.json").read_text())["rows"]
     assert len(rows) == 24
     # more lasso, fewer parameters
-    size = {row["lasso"]: row["params"] for row in rows if row["rank_fraction"] == 1.0}
-    assert size["1e-4"] > size["1e-3"] > size["1e-2"]
+    half = [row for row in rows if row["rank_fraction"] == 0.5]
+    size = {(row["lasso"], row["seed"]): row["params"] for row in half}
+    for seed in "01":
+        assert size["1e-4", seed] > size["1e-3", seed] > size["1e-2", seed]
