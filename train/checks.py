@@ -47,6 +47,7 @@ def _check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> 
     for index, (phase, (start, end)) in enumerate(zip(plan, spans, strict=True)):
         place = phases.place_of(index, phase.name)
         with _in(place):
+            run.placement.check(model)
             running = phase.begin(start, end, asked.target_ranks)
             sampler = run.config["phases"][index]["sampler"]["name"]
             _check_fit(running, sampler, model)

@@ -30,6 +30,7 @@ from lowrank_jax.checkpoint import flatten
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Rank
 from lowrank_jax.paths import find_factors, walk
+from lowrank_jax.ranks import name_of
 
 SCHEMA = {"data": int, "fsdp": int, "tensor": int}
 """The mesh of a config: devices along each axis; -1 for what is left, once."""
@@ -73,6 +74,30 @@ class Placement:
     def batch_shards(self) -> int:
         """Into how many parts a batch is split."""
         return math.prod(self.mesh.shape[axis] for axis in MESH_AXES["batch"])
+
+    def check(self, model: nnx.Module) -> None:
+        """Refuses what XLA computes wrongly on this mesh.
+
+        The gradient of a grouped convolution's kernel comes out too large by the size
+        of the axes that do not split the batch (jax 0.10.2;
+        tests/lowrank_jax/test_sharded.py says when it is mended).
+
+        Raises:
+          UserError: Naming the layers.
+        """
+        if self.mesh.size == self.batch_shards:
+            return
+        grouped = [
+            name_of(path)
+            for path, node in walk(model)
+            if getattr(node, "feature_group_count", 1) != 1
+        ]
+        if grouped:
+            raise UserError(
+                "config.mesh: tensor must be 1 beside grouped convolutions, whose"
+                f" gradients XLA gets wrong otherwise, got {self.mesh.shape['tensor']}"
+                f" and {grouped}. Use data and fsdp."
+            )
 
     def rows(self, size: int) -> slice:
         """Returns which rows of a global batch this process has."""

@@ -110,6 +110,40 @@ class TestTable:
             open_run(to_json(config))
 
 
+class Grouped(nnx.Module):
+    def __init__(self):
+        self.conv = nnx.Conv(4, 4, (3,), feature_group_count=2, rngs=nnx.Rngs(0))
+
+    def __call__(self, inputs):
+        return self.conv(inputs)
+
+
+class TestGroupedConvolutions:
+    def test_they_are_refused_where_their_gradient_would_be_wrong(self):
+        with pytest.raises(
+            UserError, match=r"tensor must be 1 .* got 2 and \['conv'\]"
+        ):
+            placement(2, 2, 2).check(Grouped())
+
+    @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1)])
+    def test_a_batch_over_all_axes_is_fine(self, mesh):
+        """Against the same gradient on one device."""
+        place, model = placement(*mesh), Grouped()
+        place.check(model)
+        rng = np.random.default_rng(0)
+        inputs = rng.normal(size=(8, 5, 4)).astype(np.float32)
+
+        def gradient(model: nnx.Module, inputs: Any) -> Any:
+            return nnx.grad(lambda model: jnp.square(model(inputs)).sum())(model)
+
+        one = gradient(model, inputs)
+        many = nnx.jit(gradient)(
+            place.put_model(model), place.batch({"x": inputs}, 8)["x"]
+        )
+        for actual, expected in zip(*map(jax.tree.leaves, (many, one)), strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 class TestBatches:
     def test_rows_are_whole_where_one_process_has_all(self):
         assert placement(2, 2, 2).rows(24) == slice(0, 24)
