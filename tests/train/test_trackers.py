@@ -74,6 +74,26 @@ def test_tensorboard_has_every_step_once(tmp_path):
     }
 
 
+def test_an_evaluation_that_is_done_anew_is_there_once(tmp_path):
+    """It came after the checkpoint of its step, and a kill after it."""
+    train, validation = {"train": {"loss": 1.0}}, {"validation": {"loss": 2.0}}
+    for start in (0, 1, 1):
+        writer = logs.MetricWriter(tmp_path, start_step=start)
+        if not start:
+            writer.write(1, train)
+        writer.write(1, validation)
+        writer.write(2, train)
+        writer.write(2, validation)
+        writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [list(json.loads(line).items()) for line in lines] == [
+        [("step", 1), ("train/loss", 1.0)],
+        [("step", 1), ("validation/loss", 2.0)],
+        [("step", 2), ("train/loss", 1.0)],
+        [("step", 2), ("validation/loss", 2.0)],
+    ]
+
+
 def test_lines_that_a_kill_left_broken(tmp_path):
     """Cut in the middle, in a character, with something else in them: dropped."""
     good = [{"step": step, "loss": step} for step in range(4)]

@@ -44,7 +44,8 @@ class Lines:
     """Writes one line of JSON for each step into workdir/metrics.jsonl.
 
     A run that resumes drops what an earlier attempt wrote after `start_step`, so that
-    every step is there once.
+    every line is there once. What that attempt wrote of `start_step` itself once the
+    checkpoint was saved, such as an evaluation, comes again and is left out.
 
     Args:
       workdir: Folder of the run.
@@ -53,13 +54,17 @@ class Lines:
 
     def __init__(self, workdir: Path, start_step: int):
         self._path = workdir / METRICS
+        self._start_step, self._there = start_step, list[set[str]]()
         if self._path.exists():
-            _drop_lines_after(self._path, start_step)
+            kept = _drop_lines_after(self._path, start_step)
+            self._there = [{*line} for line in kept if line["step"] == start_step]
         # unbuffered: what a full disk refused is not tried again when it is closed
         self._file = self._path.open("ab", buffering=0)
 
     def write(self, step: int, flat: Mapping[str, Any]) -> None:
         """Appends a line."""
+        if step == self._start_step and {"step", *flat} in self._there:
+            return
         left = (json.dumps({"step": step, **flat}) + "\n").encode()
         with folders.naming(self._path):
             while left:  # a disk may take a part, and refuse the rest when asked again
@@ -70,15 +75,19 @@ class Lines:
         self._file.close()
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def _drop_lines_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops the lines of later steps, and broken ones; returns the others."""
+    kept, texts = [], []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            line = json.loads(text)
+            if line["step"] <= step:
+                kept.append(line)
+                texts.append(text + "\n")
         except (ValueError, TypeError, KeyError):
             continue  # cut short when the earlier attempt was killed
-    folders.write_atomically(path, "".join(kept))
+    folders.write_atomically(path, "".join(texts))
+    return kept
 
 
 class TensorBoard:
