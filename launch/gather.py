@@ -133,12 +133,13 @@ def gather(sweep: Sweep) -> Mapping[str, Any]:
         elif state != jobs.DONE:
             lines.append(f"{name}: {state}")
     text = "\n".join(lines)
-    folders.write_atomically(sweep.folder / "table.txt", text + "\n")
-    results = json.dumps({**summary, "rows": found}, indent=1)
-    folders.write_atomically(sweep.folder / "results.json", results)
     print(text)
-    picture = sweep.folder / "sweep.png"
-    if judged_by is not None and draw(sweep, found, judged_by, picture):
-        print(f"picture: {picture}")
-        summary["picture"] = str(picture)
+    with jobs.alone(sweep.folder):
+        folders.write_atomically(sweep.folder / "table.txt", text + "\n")
+        results = json.dumps({**summary, "rows": found}, indent=1)
+        folders.write_atomically(sweep.folder / "results.json", results)
+        picture = sweep.folder / "sweep.png"
+        if judged_by is not None and draw(sweep, found, judged_by, picture):
+            print(f"picture: {picture}")
+            summary["picture"] = str(picture)
     return summary

@@ -8,15 +8,17 @@
     DIR/jobs/NAME/result.json    its last line: it is done, and never started again
     DIR/jobs/NAME/failed.json    {"status", "message"}: a restart does not mend it
     DIR/jobs/NAME/.lock          held by the sweep that runs it
+    DIR/.lock                    held for moments, to write what is of all jobs
     DIR/results.json, table.txt, sweep.png   what was gathered
 
 A file is written whole or not at all. What is neither done nor failed is started, and
 goes on from its last checkpoint.
 """
 
+import contextlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,22 +107,37 @@ def create(
     }
     described = json.loads(json.dumps(described))
     sweep = Sweep(folder, program, dict(jobs))
-    if (folder / "sweep.json").exists():
-        _check_same(folder, described, configs)
-        return sweep
     folders.check_writable(folder)
-    if folder.exists() and {path.name for path in folder.iterdir()} - {"jobs"}:
-        raise UserError(
-            f"must be a new folder or one of a sweep, got {folder}, which holds other"
-            " files. Nothing is overwritten; name another."
-        )
-    for name, values in configs.items():
-        sweep.job_folder(name).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(values, indent=1, sort_keys=True)
-        folders.write_atomically(sweep.job_folder(name) / "config.json", text)
-    # the last: a sweep is there when all of it is
-    folders.write_atomically(folder / "sweep.json", json.dumps(described, indent=1))
+    with alone(folder):
+        if (folder / "sweep.json").exists():
+            _check_same(folder, described, configs)
+            return sweep
+        if {path.name for path in folder.iterdir()} - {"jobs", folders.LOCK}:
+            raise UserError(
+                f"must be a new folder or one of a sweep, got {folder}, which holds"
+                " other files. Nothing is overwritten; name another."
+            )
+        for name, values in configs.items():
+            sweep.job_folder(name).mkdir(parents=True, exist_ok=True)
+            text = json.dumps(values, indent=1, sort_keys=True)
+            folders.write_atomically(sweep.job_folder(name) / "config.json", text)
+        # the last: a sweep is there when all of it is
+        folders.write_atomically(folder / "sweep.json", json.dumps(described, indent=1))
     return sweep
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other sweep writes files that all jobs share, and keeps it so."""
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(folders.lock(folder))
+                break
+            except UserError as error:
+                if error.__cause__ is not None:  # a disk without locks
+                    raise
+        yield
 
 
 def _check_same(
