@@ -21,6 +21,7 @@ checkpoint is executed, and no array is returned whose bytes differ from what wa
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -268,7 +269,7 @@ def verify(saved: Saved) -> None:
 def _root(path: str | Path) -> Path:
     """The folder of steps, or of one step."""
     root = Path(path).absolute()
-    if not root.is_dir():
+    if not os.path.isdir(root):  # of a name that is too long as well
         raise MissingFile(
             f"must be a folder with a checkpoint, got {path}, which is not"
             " there. Check the path."

@@ -6,6 +6,7 @@ Ends with one line of JSON: `{"workdir", "step", "frontier": [...]}`.
 from absl import flags
 from ml_collections import config_flags
 
+from lowrank_jax.errors import UserError
 from train import binary, distributed, loop
 from train.report import logs, trackers
 
@@ -22,6 +23,8 @@ _PROCESSES = distributed.define_flags()
 
 
 def _main() -> None:
+    if not _WORKDIR.value:
+        raise UserError("--workdir: must name a folder, got ''. Name one.")
     _PROCESSES.connect()
     further = [trackers.wandb(_WANDB.value)] if _WANDB.value else []
     result = loop.train_and_evaluate(_CONFIG.value, _WORKDIR.value, further=further)
