@@ -168,7 +168,8 @@ class _Preserved:
         figures = {step: self.figures.get(step) for step in steps}
         known = [step for step, x in figures.items() if x is not None and x == x]
         ranked = sorted(known, key=lambda step: (self._sign * figures[step], step))
-        kept = {*steps} if self._keep is None else {*steps[len(steps) - self._keep :]}
+        first = 0 if self._keep is None else max(0, len(steps) - self._keep)
+        kept = {*steps[first:]}
         kept |= {*ranked[max(0, len(ranked) - self._keep_best) :]}
         return [info.step in kept for info in checkpoints]
 

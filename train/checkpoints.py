@@ -25,6 +25,7 @@ from train.model import (
     checkpoint_task,
     model_cost,
 )
+from train.opening import first_whole
 from train.report import logs
 from train.run import Run, open_checkpoint_run
 
@@ -45,7 +46,8 @@ def truncate_checkpoint(
     are read (all of them where the selector looks at the weights).
 
     Args:
-      path: A checkpoint, a folder of steps, or a run's workdir.
+      path: A checkpoint, a folder of steps, or a run's workdir; a damaged checkpoint is
+        named, and the one before it is cut.
       output: New folder.
       selector: Name and arguments of a selector.
       form: The form of the cut layers, a key of `lowrank_jax.forms.FORMS`.
@@ -58,7 +60,28 @@ def truncate_checkpoint(
         checkpoint.check_new_folder(output)
     selector = selecting.complete(selector)
     with errors.at("--checkpoint"):
-        saved = checkpoint.open_checkpoint(path)
+        steps = checkpoint.complete_steps(path) or [Path(path)]
+
+    def cut(step: Path) -> dict[str, Any]:
+        return _cut(
+            step, output, selector, form, recalibration_batches, data_dir, allowed
+        )
+
+    return first_whole(steps, cut)
+
+
+def _cut(
+    step: Path,
+    output: str | Path,
+    selector: Mapping[str, Any],
+    form: str,
+    recalibration_batches: int,
+    data_dir: str | None,
+    allowed: Sequence[str],
+) -> dict[str, Any]:
+    """Cuts one checkpoint; the arguments are those of `truncate_checkpoint`."""
+    with errors.at("--checkpoint"):
+        saved = checkpoint.open_checkpoint(step)
         abstract = abstract_checkpoint_model(saved, allow_imports=allowed)
     task = checkpoint_task(saved, allow_imports=allowed)
     cost = model_cost(abstract, task)

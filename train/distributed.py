@@ -7,6 +7,7 @@ set. Outside a cluster that JAX knows (Slurm, Open MPI, Cloud TPU, GKE) the flag
 
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -26,8 +27,12 @@ T = TypeVar("T")
 HEARTBEAT_SECONDS = 30
 """After so long without a sign of life a process counts as dead, and the run ends."""
 
-_OWN_FAILURES = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
-"""How messages of the runtime begin that say nothing of other processes."""
+_OF_PEERS = re.compile(
+    "gloo|nccl|connection|peer|socket|heartbeat|coordination|barrier|task"
+    "|DEADLINE_EXCEEDED|UNAVAILABLE|ABORTED|CANCELLED",
+    re.IGNORECASE,
+)
+"""What the runtime speaks of where an exchange between processes failed."""
 _ALONE = "Give --coordinator, --num_processes and --process_id together."
 
 
@@ -268,9 +273,8 @@ def peer_lost(error: BaseException | None) -> PeerLost | None:
         return None
     while error is not None:
         lines = str(error).splitlines() or [""]
-        failed = isinstance(error, jax.errors.JaxRuntimeError)
-        failed = failed and not lines[0].startswith(_OWN_FAILURES)
-        if failed or (isinstance(error, TimeoutError) and "barrier" in lines[0]):
+        of_runtime = isinstance(error, jax.errors.JaxRuntimeError | TimeoutError)
+        if of_runtime and _OF_PEERS.search(lines[0]):
             return PeerLost(
                 f"processes: all must live, got a failed exchange in process"
                 f" {jax.process_index()} of {jax.process_count()} ({lines[0]}). Start"

@@ -2,9 +2,10 @@
 
 from flax import nnx
 
-from lowrank_jax import checkpoint, errors, paths
+from lowrank_jax import errors, paths
 from lowrank_jax.errors import UserError
-from train.model import about, factorize, load_model
+from train.model import about, factorize
+from train.opening import load_latest
 from train.run import Run
 
 
@@ -17,7 +18,9 @@ def initial_model(run: Run) -> nnx.Module:
     if not run.config["init_from"]:
         return run.fresh_model()
     with errors.at("config.init_from"):
-        saved = checkpoint.open_checkpoint(run.config["init_from"])
+        saved, model = load_latest(
+            run.config["init_from"], allow_imports=None, placement=run.placement
+        )
         their_config, facts, _ = about(saved)
         theirs = run.complete_model(their_config["model"])
         if (theirs, facts) != (run.config["model"], run.data.facts):
@@ -26,7 +29,6 @@ def initial_model(run: Run) -> nnx.Module:
                 f" {facts}, here {run.config['model']} for {run.data.facts}. Correct"
                 " config.model or the path."
             )
-        model = load_model(saved, allow_imports=None)
     model = factorize(model, run.config)
     _check_same_layers(run, model)
     return run.placement.put_model(model)

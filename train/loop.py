@@ -95,6 +95,7 @@ def train_and_evaluate(
                 judged = session.done["evaluated"] == step
                 saver.save(step, session, frontier if judged else [])
                 metrics_log.saved_step = saver.saved_step
+                status.write(state="training")
             if finished:
                 break
             if stopping:

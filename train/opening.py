@@ -1,8 +1,8 @@
 """A checkpoint opened to judge it: its model, at its ranks or any lower ones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from flax import nnx
 
@@ -12,8 +12,10 @@ from train import evaluation
 from train.model import about, load_model
 from train.report import logs
 from train.run import Run, open_checkpoint_run
-from train.sharding import any_devices
+from train.sharding import Placement, any_devices
 from train.state import split_model
+
+T = TypeVar("T")
 
 
 class Opened(NamedTuple):
@@ -100,30 +102,51 @@ def open_model(
 
 
 def load_latest(
-    path: str | Path, *, allow_imports: Sequence[str]
+    path: str | Path,
+    *,
+    allow_imports: Sequence[str] | None,
+    placement: Placement | None = None,
 ) -> tuple[checkpoint.Saved, nnx.Module]:
-    """Loads a model, on the mesh it was trained on or, where that does not fit, on
-    what there is.
+    """Loads the model of the latest checkpoint that is whole.
 
     Args:
-      path: A checkpoint, a folder of steps, or a run's workdir; a damaged checkpoint
-        is named, and the one before it is taken.
-      allow_imports: Packages that names in the checkpoint may be imported from.
+      path: A checkpoint, a folder of steps, or a run's workdir.
+      allow_imports: Packages that names in the checkpoint may be imported from, None
+        for all.
+      placement: Where its arrays shall lie; None for the mesh it was trained on or,
+        where that does not fit, what devices there are.
 
     Raises:
       DamagedCheckpoint: None is whole.
       UserError: It was written by something else.
     """
+
+    def load(step: Path) -> tuple[checkpoint.Saved, nnx.Module]:
+        saved = checkpoint.open_checkpoint(step)
+        config, _, _ = about(saved)
+        place = placement or any_devices(config["mesh"])
+        return saved, load_model(saved, allow_imports=allow_imports, placement=place)
+
+    return first_whole(checkpoint.complete_steps(path) or [Path(path)], load)
+
+
+def first_whole(steps: Sequence[Path], use: Callable[[Path], T]) -> T:
+    """Returns what comes of the first checkpoint that is not damaged.
+
+    Damaged ones are named.
+
+    Args:
+      steps: Checkpoints, the latest first.
+      use: What is made of one.
+
+    Raises:
+      DamagedCheckpoint: None is whole.
+    """
     damaged: list[DamagedCheckpoint] = []
-    for step in checkpoint.complete_steps(path) or [Path(path)]:
+    for step in steps:
         try:
-            saved = checkpoint.open_checkpoint(step)
-            config, _, _ = about(saved)
-            placement = any_devices(config["mesh"])
-            model = load_model(saved, allow_imports=allow_imports, placement=placement)
+            return use(step)
         except DamagedCheckpoint as error:
             damaged.append(error)
             logs.say(f"skipped: {error}")
-        else:
-            return saved, model
     raise damaged[0]

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank_jax import checkpoint
-from lowrank_jax.errors import DamagedCheckpoint
 from train import distributed
 from train.model import load_model
+from train.opening import first_whole
 from train.phases import Phase
 from train.report import logs
 from train.report.description import describe
@@ -30,21 +30,17 @@ def resume(
       DamagedCheckpoint: None is whole.
       UserError: They are of another version.
     """
-    damaged: list[DamagedCheckpoint] = []
-    for path in steps:
-        try:
-            saved = checkpoint.open_checkpoint(path)
-            model = load_model(saved, allow_imports=None, placement=run.placement)
-            describe(run, plan, model)
-            session = Session(run, plan, model, saved)
-        except DamagedCheckpoint as error:
-            damaged.append(error)
-            logs.say(f"skipped: {error}")
-            continue
-        if distributed.is_first():
-            for step in steps[: len(damaged)]:
-                logs.say(f"{step} is now {checkpoint.set_aside(step)}")
-        logs.say(f"resuming at step {saved.step}")
-        distributed.exchange(None)  # before anyone saves, all is in place
-        return session, saved
-    raise damaged[0]
+
+    def begin(step: Path) -> tuple[Session, checkpoint.Saved]:
+        saved = checkpoint.open_checkpoint(step)
+        model = load_model(saved, allow_imports=None, placement=run.placement)
+        describe(run, plan, model)
+        return Session(run, plan, model, saved), saved
+
+    session, saved = first_whole(steps, begin)
+    if distributed.is_first():
+        for step in steps[: steps.index(saved.path)]:
+            logs.say(f"{step} is now {checkpoint.set_aside(step)}")
+    distributed.exchange(None)  # before anyone saves, all is in place
+    logs.say(f"resuming at step {saved.step}")
+    return session, saved

@@ -26,7 +26,9 @@ class Saver:
     def __init__(self, run: Run, workdir: Path, saved: checkpoint.Saved | None):
         self._run, self._workdir = run, workdir
         self.saved_step = saved.step if saved else None
-        self._unfinished = saved is not None and saved.metadata["done"]["changes_due"]
+        self._judged_and_due = saved and _judged_and_due(
+            saved.step, saved.metadata["done"]
+        )
         self._began = time.monotonic()
         self._open()
 
@@ -67,8 +69,8 @@ class Saver:
         What a stop broke off at this step and was done anew since replaces what was
         saved then; that goes when the new one is on disk.
         """
-        again = step == self.saved_step
-        if again and self._unfinished == session.done["changes_due"]:
+        again, now = step == self.saved_step, _judged_and_due(step, session.done)
+        if again and self._judged_and_due == now:
             return
         with errors.at("--workdir"):
             folders.check_space(self._workdir, session.num_bytes())
@@ -84,7 +86,7 @@ class Saver:
                 if distributed.is_first():
                     shutil.rmtree(former)
         self.saved_step, self._began = step, time.monotonic()
-        self._unfinished = session.done["changes_due"]
+        self._judged_and_due = now
 
     def _make_way(self, step: int) -> Path:
         """Makes room for another checkpoint of a step."""
@@ -99,3 +101,8 @@ class Saver:
         """Returns when everything is on disk."""
         with folders.naming(self._folder):
             self._writer.close()
+
+
+def _judged_and_due(step: int, done: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether a step was evaluated, and whether changes are still to be made at it."""
+    return done["evaluated"] == step, done["changes_due"]

@@ -99,27 +99,39 @@ class Placement:
                 f" and {grouped}. Use data and fsdp."
             )
 
-    def rows(self, size: int) -> slice:
-        """Returns which rows of a global batch this process has."""
-        sharding = self.sharding(PartitionSpec(MESH_AXES["batch"]))
-        ranges = sharding.addressable_devices_indices_map((size,)).values()
-        bounds = [rows.indices(size)[:2] for (rows,) in ranges]
-        return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+    def rows(self, size: int) -> np.ndarray:
+        """Returns which rows of a global batch this process has, in order.
+
+        Those of its devices, which on a slice of TPUs need not lie beside each other.
+        """
+        places = self._of_batch(size).addressable_devices_indices_map((size,)).values()
+        return np.unique([np.arange(size)[place] for (place,) in places])
 
     def batch(self, rows: Mapping[str, np.ndarray], size: int) -> dict[str, jax.Array]:
         """Makes a global batch, split over devices, of this process's rows.
+
+        One whose size does not divide lies whole on every device.
 
         Args:
           rows: Arrays of the rows that `rows` names.
           size: Rows of the global batch.
         """
-        sharding = self.sharding(PartitionSpec(MESH_AXES["batch"]))
-        return {
-            name: jax.make_array_from_process_local_data(
-                sharding, np.ascontiguousarray(part), (size, *part.shape[1:])
-            )
-            for name, part in rows.items()
-        }
+        sharding, own = self._of_batch(size), self.rows(size)
+
+        def array(part: np.ndarray) -> jax.Array:
+            def of_device(place: tuple[slice, ...]) -> np.ndarray:
+                start, stop, _ = place[0].indices(size)
+                first = np.searchsorted(own, start)
+                return part[first : first + stop - start]
+
+            shape = (size, *part.shape[1:])
+            return jax.make_array_from_callback(shape, sharding, of_device)
+
+        return {name: array(part) for name, part in rows.items()}
+
+    def _of_batch(self, size: int) -> NamedSharding:
+        axes = () if size % self.batch_shards else MESH_AXES["batch"]
+        return self.sharding(PartitionSpec(axes or None))
 
     def parts(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Splits the rows of (parts, rows, ...) arrays over devices, in a trace."""

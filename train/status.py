@@ -20,6 +20,8 @@ SWEEP = "sweep.json"
 """Name of the file in a sweep's folder: `{"jobs": {name: ...}}`."""
 RESULT = "result.json"
 """Name of the file in the folder of a job that is done."""
+FAILURE = "failed.json"
+"""Name of the file in that of a job that a restart does not mend."""
 
 
 def run_report(workdir: Path) -> dict[str, Any]:
@@ -90,6 +92,8 @@ def sweep_reports(folder: Path) -> dict[str, dict[str, Any]]:
         report = {"job": name, **run_report(job / "workdir")}
         if (job / RESULT).exists():
             report["state"] = "finished"
+        elif (job / FAILURE).exists():
+            report["state"] = "failed"
         reports[name] = report
     return reports
 

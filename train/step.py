@@ -293,7 +293,9 @@ def _metrics(
 def _gradient_metrics(grads: Any) -> dict[str, Array]:
     """The norm of all gradients, and which is the first that is not finite: its place
     among the parameters, -1 if all are."""
-    squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
+    leaves = jax.tree.leaves(grads)
+    wide = [g.astype(jnp.promote_types(g.dtype, "float32")) for g in leaves]
+    squares = jnp.stack([jnp.sum(jnp.square(g)) for g in wide])
     bad = ~jnp.isfinite(squares)
     first = jnp.where(bad.any(), jnp.argmax(bad), -1)
     return {

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ from train.report import logs
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+SECONDS_OF_DISK = 15.0
+"""How long a disk over the network may take to show a file that another host wrote."""
 
 
 def own(workdir: Path, resources: contextlib.ExitStack) -> None:
     """Owns a workdir until the resources are given back; of several processes, the
-    first does.
+    first does, and the others must see its lock.
 
     Raises:
-      UserError: Another run has it, or it cannot be written.
+      UserError: Another run has it, it cannot be written, or it is another folder here
+        than in process 0.
     """
 
     def lock() -> None:
@@ -29,25 +33,46 @@ def own(workdir: Path, resources: contextlib.ExitStack) -> None:
             with errors.at("--workdir"):
                 folders.check_writable(workdir)
                 resources.enter_context(folders.lock(workdir))
-            folders.put_back(workdir / CHECKPOINTS)
 
     distributed.together(lock)
+    file = workdir / folders.LOCK
+    said = distributed.exchange(file.read_text() if distributed.is_first() else "")[0]
+    distributed.together(lambda: _check_shared(file, said))
+
+
+def _check_shared(file: Path, said: str) -> None:
+    """A disk over the network may show a new file some seconds late."""
+    deadline = time.monotonic() + SECONDS_OF_DISK
+    while not file.is_file() or file.read_text() != said:
+        if time.monotonic() > deadline:
+            raise UserError(
+                "--workdir: must be one folder that all processes see, got"
+                f" {file.parent.absolute()}, where process 0's lock is not. Give an"
+                " absolute path on a shared disk."
+            )
+        time.sleep(0.1)
 
 
 def steps_of(workdir: Path, config: Mapping[str, Any]) -> list[Path]:
     """Returns the checkpoints of this config's run, the latest first.
 
-    A save that was cut off is named. All processes must see the same folder.
+    What was not written to its end is named and set aside.
 
     Raises:
       UserError: The folder holds something else.
     """
-    steps = distributed.together(lambda: _steps_of(workdir, config))
+    distributed.together(lambda: _check_config(workdir, config))
+    folder = workdir / CHECKPOINTS
+    if distributed.is_first() and folder.is_dir():
+        _tidy(folder)
+    distributed.exchange(None)  # all see it tidy
+    steps = checkpoint.complete_steps(folder) if folder.is_dir() else []
+    steps = [path for path in steps if path.name.isdigit()]
     distributed.check_same({"checkpoints": [path.name for path in steps]})
     return steps
 
 
-def _steps_of(workdir: Path, config: Mapping[str, Any]) -> list[Path]:
+def _check_config(workdir: Path, config: Mapping[str, Any]) -> None:
     file, folder = workdir / CONFIG, workdir / CHECKPOINTS
     if not file.exists():
         if not all(folders.is_leftover(path) for path in workdir.glob("*")):
@@ -55,7 +80,7 @@ def _steps_of(workdir: Path, config: Mapping[str, Any]) -> list[Path]:
                 f"--workdir: must be a new folder or one of a run, got {workdir}, which"
                 " holds other files. Nothing is overwritten; name another."
             )
-        return []
+        return
     begun = any(path.name.isdigit() for path in folder.glob("*"))
     try:
         with errors.at("--workdir"):
@@ -63,17 +88,25 @@ def _steps_of(workdir: Path, config: Mapping[str, Any]) -> list[Path]:
     except UserError:
         if begun:
             raise
-        return []  # cut off by a kill, when there was nothing to lose yet
+        return  # cut off by a kill, when there was nothing to lose yet
     if lines:
         raise UserError(
             f"--workdir: must hold a run of the same config, got {workdir} with\n  "
             + "\n  ".join(lines)
             + "\nName a new workdir; config.init_from starts from a checkpoint."
         )
+
+
+def _tidy(folder: Path) -> None:
+    """Names what is not whole, and makes room for it to be saved again."""
+    folders.put_back(folder)
     for path in sorted(folder.glob("*.orbax-checkpoint-tmp*")):
         logs.say(f"{path}: a save that was cut off; it is removed")
-    with errors.at("--workdir"):
-        return checkpoint.complete_steps(folder) if begun else []
+    complete = {*checkpoint.complete_steps(folder)}
+    for path in sorted(folder.absolute().iterdir()):
+        if path.name.isdigit() and path not in complete:
+            aside = checkpoint.set_aside(path)
+            logs.say(f"skipped: {path} was not written to its end; it is now {aside}")
 
 
 def write_config(workdir: Path, config: Mapping[str, Any]) -> None:

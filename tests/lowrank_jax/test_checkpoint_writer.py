@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NAN = float("nan")
 KEPT = {
     "latest": (dict(keep=2), [1, 2, 3, 4], [3, 4]),
+    "more than there are": (dict(keep=5), [1, 2, 3], [1, 2, 3]),
+    "three": (dict(keep=3), [None] * 5, [3, 4, 5]),
     "all": (dict(keep=None, keep_best=1), [1, 2, 3], [1, 2, 3]),
     "best": (dict(keep=1, keep_best=2), [0.5, 0.9, 0.7, 0.1], [2, 3, 4]),
     "lowest": (

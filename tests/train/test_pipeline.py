@@ -33,6 +33,33 @@ def ids(batch):
     return batch["image"][:, 0, 0, 0].tolist()
 
 
+def test_processes_share_every_batch():
+    """Each reads its own rows, which need not lie beside each other; together they
+    have what one would have, padding at the end included."""
+    dataset = pipeline.load_dataset("digits", validation_examples=137)
+    shares = [np.array([0, 3, 4]), np.array([1, 2, 5])]
+
+    def joined(batches):
+        for parts in batches:
+            batch = {name: np.zeros((6, *x.shape[1:])) for name, x in parts[0].items()}
+            for rows, part in zip(shares, parts, strict=True):
+                for name, array in part.items():
+                    batch[name][rows] = array
+            yield batch
+
+    def same(whole, shared, count):
+        both = zip(whole, joined(zip(*shared, strict=True)), strict=True)
+        for batch, other in itertools.islice(both, count):
+            for name, array in batch.items():
+                np.testing.assert_array_equal(other[name], array)
+
+    train = [dataset.train_batches(6, seed=1, rows=rows) for rows in shares]
+    same(dataset.train_batches(6, seed=1), train, 3)
+    split = {"split": "validation", "batch_size": 5, "multiple_of": 6}
+    held_out = [dataset.eval_batches(**split, rows=rows) for rows in shares]
+    same(dataset.eval_batches(**split), held_out, None)
+
+
 @pytest.fixture(scope="module")
 def tfds_dir():
     """A directory with prepared MNIST and CIFAR-10, or a skip."""

@@ -128,6 +128,18 @@ class TestMistakes:
             assert "process 1: config.seed: 4 there, 3 here (in process 0)" in err
         assert not list((tmp_path / "run").glob("*"))
 
+    def test_another_folder_is_named(self, tmp_path):
+        words = ["--coordinator=127.0.0.1:45125", "--num_processes=2", CONFIG]
+        ended_ones = pair(
+            *(
+                [*words, f"--process_id={n}", f"--workdir={tmp_path / str(n)}"]
+                for n in range(2)
+            )
+        )
+        for status, _, err in ended_ones:
+            assert status == 1
+            assert "--workdir: must be one folder that all processes see" in err
+
     def test_a_coordinator_that_is_not_there(self, tmp_path):
         words = ["--coordinator=127.0.0.1:45124", "--num_processes=2", CONFIG]
         words += [f"--workdir={tmp_path / 'run'}", "--process_id=1"]

@@ -146,7 +146,24 @@ class TestGroupedConvolutions:
 
 class TestBatches:
     def test_rows_are_whole_where_one_process_has_all(self):
-        assert placement(2, 2, 2).rows(24) == slice(0, 24)
+        np.testing.assert_array_equal(placement(2, 2, 2).rows(24), np.arange(24))
+
+    def test_devices_in_any_order_get_their_rows(self):
+        """As on a slice of TPUs, whose grid does not follow the processes."""
+        place = placement(8, 1, 1)
+        order = [3, 0, 7, 1, 2, 6, 5, 4]
+        devices = place.mesh.devices.reshape(8)[order].reshape(8, 1, 1)
+        place = sharding.Placement(jax.sharding.Mesh(devices, place.mesh.axis_names))
+        rows = np.arange(16)
+        batch = place.batch({"row": rows}, 16)["row"]
+        np.testing.assert_array_equal(batch, rows)
+        first = next(s for s in batch.addressable_shards if s.device.id == order[0])
+        np.testing.assert_array_equal(first.data, [0, 1])
+
+    def test_what_does_not_divide_lies_whole_on_every_device(self):
+        batch = placement(8, 1, 1).batch({"row": np.arange(5)}, 5)["row"]
+        assert batch.is_fully_replicated
+        np.testing.assert_array_equal(batch, np.arange(5))
 
     def test_a_batch_is_split_over_data_and_fsdp(self):
         rows = {"image": np.arange(24.0).reshape(8, 3)}

@@ -86,14 +86,28 @@ def test_a_half_written_checkpoint_alone(finished, tmp_path):
     )
 
 
+def test_a_half_written_checkpoint_of_a_step_to_come(finished, tmp_path, capsys):
+    """It is named, and makes room for the step when the run comes to it again."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "checkpoints/4/metadata/metadata").unlink()
+    assert loop.train_and_evaluate(make_config(), workdir)["step"] == 4
+    assert "checkpoints/4 was not written to its end; it is now" in (
+        capsys.readouterr().err
+    )
+    assert (workdir / "checkpoints/4.damaged").is_dir()
+    assert_same_checkpoints(
+        checkpoint.open_checkpoint(workdir), checkpoint.open_checkpoint(finished)
+    )
+
+
 def test_a_half_written_checkpoint_beside_a_complete_one(finished, tmp_path):
-    """The complete one counts, and the run goes on and saves over the other."""
+    """The complete one counts; the other is set aside."""
     workdir = damaged_copy(finished, tmp_path / "run", 5)
     assert checkpoint.open_checkpoint(workdir).step == 4
     result = loop.train_and_evaluate(make_config(), workdir)
     assert result["step"] == 4
-    with pytest.raises(FileNotFoundError, match="half-written"):
-        checkpoint.open_checkpoint(workdir / "checkpoints/5")
+    assert (workdir / "checkpoints/5.damaged").is_dir()
 
 
 def test_a_run_that_goes_on_elsewhere(finished):

@@ -24,7 +24,6 @@ Batch = dict[str, np.ndarray]
 T = TypeVar("T")
 
 SPLITS = ("train", "validation", "test")
-_ALL = slice(None)
 # Fixed, so that the held-out examples do not depend on a run's seed.
 _VALIDATION_SEED = 20_240
 
@@ -72,8 +71,7 @@ class Dataset:
         if not 1 <= batch_size <= size:
             raise UserError(
                 f"{self.name}: batch_size must be in [1, {size}] (the training "
-                f"examples), got {batch_size}. Change batch_size."
-                " Raise it."
+                f"examples), got {batch_size}. Change it."
             )
         return size // batch_size
 
@@ -83,7 +81,7 @@ class Dataset:
         *,
         seed: int,
         start_step: int = 0,
-        rows: slice = _ALL,
+        rows: np.ndarray | None = None,
     ) -> Iterator[Batch]:
         """Yields batches start_step, start_step + 1, ... without end.
 
@@ -91,7 +89,8 @@ class Dataset:
           batch_size: examples of a batch, b.
           seed: of the order.
           start_step: the first batch.
-          rows: which rows of every batch to read, such as those of this process.
+          rows: which rows of every batch to read, such as those of this process;
+            None for all.
 
         Returns:
           Dicts of the source's arrays, b rows of each; a new permutation every
@@ -110,7 +109,7 @@ class Dataset:
             epoch, position = divmod(step, steps_per_epoch)
             order = _epoch_order(seed, epoch, len(train))
             batch = order[position * batch_size :][:batch_size]
-            return train.batch(batch[rows])
+            return train.batch(batch if rows is None else batch[rows])
 
         return _read_in_order(batch_at, start_step, sys.maxsize, train.source.streams)
 
@@ -120,7 +119,7 @@ class Dataset:
         batch_size: int,
         *,
         multiple_of: int = 1,
-        rows: slice = _ALL,
+        rows: np.ndarray | None = None,
     ) -> Iterator[Batch]:
         """Yields every example of `split` once, in fixed order.
 
@@ -128,7 +127,7 @@ class Dataset:
           split: "train", "validation" or "test".
           batch_size: examples of a batch, b.
           multiple_of: pads every batch to a multiple of this, so that it divides.
-          rows: which rows of every (padded) batch to read.
+          rows: which rows of every (padded) batch to read, rising; None for all.
 
         Returns:
           Dicts as in training with "weight" float32 (b,): 0 for the rows that pad the
@@ -151,15 +150,15 @@ class Dataset:
             )
 
         padded_size = -(-batch_size // multiple_of) * multiple_of
-        own_size = len(range(padded_size)[rows])
+        rows = np.arange(padded_size) if rows is None else rows
 
         def batch_at(step: int) -> Batch:
             start = step * batch_size
             stop = min(start + batch_size, len(subset))
-            own = np.arange(start, stop)[rows]
+            own = start + rows[rows < stop - start]
             batch = subset.batch(own)
             batch.setdefault("weight", np.ones(len(own), np.float32))
-            return {name: _pad(array, own_size) for name, array in batch.items()}
+            return {name: _pad(array, len(rows)) for name, array in batch.items()}
 
         steps = -(-len(subset) // batch_size)
         return _read_in_order(batch_at, 0, steps, subset.source.streams)
