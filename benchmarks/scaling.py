@@ -31,9 +31,6 @@ from train.state import new_state
 from train.step import make_train_step
 from train.tasks.classification import classification
 
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds; the median counts.")
-_STEPS = flags.DEFINE_integer("steps", 3, "Steps in a round.")
-
 AXES = ("data", "fsdp", "tensor")
 DEVICES = (1, 2, 4, 8)
 SIDE, CLASSES = 16, 16
@@ -212,7 +209,10 @@ def measure(
 def _main(argv: Sequence[str]) -> None:
     del argv
     found = measure(
-        communication.FRACTIONS, DEVICES, rounds=_ROUNDS.value, count=_STEPS.value
+        communication.FRACTIONS,
+        DEVICES,
+        rounds=flags.FLAGS.rounds,
+        count=flags.FLAGS.steps,
     )
     lines = [
         [row["form"], row["axis"], row["devices"], f"{row['ms']:.1f}"]
@@ -227,5 +227,7 @@ def _main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_integer("rounds", 7, "Rounds; the median counts.")
+    flags.DEFINE_integer("steps", 3, "Steps in a round.")
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
     app.run(_main)

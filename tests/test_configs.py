@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from lowrank_jax import checkpoint
-from train import checkpoints, checks, loop, opening, phases
+from train import checkpoints, checks, loop, opening, phases, sharding
 from train import model as models
 from train.config import to_json
 from train.data import pipeline
 from train.run import Run
+from train.stopping import StopRequest
 
 FOLDER = Path(__file__).parents[1] / "configs"
 NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "common")
@@ -113,8 +114,9 @@ def test_its_phases_fit_its_model(name, arg):
     size = {"shape": shapes[config["data"]["name"]], "examples": 600}
     data = pipeline.load_dataset(_noise, validation_examples=90, args=size)
     task = models.build_task(config, data.facts, allow_imports=None)
-    run = Run(config, task, data)
-    model = models.abstract_model(run.fresh_model)
+    placement = sharding.make_placement(config["mesh"])
+    run = Run(config, task, data, placement, StopRequest())
+    model = models.abstract_model(run.build_model)
     checks.check_phases(run, phases.build_phases(config["phases"]), model)
 
 

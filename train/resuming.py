@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank_jax import checkpoint
-from train import distributed
+from train import workdirs
 from train.model import load_model
 from train.opening import first_whole
 from train.phases import Phase
-from train.report import logs
 from train.report.description import describe
 from train.run import Run
 from train.session import Session
@@ -34,13 +33,9 @@ def resume(
     def begin(step: Path) -> tuple[Session, checkpoint.Saved]:
         saved = checkpoint.open_checkpoint(step)
         model = load_model(saved, allow_imports=None, placement=run.placement)
-        describe(run, plan, model)
+        describe(run, plan, model, saved.step)
         return Session(run, plan, model, saved), saved
 
     session, saved = first_whole(steps, begin)
-    if distributed.is_first():
-        for step in steps[: steps.index(saved.path)]:
-            logs.say(f"{step} is now {checkpoint.set_aside(step)}")
-    distributed.exchange(None)  # before anyone saves, all is in place
-    logs.say(f"resuming at step {saved.step}")
+    workdirs.set_aside(steps[: steps.index(saved.path)])
     return session, saved

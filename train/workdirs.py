@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,14 @@ def _tidy(folder: Path) -> None:
         if path.name.isdigit() and path not in complete:
             aside = checkpoint.set_aside(path)
             logs.say(f"skipped: {path} was not written to its end; it is now {aside}")
+
+
+def set_aside(damaged: Sequence[Path]) -> None:
+    """Makes room for steps that are damaged, before anyone saves them again."""
+    if distributed.is_first():
+        for path in damaged:
+            logs.say(f"{path} is now {checkpoint.set_aside(path)}")
+    distributed.exchange(None)
 
 
 def write_config(workdir: Path, config: Mapping[str, Any]) -> None:

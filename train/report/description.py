@@ -10,8 +10,10 @@ from train.report import logs
 from train.run import Run
 
 
-def describe(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> None:
-    """Says data, model, devices and phases on stderr."""
+def describe(
+    run: Run, plan: Sequence[phases.Phase], model: nnx.Module, step: int = 0
+) -> None:
+    """Says data, model, devices and phases on stderr, and where it goes on."""
     cost = run.cost(model)
     sizes = ", ".join(f"{n} {split}" for split, n in run.data.sizes.items())
     logs.say(f"{run.config['data']['name']}: {sizes}")
@@ -24,3 +26,8 @@ def describe(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> None:
     for phase, (start, end) in zip(plan, spans, strict=True):
         most = "at most " if phase.until.condition else ""
         logs.say(f"phase {phase.name}: steps {start} to {most}{end}")
+    if run.placement.mesh.size > 1:
+        axes = ", ".join(f"{axis} {n}" for axis, n in run.placement.mesh.shape.items())
+        logs.say(f"{run.placement.mesh.size} devices: {axes}")
+    if step:
+        logs.say(f"resuming at step {step}")
