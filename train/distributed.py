@@ -33,6 +33,8 @@ _OF_PEERS = re.compile(
     re.IGNORECASE,
 )
 """What the runtime speaks of where an exchange between processes failed."""
+_FAILED_EXCHANGE = re.compile(r"\b(Gloo|NCCL)\b.*(failed|error)", re.IGNORECASE)
+"""The same in an exception of another type, as jit raises a ValueError at times."""
 _ALONE = "Give --coordinator, --num_processes and --process_id together."
 
 
@@ -274,7 +276,8 @@ def peer_lost(error: BaseException | None) -> PeerLost | None:
     while error is not None:
         lines = str(error).splitlines() or [""]
         of_runtime = isinstance(error, jax.errors.JaxRuntimeError | TimeoutError)
-        if of_runtime and _OF_PEERS.search(lines[0]):
+        failed = of_runtime and _OF_PEERS.search(lines[0])
+        if failed or _FAILED_EXCHANGE.search(lines[0]):
             return PeerLost(
                 f"processes: all must live, got a failed exchange in process"
                 f" {jax.process_index()} of {jax.process_count()} ({lines[0]}). Start"

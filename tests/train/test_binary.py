@@ -27,7 +27,7 @@ FLAGS = {
     ),
     "a misspelled key": (
         [CONFIG, "--config.sede=1"],
-        "--config.sede: must be one of ['checkpoint_every_epochs', ",
+        "--config.sede: must be one of ['accumulation_steps', ",
     ),
     "a key of a phase": (
         [CONFIG, "--config.phases[0].nme=1"],
