@@ -62,6 +62,9 @@ class Outcome(NamedTuple):
     printed: list[list[str]]
 
 
+pytestmark = pytest.mark.slow  # four processes; test_processes has two in every run
+
+
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory) -> Outcome:
     root = tmp_path_factory.mktemp("run")

@@ -128,6 +128,7 @@ class TestMistakes:
             assert "process 1: config.seed: 4 there, 3 here (in process 0)" in err
         assert not list((tmp_path / "run").glob("*"))
 
+    @pytest.mark.slow  # waits for a disk over the network
     def test_another_folder_is_named(self, tmp_path):
         words = ["--coordinator=127.0.0.1:45125", "--num_processes=2", CONFIG]
         ended_ones = pair(

@@ -201,10 +201,10 @@ class TestMemory:
     def test_the_state_of_a_device_falls_with_fsdp(self):
         """Bytes that a device holds before the step, by the compiler's own account."""
         held = {}
-        for fsdp in (1, 2, 4, 8):
+        for fsdp in (1, 2, 8):
             compiled, state = step_of(mesh_of(fsdp=fsdp), width=256)
             held[fsdp] = compiled.memory_analysis().argument_size_in_bytes
         whole = sum(x.nbytes for x in jax.tree.leaves(state))
         assert held[1] == pytest.approx(whole, rel=0.02)
-        for fsdp in (2, 4, 8):
+        for fsdp in (2, 8):
             assert held[fsdp] == pytest.approx(whole / fsdp, rel=0.1), held
