@@ -29,7 +29,7 @@ SECONDS = 60
 
 EXAMPLES = {
     "configs": 300,
-    "starts": 20,
+    "starts": 8,
     "ranks": 60,
     "rules": 60,
     "metadata": 80,

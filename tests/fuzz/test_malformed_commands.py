@@ -4,6 +4,7 @@ import json
 
 import commands
 import mutations
+import pytest
 import support
 
 CONFIG = "--config=configs/digits_mlp.py:smoke"
@@ -16,6 +17,7 @@ def is_refusal(ended: commands.Ended) -> bool:
     return one_line and lines[0].startswith("error: ")
 
 
+@pytest.mark.slow  # tests/train/test_binary.py has one of each kind in every run
 def test_malformed_command_lines(tmp_path):
     """Each binary refuses each of these before it makes anything."""
     files = tmp_path / "files"
