@@ -107,10 +107,12 @@ def _locked(path: Path, folder: Path) -> int:
     """Opens and locks a file; who looks at it for an instant is waited for."""
     deadline = time.monotonic() + _SECONDS_OF_A_LOOK
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
+        except (FileExistsError, FileNotFoundError):
+            if path.parent.is_file():
+                raise
             continue  # its owner has just removed the folder, too
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
