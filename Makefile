@@ -4,7 +4,7 @@
 # test       all but the slow ones; 2 workers of 4 GiB each
 # test-fast  for every save: no training, no binaries, no comparison with references
 # test-slow  whole recipes; minutes each
-# faults     200 small runs, killed and damaged, until all are done; 25 minutes
+# faults     206 small runs, killed and damaged, until all are done; half an hour
 #
 # What the tests compile is kept in ~/.cache/lowrank_jax: the second run is faster.
 
