@@ -16,6 +16,7 @@ Communication by formula, and what the compiled step has: docs/scaling.md.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -99,6 +100,7 @@ class Placement:
                 f" and {grouped}. Use data and fsdp."
             )
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019 (a run has one; asked for every batch)
     def rows(self, size: int) -> np.ndarray:
         """Returns which rows of a global batch this process has, in order.
 
