@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch import processes
+from train import stopping
 
 ROOT = Path(__file__).parents[2]
 STUB = Path(__file__).with_name("stub.py")
@@ -45,6 +46,11 @@ def is_alive(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def test_launchers_and_runs_agree_on_the_status():
+    """Two packages that do not import each other write the number down."""
+    assert processes.REQUEUE == stopping.REQUEUE
 
 
 def test_flags_environment_and_output():
