@@ -63,6 +63,7 @@ def base(*, seed: int) -> ConfigDict:
     config.accumulation_steps = 1
     config.log_every_steps = 50
     config.eval_every_epochs = 1
+    config.eval_every_steps = 0
     config.eval_fractions = (1.0, 0.5, 0.25, 0.125)
     config.recalibration_batches = 0
     config.scoring_batches = 2

@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
         epochs, optimizer = common.LENET_EPOCHS, common.lenet_optimizer()
     config.rank_rules = ((".*", "dense" if dense else "full"),)
     penalty = common.named("hierarchical_group_lasso", weight=lasso)
-    shrink = {"every_epochs": 1, "threshold": 1e-5, "multiple": 1}
+    shrink = {"every_epochs": 1, "every_steps": 0, "threshold": 1e-5, "multiple": 1}
     config.phases = (
         common.phase(
             name="maestro",

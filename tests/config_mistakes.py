@@ -24,7 +24,7 @@ def named(name: str, **args: Any) -> dict[str, Any]:
     return {"name": name, "args": args}
 
 
-SHRINK = {"every_epochs": 1, "threshold": 1e-3, "multiple": 1}
+SHRINK = {"every_epochs": 1, "every_steps": 0, "threshold": 1e-3, "multiple": 1}
 RANKS = {"head": 4, "hidden/0": 4}
 
 # what is wrong: place, value (or several of them), parts of the message
@@ -79,6 +79,7 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     ),
     "never logged": ("log_every_steps", 0, ("config.log_every_steps", "got 0")),
     "negative epochs": ("eval_every_epochs", -1, ("config.eval_every_epochs", "-1")),
+    "negative steps": ("eval_every_steps", -1, ("config.eval_every_steps", "-1")),
     "nothing kept": ("keep_checkpoints", 0, ("config.keep_checkpoints", "got 0")),
     "fraction of zero": ("eval_fractions", [1.0, 0], ("config.eval_fractions", "0]")),
     "fraction above one": ("eval_fractions", [1.5], ("config.eval_fractions", "1.5")),
@@ -130,6 +131,16 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
         "phases/0/shrink",
         {**SHRINK, "every_epochs": 0},
         ("config.phases[0] (only)", "shrink", "at least 1"),
+    ),
+    "shrink by both clocks": (
+        "phases/0/shrink",
+        {**SHRINK, "every_steps": 10},
+        ("config.phases[0] (only)", "one of every_epochs and every_steps", "10"),
+    ),
+    "shrink backwards": (
+        "phases/0/shrink",
+        {**SHRINK, "every_epochs": 0, "every_steps": -1},
+        ("config.phases[0] (only)", "one of every_epochs and every_steps", "-1"),
     ),
     "shrink of text": (
         "phases/0/shrink",

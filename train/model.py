@@ -14,6 +14,7 @@ from train.models import MODELS
 from train.sharding import Placement
 from train.state import seed_rngs
 from train.tasks import TASKS, Task
+from train.tasks.base import check_parts
 
 
 def build_task(
@@ -33,6 +34,7 @@ def build_task(
         spec = config["task"]
         task = registry.build(spec, TASKS, facts, allow_imports=allow_imports)
         registry.check_kind(spec, TASKS, task, lambda made: isinstance(made, Task))
+        check_parts(task)
         return task
 
 
@@ -106,7 +108,7 @@ def abstract_model(build: Callable[[], nnx.Module]) -> nnx.Module:
 
 
 def model_cost(model: nnx.Module, task: Task) -> counting.ModelCost:
-    """Counts the parameters and MACs of a model for one example of a task."""
+    """Counts the parameters of a model, and its MACs for one unit of a task."""
     return counting.count(model, *task.example)
 
 

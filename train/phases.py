@@ -102,23 +102,35 @@ class Shrink(NamedTuple):
     """When and how ranks are cut while a phase runs.
 
     Args:
-      every_epochs: How often, counted over the run.
+      every_epochs: How often, counted over the run; 0 for no epoch.
+      every_steps: The same in steps; one of the two is above 0.
       threshold: Of `lowrank_jax.tail_ranks`.
       multiple: Of `lowrank_jax.tail_ranks`.
     """
 
     every_epochs: int
+    every_steps: int
     threshold: float
     multiple: int
+
+    def due(self, step: int, steps_per_epoch: int) -> bool:
+        """Returns whether ranks are cut at a step."""
+        return not step % (self.every_steps or self.every_epochs * steps_per_epoch)
 
 
 def _build_shrink(spec: Mapping[str, Any]) -> Shrink | None:
     if not spec:
         return None
     errors.raise_all(schema.compare(spec, Shrink.__annotations__, "a rule"))
-    if min(spec["every_epochs"], spec["multiple"]) < 1 or not spec["threshold"] >= 0:
+    often = (spec["every_epochs"], spec["every_steps"])
+    if min(often) != 0 or max(often) < 1:
         raise UserError(
-            "every_epochs and multiple must be at least 1, threshold at least 0, got"
+            "one of every_epochs and every_steps must be 0 and the other at least 1,"
+            f" got {dict(spec)}. Correct them; {{}} is for never."
+        )
+    if spec["multiple"] < 1 or not spec["threshold"] >= 0:
+        raise UserError(
+            "multiple must be at least 1, threshold at least 0, got"
             f" {dict(spec)}. Correct them; {{}} is for never."
         )
     return Shrink(**spec)

@@ -139,8 +139,10 @@ class Session:
 
     def evaluates(self, step: int) -> bool:
         """Returns whether an evaluation is due at a step."""
-        every = self.run.config["eval_every_epochs"] * self.steps_per_epoch
-        return every > 0 and step > 0 and not step % every
+        config = self.run.config
+        every_epoch = config["eval_every_epochs"] * self.steps_per_epoch
+        often = (every_epoch, config["eval_every_steps"])
+        return step > 0 and any(every and not step % every for every in often)
 
     def frontier(self) -> list[dict[str, Any]]:
         """Returns figures on the validation split at the config's fractions.
@@ -178,7 +180,7 @@ class Session:
 
     def _shrinks(self, step: int) -> bool:
         shrink = self.running.phase.shrink
-        return bool(shrink) and not step % (shrink.every_epochs * self.steps_per_epoch)
+        return bool(shrink) and shrink.due(step, self.steps_per_epoch)
 
     def _shrink(self) -> None:
         """Cuts the state by the phase's rule, if a rank falls."""

@@ -90,7 +90,12 @@ def every_part() -> dict[str, Any]:
                     else common.steps_down(factor=0.5, at_fractions=(0.5,))
                 ),
             ),
-            shrink={"every_epochs": 1, "threshold": 1e-3, "multiple": 2},
+            shrink={
+                "every_epochs": 1,
+                "every_steps": 0,
+                "threshold": 1e-3,
+                "multiple": 2,
+            },
             on_end=()
             if index >= len(ends)
             else (

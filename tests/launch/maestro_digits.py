@@ -20,7 +20,12 @@ def get_config(arg: str = "") -> ConfigDict:
             sampler=common.named("single_layer"),
             penalties=(lasso,),
             optimizer=common.optimizer("adam", learning_rate=3e-3),
-            shrink={"every_epochs": 1, "threshold": 1e-5, "multiple": 1},
+            shrink={
+                "every_epochs": 1,
+                "every_steps": 0,
+                "threshold": 1e-5,
+                "multiple": 1,
+            },
         ),
     )
     config.eval_every_epochs = 4

@@ -246,7 +246,12 @@ def finished_run(tmp_path_factory) -> Run:
             sampler={"name": "single_layer", "args": {}},
             penalties=(lasso,),
             optimizer=SGD,
-            shrink={"every_epochs": 2, "threshold": 0.3, "multiple": 1},
+            shrink={
+                "every_epochs": 2,
+                "every_steps": 0,
+                "threshold": 0.3,
+                "multiple": 1,
+            },
         ),
     )
     config = to_json(config)

@@ -12,4 +12,5 @@ __all__ = ["TASKS", "Task"]
 
 TASKS: dict[str, str] = {
     "classification": "train.tasks.classification:classification",
+    "language_model": "train.tasks.language_model:language_model",
 }

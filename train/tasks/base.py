@@ -5,18 +5,53 @@ which it knows nothing but inputs and outputs. It is all that knows what a batch
 the loop, the step and the evaluation go through the functions below.
 
 A batch may have "weight" (b,), which is how much each example counts: in evaluation 0
-for the rows that pad the last batch. Letters: `b` batch.
+for the rows that pad the last batch. Letters: `b` batch, `o` vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from lowrank_jax.errors import UserError
 
 Batch = Mapping[str, Array]
 """Named arrays, b rows of each."""
+
+_MISSING: Any = None
+"""A part that must be there: left out, it is named with all others (`check_parts`)."""
+
+
+class Generation(NamedTuple):
+    """How a model of a task writes text, token by token.
+
+    `begin` reads a prompt; then the model's own `decode(tokens, cache) -> (logits,
+    cache)` takes one token after the other, at a cost that the prefix does not change.
+
+    Args:
+      encode: From one text to the arrays of one prompt.
+      begin: `begin(model, arrays) -> (logits, cache)`, traced: the logits (b, o) of the
+        first token to write, for prompts of the same shapes, b rows of each array.
+      decode: From the tokens that were written to their text.
+      stop: The token that ends a text; None if none does.
+      limit: Most tokens that a cache holds.
+      extend: From tokens (n,) that a full cache ended with, to the arrays of a prompt
+        to go on from; None where a text is over when its cache is full.
+      pairs: From a batch on the host to its (prompt, reference) texts.
+      score: From the texts that were written and their references to figures.
+    """
+
+    encode: Callable[[str], Mapping[str, np.ndarray]]
+    begin: Callable[[Any, Mapping[str, Array]], tuple[Float[Array, "b o"], Any]]
+    decode: Callable[[Sequence[int]], str]
+    stop: int | None
+    limit: int
+    extend: Callable[[np.ndarray], Mapping[str, np.ndarray]] | None = None
+    pairs: Callable[[Batch], list[tuple[str, str]]] | None = None
+    score: Callable[[Sequence[str], Sequence[str]], dict[str, float]] | None = None
 
 
 class Task(NamedTuple):
@@ -29,8 +64,8 @@ class Task(NamedTuple):
     Args:
       model_args: Keyword arguments that every model of the task is built with, as JSON
         values, such as the shape of an input and the number of outputs.
-      example: Model inputs for one example (a batch of one), without values: to count
-        parameters and MACs on, and to trace.
+      example: Model inputs to count parameters and MACs on, without values: a batch of
+        one unit.
       inputs: `inputs(batch, key) -> inputs`, the positional arguments of the model;
         augmented with a key, plain with None.
       loss: `loss(outputs, batch) -> scalar`, the mean over the batch by weight.
@@ -43,17 +78,42 @@ class Task(NamedTuple):
         one is "loss".
       headline: The figure to choose and to plot models by.
       higher_is_better: Whether more of the headline is better.
+      unit: What MACs are counted for, such as a token of a text.
+      generation: How text is written; None where none is.
     """
 
-    model_args: Mapping[str, Any]
-    example: tuple[jax.ShapeDtypeStruct, ...]
-    inputs: Callable[[Batch, PRNGKeyArray | None], tuple[Array, ...]]
-    loss: Callable[[Any, Batch], Float[Array, ""]]
-    distill: Callable[[Any, Any, Batch], Float[Array, ""]]
-    sums: Callable[[Any, Batch], dict[str, Array]]
-    figures: Callable[[Mapping[str, Any]], dict[str, float]]
-    headline: str
-    higher_is_better: bool
+    model_args: Mapping[str, Any] = _MISSING
+    example: tuple[jax.ShapeDtypeStruct, ...] = _MISSING
+    inputs: Callable[[Batch, PRNGKeyArray | None], tuple[Array, ...]] = _MISSING
+    loss: Callable[[Any, Batch], Float[Array, ""]] = _MISSING
+    distill: Callable[[Any, Any, Batch], Float[Array, ""]] = _MISSING
+    sums: Callable[[Any, Batch], dict[str, Array]] = _MISSING
+    figures: Callable[[Mapping[str, Any]], dict[str, float]] = _MISSING
+    headline: str = _MISSING
+    higher_is_better: bool = _MISSING
+    unit: str = "example"
+    generation: Generation | None = None
+
+
+def check_parts(task: Task) -> None:
+    """Raises UserError where a task lacks parts, or has others in their places."""
+    calls = ("inputs", "loss", "distill", "sums", "figures")
+    right = {name: callable(getattr(task, name)) for name in calls} | {
+        "model_args": isinstance(task.model_args, Mapping),
+        "example": isinstance(task.example, tuple) and bool(task.example),
+        "headline": isinstance(task.headline, str),
+        "higher_is_better": isinstance(task.higher_is_better, bool),
+        "unit": isinstance(task.unit, str),
+        "generation": isinstance(task.generation, Generation | None),
+    }
+    wrong = [name for name in task._fields if not right[name]]
+    if wrong:
+        got = ", ".join(f"{name} {getattr(task, name)!r}" for name in wrong)
+        raise UserError(
+            f"must have every part of train.tasks.Task, got {got}. Give them:"
+            " functions but for model_args (a dict), example (a tuple of"
+            " ShapeDtypeStruct), headline (a name) and higher_is_better (a bool)."
+        )
 
 
 def weighted_mean(values: Float[Array, " b"], batch: Batch) -> Float[Array, ""]:
