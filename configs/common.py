@@ -106,6 +106,7 @@ def data(
     batch_size: int,
     validation_examples: int,
     args: Mapping[str, Any] | None = None,
+    eval_batch_size: int = 500,
 ) -> dict[str, Any]:
     """Makes a data set with every key, by its name or the import path of a function."""
     return {
@@ -113,7 +114,7 @@ def data(
         "args": dict(args or {}),
         "data_dir": "",
         "batch_size": batch_size,
-        "eval_batch_size": 500,
+        "eval_batch_size": eval_batch_size,
         "validation_examples": validation_examples,
     }
 

@@ -29,14 +29,10 @@ def test_every_penalty_is_timed(dense, name):
 
 def test_every_variant_of_the_step_is_timed(dense):
     """Dense, at full rank and shrunk; the ratio of the first to itself is 1."""
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.integers(0, 256, (5, 4, 4, 1), dtype=np.uint8),
-        "label": rng.integers(0, 10, 5).astype(np.int32),
-    }
+    task, batch = step_time.images((4, 4, 1), 5)
     timers = {
         name: step_time.make_timer(
-            jax.tree.map(jnp.copy, model), sampler, jax.device_put(batch)
+            jax.tree.map(jnp.copy, model), sampler, task, jax.device_put(batch)
         )
         for name, (model, sampler) in step_time.variants(dense).items()
     }

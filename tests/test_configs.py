@@ -17,7 +17,11 @@ from train.run import Run
 from train.stopping import StopRequest
 
 FOLDER = Path(__file__).parents[1] / "configs"
-NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "common")
+SHARED = ("common", "text")
+"""Modules that are no configs themselves."""
+NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in SHARED)
+TEXTS = ("multi30k", "shakespeare")
+"""Configs on text; their smoke runs train the small model."""
 
 
 def plain(name: str, arg: str) -> dict[str, Any]:
@@ -44,7 +48,29 @@ def _noise(shape: tuple[int, ...], examples: int = 50) -> dict[str, Any]:
     }
 
 
-QUICK = ("digits_mlp", "fjord", "maestro", "nested")
+def write_texts(name: str, folder: Path) -> dict[str, Any]:
+    """Writes a little text, in the form that a config's data set takes: 600 lines of
+    words, each beside itself backwards where pairs are wanted."""
+    rng = np.random.default_rng(0)
+    words = np.asarray(["to", "be", "or", "not", "that", "is", "the", "question"])
+    lines = [" ".join(rng.choice(words, 5)) for _ in range(600)]
+    if name == "shakespeare":
+        (folder / "all.txt").write_text("\n".join(lines))
+        return {"text": {"file": str(folder / "all.txt")}}
+    text = {}
+    for split, part in (("train", 400), ("validation", 100), ("test", 100)):
+        chosen, lines = lines[:part], lines[part:]
+        files = [folder / f"{split}.{side}" for side in ("source", "target")]
+        files[0].write_text("\n".join(chosen) + "\n")
+        files[1].write_text("\n".join(line[::-1] for line in chosen) + "\n")
+        text[split] = [str(file) for file in files]
+    return {
+        "text": text,
+        "tokenizer": {"name": "byte_pairs", "args": {"vocab_size": 300}},
+    }
+
+
+QUICK = ("digits_mlp", "fjord", "maestro", "nested", "shakespeare")
 """Configs of one phase, which train in every run of the tests; `slow` has them all."""
 
 VARIANTS = [(name, "") for name in NAMES] + [
@@ -67,10 +93,23 @@ VARIANTS = [(name, "") for name in NAMES] + [
     ("svd_training", "cifar10,l1,spatial"),
     ("svd_training", "l1"),
     ("svd_training", "spatial"),
+    *(
+        (name, f"{size},{method}")
+        for name, size in (("multi30k", "small"), ("shakespeare", "cpu"))
+        for method in ("alone=0.5", "dense", "maestro")
+    ),
+    ("multi30k", "small"),
+    ("shakespeare", "cpu"),
 ]
 
 
-SHALLOWER = {("resnet", 56): 20, ("resnet", 32): 20, ("vgg", 19): 11}
+SHALLOWER = {
+    ("resnet", 56): 20,
+    ("resnet", 32): 20,
+    ("vgg", 19): 11,
+    **{("transformer", depth): 1 for depth in (4, 6)},
+    **{("encoder_decoder", depth): 1 for depth in (3, 6)},
+}
 """Depths of the same kind of blocks."""
 
 
@@ -90,7 +129,8 @@ def test_it_is_valid(name, arg):
         for c in (config, smoke)
     )
     assert smoke_end < end
-    assert smoke["model"] == config["model"]
+    if name not in TEXTS or arg:
+        assert smoke["model"] == config["model"]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +142,7 @@ def test_it_is_valid(name, arg):
         for variant in VARIANTS
     ],
 )
-def test_its_phases_fit_its_model(name, arg):
+def test_its_phases_fit_its_model(tmp_path, name, arg):
     """The check before the first step: every rule, sampler, penalty and action. Deep
     networks repeat their blocks: a shallower one is traced in less time."""
     config = plain(name, arg)
@@ -110,9 +150,13 @@ def test_its_phases_fit_its_model(name, arg):
     if "depth" in model_args:
         depth = model_args["depth"]
         model_args["depth"] = SHALLOWER.get((config["model"]["name"], depth), depth)
-    shapes = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3), "digits": (8, 8, 1)}
-    size = {"shape": shapes[config["data"]["name"]], "examples": 600}
-    data = pipeline.load_dataset(_noise, validation_examples=90, args=size)
+    if name in TEXTS:
+        config["data"]["args"] |= write_texts(name, tmp_path)
+        data = pipeline.load_data(config["data"], allow_imports=None)
+    else:
+        shapes = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3), "digits": (8, 8, 1)}
+        size = {"shape": shapes[config["data"]["name"]], "examples": 600}
+        data = pipeline.load_dataset(_noise, validation_examples=90, args=size)
     task = models.build_task(config, data.facts, allow_imports=None)
     placement = sharding.make_placement(config["mesh"])
     run = Run(config, task, data, placement, StopRequest())
@@ -137,6 +181,13 @@ def test_arguments_of_maestro():
         assert dense["phases"][0][key] == config["phases"][0][key]
 
 
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("arg", ["dense,maestro", "alone=0.5,dense", "lasso=1e-4"])
+def test_methods_that_exclude_each_other(name, arg):
+    with pytest.raises(ValueError, match=f"config argument: .*'{arg}'"):
+        plain(name, arg)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_its_head_tells_how_to_run_it(name):
     """The command in the docstring names the file itself."""
@@ -159,9 +210,12 @@ def test_it_trains_end_to_end(tmp_path, name, arg):
     """Three steps of its smoke form, of each phase, one block deep, without MNIST; what
     comes out is low-rank, and is cut, saved, loaded and evaluated like any other."""
     config = plain(name, arg)
-    config["model"]["args"] |= {"depth": 1} if name == "digits_vit" else {}
+    config["model"]["args"] |= {"depth": 1} if name in ("digits_vit", *TEXTS) else {}
     data = config["data"]
-    if data["name"] != "digits":
+    if name in TEXTS:
+        data["args"] |= write_texts(name, tmp_path)
+        data |= {"eval_batch_size": 10, "batch_size": 4}
+    elif data["name"] != "digits":
         data["name"] = f"{__name__}:mnist_like"
         data |= {"validation_examples": 10, "eval_batch_size": 10, "batch_size": 10}
     else:
@@ -171,6 +225,7 @@ def test_it_trains_end_to_end(tmp_path, name, arg):
         kept = {k: v for k, v in phase["until"].items() if k not in lengths}
         phase["until"] = {"steps": 3, **kept}
     config["eval_fractions"] = [1.0, 0.5]
+    config["eval_every_steps"] = config["checkpoint_every_steps"] = 0
     steps = 3 * len(config["phases"])
     result = loop.train_and_evaluate(config, tmp_path / "run")
     assert result["step"] == steps
@@ -214,6 +269,10 @@ def test_the_smoke_run_as_it_is(tmp_path, name):
         pytest.skip(f"{config['data']['name']} is not in TFDS_DATA_DIR")
     result = loop.train_and_evaluate(config, tmp_path / "run")
     untrained = 1 / 10
-    assert result["frontier"][0]["accuracy"] > 2 * untrained
+    if name not in TEXTS:
+        assert result["frontier"][0]["accuracy"] > 2 * untrained
+    else:  # of a uniform guess
+        facts = checkpoint.open_checkpoint(tmp_path / "run").metadata["facts"]
+        assert result["frontier"][0]["loss"] < 0.8 * np.log(facts["vocab_size"])
     for row in result["frontier"]:
         assert np.isfinite(row["loss"])

@@ -95,6 +95,7 @@ def _main() -> None:
         picture,
         headline=task.headline,
         higher_is_better=task.higher_is_better,
+        unit=task.unit,
     )
     print(f"frontier: {picture}")
     logs.emit(rows)

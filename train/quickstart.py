@@ -74,6 +74,7 @@ def _report(
         picture,
         headline=headline,
         higher_is_better=task.higher_is_better,
+        unit=task.unit,
     )
     headers = ["size", headline, "params", "macs", "ranks"]
     cells = [[str(row[k]) if k == "ranks" else row[k] for k in headers] for row in rows]

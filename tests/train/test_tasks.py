@@ -1,5 +1,6 @@
 """What every task must hold, a row each; classification against NumPy in float64."""
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from reference import relative_error
 
 from lowrank_jax.errors import UserError
 from train import registry
-from train.data import augmentation, sources
-from train.models import lenet
+from train.data import augmentation, sources, tokenizers
+from train.models import lenet, transformer
 from train.tasks import TASKS
 from train.tasks.base import Task
 from train.tasks.classification import classification
@@ -38,6 +39,18 @@ AUGMENT = [["random_crop", {"padding": 2}], ["random_flip", {}]]
 SIZE = 6
 
 
+WINDOWS = {
+    "arrays": {
+        "tokens": {"shape": [8], "dtype": "uint8"},
+        "length": {"shape": [], "dtype": "int32"},
+    },
+    "vocab_size": 5,
+    "tokenizer": tokenizers.build(
+        {"name": "characters", "args": {}}, ["abcde"]
+    ).to_facts(),
+}
+
+
 class Row(NamedTuple):
     """A task by its name in a config, and a model for it."""
 
@@ -47,6 +60,16 @@ class Row(NamedTuple):
     model: Callable[..., nnx.Module]
     perfect: Callable[[dict[str, Any]], jax.Array]
     """Outputs that nothing can better, of a batch."""
+    outputs: tuple[int, ...] = (5,)
+    """Shape of the outputs of one example."""
+    counted: Callable[[dict[str, Any]], jax.Array] = lambda batch: jnp.ones(SIZE)
+    """How much each example weighs beside its own weight."""
+    augments: bool = True
+    """Whether a key changes the inputs."""
+
+
+def tokens_right(labels: jax.Array) -> jax.Array:
+    return 100.0 * jax.nn.one_hot(labels, 5)
 
 
 ROWS = {
@@ -63,6 +86,16 @@ ROWS = {
         {"noise": 0.1},
         own_model.build,
         lambda batch: batch["y"],
+    ),
+    "language_model": Row(
+        "language_model",
+        WINDOWS,
+        {},
+        functools.partial(transformer.build, depth=1, embed_dim=8, num_heads=2),
+        lambda batch: tokens_right(batch["tokens"][:, 1:]),
+        outputs=(7, 5),
+        counted=lambda batch: batch["length"],
+        augments=False,
     ),
 }
 every_task = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
@@ -84,8 +117,8 @@ def batch_of(facts: dict[str, Any], size: int, seed: int = 0) -> dict[str, jax.A
     return batch
 
 
-def outputs_of(size: int, seed: int = 1) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), (size, 5))
+def outputs_of(row: Row, size: int = SIZE, seed: int = 1) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (size, *row.outputs))
 
 
 def test_every_task_has_a_row():
@@ -94,42 +127,47 @@ def test_every_task_has_a_row():
 
 @every_task
 def test_the_example_fits_the_model_and_the_inputs(row):
-    """As one row of a batch does, whatever JSON has made of the model's arguments."""
+    """One unit goes through as a batch does, whatever JSON has made of the model's
+    arguments."""
     task, batch = make(row), batch_of(row.facts, SIZE)
     args = json.loads(json.dumps(task.model_args))
     model = row.model(**args, rngs=nnx.Rngs(0))
     for key in (None, jax.random.key(0)):
         inputs = task.inputs(batch, key)
-        assert [(x.shape[1:], x.dtype) for x in inputs] == [
-            (x.shape[1:], x.dtype) for x in task.example
+        assert [(x.ndim, x.dtype) for x in inputs] == [
+            (x.ndim, x.dtype) for x in task.example
         ]
         assert {len(x) for x in inputs} == {SIZE}
     assert {len(x) for x in task.example} == {1}
     outputs = nnx.eval_shape(lambda *example: model(*example), *task.example)
-    assert outputs.shape == (1, 5)
+    unit = () if task.unit == "example" else (1,)
+    assert outputs.shape == (1, *unit, 5)
+    assert model(*inputs).shape == (SIZE, *row.outputs)
     assert task.loss(model(*inputs), batch).shape == ()
 
 
 @every_task
 def test_inputs_change_with_a_key_alone(row):
     task, batch = make(row), batch_of(row.facts, SIZE)
-    (plain,), (again,) = task.inputs(batch, None), task.inputs(batch, None)
+    plain, again = task.inputs(batch, None)[0], task.inputs(batch, None)[0]
     first, same, second = (
         task.inputs(batch, jax.random.key(seed))[0] for seed in (0, 0, 1)
     )
     np.testing.assert_array_equal(plain, again)
     np.testing.assert_array_equal(first, same)
-    assert not np.array_equal(first, plain) and not np.array_equal(first, second)
+    for other in (plain, second):
+        assert np.array_equal(first, other) != row.augments
 
 
 @every_task
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_loss_is_its_sum_by_weight(row, weighted):
-    task, batch, outputs = make(row), batch_of(row.facts, SIZE), outputs_of(SIZE)
+    task, batch, outputs = make(row), batch_of(row.facts, SIZE), outputs_of(row)
+    weight = jnp.arange(SIZE) / 4 if weighted else jnp.ones(SIZE)
     if weighted:
-        batch["weight"] = jnp.arange(SIZE) / 4
+        batch["weight"] = weight
     sums = task.sums(outputs, batch)
-    assert sums["weight"] == (3.75 if weighted else SIZE)
+    assert sums["weight"] == jnp.sum(weight * row.counted(batch))
     loss = task.loss(outputs, batch)
     assert relative_error(sums["loss"] / sums["weight"], loss) <= 1e-6
     figures = task.figures(sums)
@@ -140,9 +178,9 @@ def test_the_loss_is_its_sum_by_weight(row, weighted):
 
 @every_task
 def test_a_weight_of_one_changes_nothing(row):
-    task, batch, outputs = make(row), batch_of(row.facts, SIZE), outputs_of(SIZE)
+    task, batch, outputs = make(row), batch_of(row.facts, SIZE), outputs_of(row)
     ones = {**batch, "weight": jnp.ones(SIZE)}
-    teacher = outputs_of(SIZE, seed=2)
+    teacher = outputs_of(row, seed=2)
     for function in (task.loss, lambda *args: task.distill(args[0], teacher, args[1])):
         assert relative_error(function(outputs, ones), function(outputs, batch)) <= 1e-6
     assert task.figures(task.sums(outputs, ones)) == task.figures(
@@ -153,7 +191,7 @@ def test_a_weight_of_one_changes_nothing(row):
 @every_task
 def test_rows_of_weight_zero_change_nothing(row):
     """In the loss, in what a pupil learns, in the gradients and in the figures."""
-    task, outputs, teacher = make(row), outputs_of(SIZE), outputs_of(SIZE, seed=2)
+    task, outputs, teacher = make(row), outputs_of(row), outputs_of(row, seed=2)
     batch = batch_of(row.facts, SIZE)
     batch["weight"] = jnp.asarray([1.0, 0.5, 2.0, 1.0, 0.0, 0.0])
     kept = {name: array[:4] for name, array in batch.items()}
@@ -168,6 +206,7 @@ def test_rows_of_weight_zero_change_nothing(row):
         losses(outputs[:4], teacher[:4], kept),
     )
     assert relative_error(found, expected) <= 1e-6
+    assert row.counted(batch)[:4].sum() > 0
     gradients = jax.jacrev(losses)(outputs, teacher, batch)
     assert (gradients[:, 4:] == 0).all() and (gradients[:, :4] != 0).any()
     figures = task.figures(task.sums(outputs, batch))
@@ -177,11 +216,11 @@ def test_rows_of_weight_zero_change_nothing(row):
 
 @every_task
 def test_sums_add_up_over_batches(row):
-    task, batch, outputs = make(row), batch_of(row.facts, SIZE), outputs_of(SIZE)
+    task, batch, outputs = make(row), batch_of(row.facts, SIZE), outputs_of(row)
     whole = task.figures(task.sums(outputs, batch))
     parts = [
         task.sums(outputs[part], {name: array[part] for name, array in batch.items()})
-        for part in (slice(0, 2), slice(2, SIZE))
+        for part in (slice(0, 3), slice(3, SIZE))
     ]
     added = task.figures(jax.tree.map(lambda *parts: sum(parts), *parts))
     assert whole.keys() == added.keys()
@@ -192,13 +231,13 @@ def test_sums_add_up_over_batches(row):
 @every_task
 def test_a_pupil_learns_to_agree_with_its_teacher(row):
     """Where both agree the loss is least, and its gradient zero."""
-    task, batch, teacher = make(row), batch_of(row.facts, SIZE), outputs_of(SIZE)
+    task, batch, teacher = make(row), batch_of(row.facts, SIZE), outputs_of(row)
     distill = lambda outputs: task.distill(outputs, teacher, batch)  # noqa: E731
     assert jnp.abs(jax.grad(distill)(teacher)).max() <= 1e-7
-    assert jnp.abs(jax.grad(distill)(outputs_of(SIZE, seed=2))).max() >= 1e-3
+    assert jnp.abs(jax.grad(distill)(outputs_of(row, seed=2))).max() >= 1e-3
     for seed in range(2, 6):
-        assert distill(teacher) < distill(outputs_of(SIZE, seed=seed))
-        assert distill(teacher) < distill(teacher + 0.1 * outputs_of(SIZE, seed=seed))
+        assert distill(teacher) < distill(outputs_of(row, seed=seed))
+        assert distill(teacher) < distill(teacher + 0.1 * outputs_of(row, seed=seed))
 
 
 @every_task
@@ -206,7 +245,7 @@ def test_the_headline_says_which_is_better(row):
     task, batch = make(row), batch_of(row.facts, SIZE)
     good, bad = (
         task.figures(task.sums(outputs, batch))
-        for outputs in (row.perfect(batch), outputs_of(SIZE))
+        for outputs in (row.perfect(batch), outputs_of(row))
     )
     assert good["loss"] < bad["loss"]
     assert (good[task.headline] > bad[task.headline]) == task.higher_is_better
@@ -216,10 +255,11 @@ def test_the_headline_says_which_is_better(row):
 @every_task
 def test_tasks_are_traced(row):
     """Under jit as outside it; figures alone are made of numbers."""
-    task, batch, outputs = make(row), batch_of(row.facts, SIZE), outputs_of(SIZE)
+    task, batch, outputs = make(row), batch_of(row.facts, SIZE), outputs_of(row)
     key = jax.random.key(0)
-    (traced,), (plain,) = jax.jit(task.inputs)(batch, key), task.inputs(batch, key)
-    assert relative_error(traced, plain) <= 1e-6
+    traced, plain = jax.jit(task.inputs)(batch, key), task.inputs(batch, key)
+    for ours, theirs in zip(traced, plain, strict=True):
+        assert relative_error(ours, theirs) <= 1e-6
     jitted = jax.jit(task.sums)(outputs, batch)
     for name, value in task.sums(outputs, batch).items():
         assert relative_error(jitted[name], value) <= 1e-6
@@ -241,7 +281,8 @@ def test_classification_in_float64(weight):
         batch["weight"] = jnp.asarray(weight)
     share = np.ones(SIZE) if weight is None else np.asarray(weight)
     share = share / share.sum()
-    outputs, teacher = 3 * outputs_of(SIZE), 3 * outputs_of(SIZE, seed=2)
+    row = ROWS["classification"]
+    outputs, teacher = 3 * outputs_of(row), 3 * outputs_of(row, seed=2)
     logits, theirs = np.asarray(outputs, np.float64), np.asarray(teacher, np.float64)
     labels = np.asarray(batch["label"])
     losses = -log_softmax(logits)[np.arange(SIZE), labels]

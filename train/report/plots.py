@@ -13,7 +13,7 @@ from lowrank_jax.errors import raise_all
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", "-.", ":")
-_PANELS = (("params", "parameters"), ("macs", "MACs per example"))
+_PANELS = {"params": "parameters", "macs": "MACs"}
 _INK, _FAINT = "#333333", "#E3E3E3"
 
 
@@ -23,6 +23,7 @@ def plot_frontier(
     *,
     headline: str,
     higher_is_better: bool,
+    unit: str = "",
     marks: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
     """Draws a figure against parameters and against MACs, one line per series.
@@ -33,6 +34,7 @@ def plot_frontier(
       path: The PNG to write.
       headline: Name of the figure, as in the rows.
       higher_is_better: Its direction, which the axis tells.
+      unit: What the MACs are of, such as "token".
       marks: Numbers of the colour and of the marker of each series, so that what is
         alike looks alike; its own of each if not given.
 
@@ -43,7 +45,8 @@ def plot_frontier(
     # A Figure of its own (Agg for PNG): pyplot would keep it in global state.
     drawing = figure.Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
     panels = drawing.subplots(1, len(_PANELS), sharey=True)
-    for panel, (cost, label) in zip(panels, _PANELS, strict=True):
+    labels = {**_PANELS, "macs": f"MACs per {unit}" if unit else _PANELS["macs"]}
+    for panel, (cost, label) in zip(panels, labels.items(), strict=True):
         for index, (name, rows) in enumerate(series.items()):
             points = sorted(rows, key=lambda row: row[cost])
             mark = marks[name] if marks is not None else (index, index)
@@ -52,10 +55,10 @@ def plot_frontier(
     direction = "higher" if higher_is_better else "lower"
     panels[0].set_ylabel(f"{headline} ({direction} is better)", color=_INK)
     if len(series) > 1:
-        handles, labels = panels[0].get_legend_handles_labels()
+        handles, names = panels[0].get_legend_handles_labels()
         drawing.legend(
             handles,
-            labels,
+            names,
             loc="outside upper left",
             ncols=min(len(series), 4),
             frameon=False,
@@ -82,7 +85,7 @@ def _check(series: Mapping[str, Sequence[Mapping[str, Any]]], headline: str) -> 
 
 def _costs_something(row: Mapping[str, Any]) -> bool:
     """Whether a logarithmic axis can show what it costs."""
-    return all(row.get(cost, 0) > 0 for cost, _ in _PANELS)
+    return all(row.get(cost, 0) > 0 for cost in _PANELS)
 
 
 def _draw(

@@ -1,0 +1,61 @@
+"""A language model of tiny Shakespeare, by characters; nested.
+
+Command:  python -m train.main --config=configs/shakespeare.py --workdir=runs/text
+Variants: `cpu` for a size that trains on two cores; :dense; :maestro, with lasso=1e-4
+          for another lambda; :alone=0.5 for training at half of the ranks alone
+Hardware: a GPU; :cpu 2 CPU cores
+Time:     not run at full size; :cpu see docs/results.md
+Result:   see docs/results.md
+
+Model, data and recipe are nanoGPT's (Karpathy, 2022): 6 layers, width 384, 6 heads,
+context 256, dropout 0.2, 5,000 steps of batch 64; `:cpu` 4 layers, width 128, 4 heads,
+context 64, no dropout, 2,000 steps of batch 12. The text is 1,003,854 characters to
+train on, 55,770 for validation and 55,770 to test on.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, text
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Makes the config; "smoke" for a run of a minute."""
+    options = text.options(arg, cpu=False)
+    small = options["cpu"] or options["smoke"]
+    config = common.base(seed=0)
+    context = 64 if small else 256
+    config.data = common.data(
+        "text_windows",
+        batch_size=12 if small else 64,
+        eval_batch_size=8192 // context,
+        validation_examples=0,
+        args={
+            "text": "tiny_shakespeare",
+            "tokenizer": common.named("characters"),
+            "context": context,
+            "stride": 1,
+        },
+    )
+    config.task = common.named("language_model")
+    config.model = common.named(
+        "transformer",
+        depth=4 if small else 6,
+        embed_dim=128 if small else 384,
+        num_heads=4 if small else 6,
+        mlp_dim=512 if small else 1536,
+        dropout_rate=0.0 if small else 0.2,
+    )
+    config.rank_rules = text.rank_rules(options)
+    text.by_steps(config, 250)
+    steps = 2000 if options["cpu"] else 5000
+    steps = common.SMOKE_STEPS if options["smoke"] else steps
+    optimizer = common.optimizer(
+        "adamw",
+        learning_rate=1e-3,
+        args={"b2": 0.99},
+        schedule=common.cosine(warmup_steps=steps // 20, final_fraction=0.1),
+        weight_decay=0.1,
+        clip_norm=1.0,
+    )
+    config.phases = (text.phase(options, steps=steps, optimizer=optimizer, lasso=1e-4),)
+    return config
