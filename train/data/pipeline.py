@@ -18,7 +18,7 @@ import numpy as np
 
 from lowrank_jax.errors import UserError
 from train import registry
-from train.data import sources
+from train.data import DATASETS, sources
 
 Batch = dict[str, np.ndarray]
 T = TypeVar("T")
@@ -178,7 +178,8 @@ def load_dataset(
 
     Args:
       name: "digits" (ships with scikit-learn), the name of a prepared TFDS image
-        classification set ("mnist", "cifar10", "cifar10:3.0.2"), or a function that
+        classification set ("mnist", "cifar10", "cifar10:3.0.2"), one of
+        `train.data.DATASETS`, which take args, or a function that
         returns {"train": {name: array, ...}, "test": {...}}, a row an example, and
         under "facts" what else it knows. Names are those that the task reads;
         "weight" is how much an example counts.
@@ -186,7 +187,7 @@ def load_dataset(
         ~/tensorflow_datasets.
       validation_examples: size of the validation split; which examples it holds
         depends on this number and the data set alone.
-      args: keyword arguments of the function.
+      args: keyword arguments of the function, or of one of `DATASETS`.
 
     Raises:
       MissingFile: the set is not prepared in `data_dir`; says how to.
@@ -195,6 +196,11 @@ def load_dataset(
     """
     raw = sources.open_dataset(name, data_dir=data_dir, args=args)
     size = len(raw.train)
+    if raw.validation is not None and validation_examples:
+        raise UserError(
+            f"{raw.name}: validation_examples must be 0, as the set has a validation"
+            f" split of its own, got {validation_examples}. Set it to 0."
+        )
     if not 0 <= validation_examples < size:
         raise UserError(
             f"{raw.name}: validation_examples must be in [0, {size - 1}], got "
@@ -207,19 +213,33 @@ def load_dataset(
     splits = {
         "train": Subset(raw.train, train),
         "validation": Subset(raw.train, validation),
-        "test": Subset(raw.test, np.arange(len(raw.test))),
+        "test": _whole(raw.test),
     }
+    if raw.validation is not None:
+        splits["validation"] = _whole(raw.validation)
     return Dataset(raw.name, raw.facts, splits)
 
 
 def complete(
     spec: Mapping[str, Any], *, allow_imports: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Writes out the default arguments of a data set that is a function."""
-    if not _is_import_path(spec["name"]):
+    """Writes out the default arguments of a data set that is a function, named by a
+    table or by its import path."""
+    known = spec["name"] in DATASETS
+    if not known and not _is_import_path(spec["name"]):
         return dict(spec)
-    named = {"name": spec["name"], "args": spec["args"]}
-    return {**spec, **registry.complete(named, {}, allow_imports=allow_imports)}
+    completed = registry.complete(
+        {"name": spec["name"], "args": spec["args"]},
+        DATASETS,
+        supplied={"data_dir"} if known else (),
+        allow_imports=allow_imports,
+    )
+    return {**spec, **completed}
+
+
+def _whole(source: sources.Source) -> Subset:
+    """All rows of a source."""
+    return Subset(source, np.arange(len(source)))
 
 
 def _is_import_path(name: str) -> bool:
@@ -241,7 +261,7 @@ def load_data(
     """
     name = spec["name"]
     if _is_import_path(name):
-        name = registry.resolve(name, {}, allow_imports=allow_imports)
+        name = registry.resolve(name, DATASETS, allow_imports=allow_imports)
     return load_dataset(
         name,
         data_dir=spec["data_dir"],

@@ -1,4 +1,4 @@
-"""Where examples come from: scikit-learn's digits, TFDS, or your own function.
+"""Where examples come from: scikit-learn's digits, TFDS, text, or your own function.
 
 Every source answers `len(source)` and `take(indices)`, so the input pipeline never
 knows whether the arrays lie in memory or are read from disk, nor what they hold. The
@@ -9,9 +9,6 @@ or augmented here.
 import dataclasses
 import functools
 import io
-import os
-import pathlib
-import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -21,8 +18,9 @@ from absl import logging
 from PIL import Image
 
 from lowrank_jax import errors
-from lowrank_jax.errors import MissingFile, UserError
-from train.data import own_arrays
+from lowrank_jax.errors import UserError
+from train import registry
+from train.data import DATASETS, own_arrays, tfds_sets
 from train.data.own_arrays import Arrays
 
 # A split whose decoded pixels exceed this is read from disk batch by batch.
@@ -43,7 +41,7 @@ class Source(Protocol):
 
 
 class RawDataset(NamedTuple):
-    """The two splits as published, before a validation split is held out.
+    """The splits as published, before a validation split is held out.
 
     Args:
       name: For messages.
@@ -52,12 +50,15 @@ class RawDataset(NamedTuple):
         else that a task may need.
       train: Examples to train on, and to hold a validation split out of.
       test: Examples of the same arrays.
+      validation: Examples of the same arrays, where the set has such a split of its
+        own: then none is held out.
     """
 
     name: str
     facts: dict[str, Any]
     train: Source
     test: Source
+    validation: Source | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +161,14 @@ def open_dataset(
     """Opens a data set by name; see `pipeline.load_dataset`."""
     if callable(name):
         return _from_function(name, args or {})
+    if name in DATASETS:
+        spec = {"name": name, "args": args or {}}
+        with errors.at(f"data set {name!r}"):
+            return registry.build(spec, DATASETS, data_dir=data_dir)
     if args:
         raise UserError(
-            f"data set {name!r}: only a function of your own takes args, got "
-            f"{sorted(args)}. Remove them."
+            f"data set {name!r}: only a function of your own takes args, or "
+            f"{', '.join(sorted(DATASETS))}, got {sorted(args)}. Remove them."
         )
     if name == "digits":
         return _digits()
@@ -206,63 +211,15 @@ def _from_function(build: Callable[..., Mapping], args: Mapping) -> RawDataset:
     return RawDataset(name, facts, **sources)
 
 
-def resolve_data_dir(data_dir: str) -> pathlib.Path:
-    """Returns `data_dir`, else TFDS_DATA_DIR, else TFDS's own default."""
-    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return pathlib.Path(chosen).expanduser()
-
-
-def _find_version(name: str, root: pathlib.Path) -> pathlib.Path:
-    """Returns the newest prepared version of `name`, without asking the network.
-
-    `tfds.data_source` retries for 204 s when the data is missing and offline, so the
-    directory is looked up here and opened with `builder_from_directory`.
-    """
-    if not re.fullmatch(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", name):
-        raise UserError(
-            f"data set: must be 'digits', a TFDS name such as 'mnist' or 'cifar10', or "
-            f"a function, got {name!r}. An import path 'package.module:function' is "
-            "resolved to its function by the caller."
-        )
-    infos = (root / name.replace(":", "/")).glob("**/dataset_info.json")
-    # Other names are what an interrupted preparation leaves.
-    found = [path.parent for path in infos if re.fullmatch(r"[\d.]+", path.parent.name)]
-    if not found:
-        features = root.glob("*/**/features.json")
-        prepared = sorted({path.relative_to(root).parts[0] for path in features})
-        raise MissingFile(
-            f"data set {name!r}: must be 'digits' or prepared in {root}, got neither; "
-            f"found there: {', '.join(prepared) or 'nothing'}. Set "
-            "config.data.data_dir or TFDS_DATA_DIR, or prepare it once on a machine "
-            "with TensorFlow: "
-            f"tfds.builder({name!r}, data_dir={str(root)!r}, "
-            "file_format='array_record').download_and_prepare()"
-        )
-    configs = sorted({str(path.parent.relative_to(root)) for path in found})
-    if ":" not in name and len(configs) > 1:
-        raise UserError(
-            f"data set {name!r}: must name one config, got several. Choose from "
-            f"{', '.join(configs)}."
-        )
-    return max(found, key=lambda path: [int(part) for part in path.name.split(".")])
-
-
 def _from_tfds(name: str, data_dir: str) -> RawDataset:
-    directory = _find_version(name, resolve_data_dir(data_dir))
-    import tensorflow_datasets as tfds  # 3 s to import: only when it is needed
-
-    info = tfds.builder_from_directory(str(directory)).info
-    where = f"data set {name!r} in {directory}"
-    if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        raise UserError(
-            f"{where}: files must be array_record, got {info.file_format.value}. "
-            "Prepare it in another directory with file_format='array_record'."
-        )
+    prepared = tfds_sets.open_set(name, data_dir)
+    where, info = prepared.where, prepared.info
     features = info.features
     if not {"image", "label"} <= set(features):
         raise UserError(
             f"{where}: needs the features image and label, got {sorted(features)}. "
-            "Give a function that returns arrays instead."
+            "Give a function that returns arrays instead, or read text by one of "
+            f"{', '.join(sorted(DATASETS))}."
         )
     # Not `.dtype`, which imports TensorFlow.
     shape, dtype = features["image"].shape, features["image"].np_dtype
@@ -278,7 +235,7 @@ def _from_tfds(name: str, data_dir: str) -> RawDataset:
             f"{sorted(info.splits)}. Give a function that returns arrays instead."
         )
     sources = [
-        TfdsSource(str(directory), split, shape, info.splits[split].num_examples)
+        TfdsSource(prepared.directory, split, shape, info.splits[split].num_examples)
         for split in ("train", test)
     ]
     facts = _image_facts(shape, features["label"].num_classes)
