@@ -3,7 +3,8 @@
 The checkpoint says itself what model, ranks and data it is of. Ends with one line of
 JSON, the task's figures with `"params"`, `"macs"` and `"ranks"`, or with
 --rank_fractions a list of them with `"rank_fraction"`, and then a picture of the
-frontier.
+frontier. Where the task translates, all sentences of the split are translated greedily
+and `"bleu"` is among the figures (`--nobleu` spares the time).
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from absl import flags
 
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
-from train import binary, folders, opening
+from train import binary, folders, opening, translating
 from train.report import logs, plots
+from train.tasks import Task
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a checkpoint, of its steps, or of a run."
@@ -31,6 +33,11 @@ _RECALIBRATION_BATCHES = flags.DEFINE_integer(
     0,
     "With --rank_fractions: training batches to re-estimate BatchNorm on at each.",
     lower_bound=0,
+)
+_BLEU = flags.DEFINE_bool(
+    "bleu",
+    None,
+    "Translate the split and count BLEU; yes if not given, where the task translates.",
 )
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where the data set is, if elsewhere."
@@ -79,17 +86,22 @@ def _main() -> None:
     opened = opening.open_model(
         _CHECKPOINT.value, data_dir=_DATA_DIR.value, allow_imports=_ALLOW.value
     )
+    task = opened.run.task
+    _check_bleu(task)
+    translate = _BLEU.value is not False
     if not fractions:
-        figures = opened.figures(_SPLIT.value)
+        figures = opened.figures(_SPLIT.value, translate=translate)
         print(logs.table(*_table([{"rank_fraction": "as saved", **figures}])))
         logs.emit(figures)
         return
     with errors.at("--rank_fractions"):
         rows = opened.sweep(
-            fractions, _SPLIT.value, recalibration_batches=_RECALIBRATION_BATCHES.value
+            fractions,
+            _SPLIT.value,
+            recalibration_batches=_RECALIBRATION_BATCHES.value,
+            translate=translate,
         )
     print(logs.table(*_table(rows)))
-    task = opened.run.task
     plots.plot_frontier(
         {_SPLIT.value: rows},
         picture,
@@ -99,6 +111,14 @@ def _main() -> None:
     )
     print(f"frontier: {picture}")
     logs.emit(rows)
+
+
+def _check_bleu(task: Task) -> None:
+    if _BLEU.value and not translating.translates(task):
+        raise UserError(
+            "--bleu: must be of a task that translates, on data with a tokenizer, got"
+            f" another, judged by {task.headline}. Drop it."
+        )
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:

@@ -24,6 +24,9 @@ Evaluate = Callable[[Any, Any, Ranks, Batches], dict[str, float]]
 Calibrate = Callable[[Any, Any, Ranks], Any]
 """From parameters, model state and ranks to the model state for these ranks."""
 
+Score = Callable[[Any, Any, Ranks], dict[str, float]]
+"""From parameters, model state and ranks to figures of what the model writes."""
+
 
 def make_sums(
     structure: Structure, task: Task, *, batch_statistics: bool = False
@@ -115,6 +118,7 @@ class Evaluator(NamedTuple):
       cost: What the model costs.
       batches: Makes the batches to evaluate on.
       limits: What bounds the ranks of the model.
+      score: Further figures, of what the model writes; None for none.
     """
 
     evaluate: Evaluate
@@ -122,12 +126,15 @@ class Evaluator(NamedTuple):
     cost: counting.ModelCost
     batches: Callable[[], Batches]
     limits: Mapping[str, Limits]
+    score: Score | None = None
 
     def at(self, params: Any, model_state: Any, ranks: Ranks) -> Figures:
         """Returns the figures of a model at these ranks, with what it costs there."""
         if self.calibrate is not None:
             model_state = self.calibrate(params, model_state, ranks)
         results = self.evaluate(params, model_state, ranks, self.batches())
+        if self.score is not None:
+            results |= self.score(params, model_state, ranks)
         return {
             **results,
             "params": self.cost.params(ranks),

@@ -8,7 +8,7 @@ from flax import nnx
 
 from lowrank_jax import active, calibration, checkpoint, errors
 from lowrank_jax.errors import DamagedCheckpoint
-from train import evaluation
+from train import evaluation, translating
 from train.model import about, load_model
 from train.report import logs
 from train.run import Run, open_checkpoint_run
@@ -29,15 +29,19 @@ class Opened(NamedTuple):
     run: Run
     model: nnx.Module
 
-    def figures(self, split: str = "test") -> evaluation.Figures:
+    def figures(
+        self, split: str = "test", *, translate: bool = True
+    ) -> evaluation.Figures:
         """Returns the figures at the checkpoint's ranks.
 
         Args:
           split: "train", "validation" or "test".
+          translate: As of `evaluator`.
         """
         _, params, model_state = split_model(self.model)
         ranks = active.get_ranks(self.model)
-        return self.evaluator(split, 0).at(params, model_state, ranks)
+        evaluator = self.evaluator(split, translate=translate)
+        return evaluator.at(params, model_state, ranks)
 
     def sweep(
         self,
@@ -45,6 +49,7 @@ class Opened(NamedTuple):
         split: str = "test",
         *,
         recalibration_batches: int = 0,
+        translate: bool = True,
     ) -> list[evaluation.Figures]:
         """Returns the figures at each of some fractions of the ranks.
 
@@ -53,24 +58,33 @@ class Opened(NamedTuple):
           split: "train", "validation" or "test".
           recalibration_batches: Training batches to re-estimate BatchNorm on at each
             fraction; 0 for the statistics of the checkpoint.
+          translate: As of `evaluator`.
         """
         _, params, model_state = split_model(self.model)
-        evaluator = self.evaluator(split, recalibration_batches)
+        evaluator = self.evaluator(split, recalibration_batches, translate=translate)
         ranks = active.get_ranks(self.model)
         return evaluation.sweep(evaluator, params, model_state, ranks, fractions)
 
-    def evaluator(self, split: str, batches: int = 0) -> evaluation.Evaluator:
+    def evaluator(
+        self, split: str, batches: int = 0, *, translate: bool = True
+    ) -> evaluation.Evaluator:
         """Makes what judges the model at any ranks.
 
         Args:
           split: "train", "validation" or "test".
           batches: Training batches to re-estimate BatchNorm on, 0 for none.
+          translate: Whether a model whose task is to translate does so, greedily, and
+            is judged by what it writes as well.
         """
         run, (structure, _, _) = self.run, split_model(self.model)
-        calibrate = None
+        calibrate, score = None, None
         if batches and calibration.has_batch_norm(self.model):
             calibrate = evaluation.make_calibrator(
                 structure, run.task, lambda: run.training_batches(batches)
+            )
+        if translate and translating.translates(run.task):
+            score = translating.make_score(
+                structure, run.task.generation, lambda: run.host_batches(split)
             )
         return evaluation.Evaluator(
             evaluation.make_evaluator(structure, run.task),
@@ -78,6 +92,7 @@ class Opened(NamedTuple):
             run.cost(self.model),
             lambda: run.eval_batches(split),
             structure.limits,
+            score,
         )
 
 

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -105,6 +106,11 @@ class Run(NamedTuple):
         rows = placement.rows(padded)
         batches = self.data.eval_batches(split, size, multiple_of=multiple, rows=rows)
         return self.stop.polled(placement.batch(batch, padded) for batch in batches)
+
+    def host_batches(self, split: str) -> Iterator[Mapping[str, np.ndarray]]:
+        """Returns the batches of a split, each example once, in NumPy's arrays."""
+        size = self.config["data"]["eval_batch_size"]
+        return self.stop.polled(self.data.eval_batches(split, size))
 
     def scoring_batches(self) -> list[Mapping[str, Array]]:
         """Returns the validation batches that a search scores on, whole everywhere.

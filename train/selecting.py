@@ -1,8 +1,8 @@
-"""Rank selectors by name: from configs, and from the flags of `train.truncate`."""
+"""Rank selectors by name: from configs, and from the flags of binaries."""
 
 import collections
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def select(spec: Mapping[str, Any], context: selectors.Context) -> dict[str, Any
 
 def define_flags() -> dict[str, flags.FlagHolder[Any]]:
     """Defines a flag for each selector of one value, and one for all by name."""
-    holders: dict[str, flags.FlagHolder[Any]] = {
+    by_name = {
         "select": flags.DEFINE_string(
             "select", None, "Any selector, by name or import path."
         ),
@@ -44,12 +44,19 @@ def define_flags() -> dict[str, flags.FlagHolder[Any]]:
             "select_args", "{}", "With --select: its arguments, a JSON object."
         ),
     }
+    return {**by_name, **define_value_flags(selectors.SELECTORS)}
+
+
+def define_value_flags(names: Iterable[str]) -> dict[str, flags.FlagHolder[Any]]:
+    """Defines a flag for each of some selectors that is of one value."""
+    holders: dict[str, flags.FlagHolder[Any]] = {}
     makers: dict[Any, Callable[..., flags.FlagHolder[Any]]] = {
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         Mapping: flags.DEFINE_string,  # a JSON file
     }
-    for name, row in selectors.SELECTORS.items():
+    for name in names:
+        row = selectors.SELECTORS[name]
         if row.value_type is not None:
             help_text = row.help
             if row.value_type is Mapping:
@@ -64,17 +71,47 @@ def from_flags(holders: Mapping[str, flags.FlagHolder[Any]]) -> dict[str, Any]:
     Raises:
       UserError: None or several are given, or a rank file is not there.
     """
-    values = {name: holder.value for name, holder in holders.items()}
-    args = values.pop("select_args")
-    given = {name: value for name, value in values.items() if value is not None}
+    given = _given(holders)
     if len(given) != 1:
-        raise UserError(
-            f"flags: exactly one of {', '.join('--' + name for name in values)} must be"
-            f" given, got {['--' + name for name in given]}. Keep one."
-        )
+        raise _not_one("exactly one", holders, given)
     ((name, value),) = given.items()
     if name == "select":
-        return {"name": value, "args": _read_object(args, "--select_args")}
+        args = _read_object(holders["select_args"].value, "--select_args")
+        return {"name": value, "args": args}
+    return _of_value(name, value)
+
+
+def from_value_flags(
+    holders: Mapping[str, flags.FlagHolder[Any]],
+) -> dict[str, Any] | None:
+    """Returns the selector that flags of `define_value_flags` give, None for none.
+
+    Raises:
+      UserError: Several are given, or a rank file is not there.
+    """
+    given = _given(holders)
+    if len(given) > 1:
+        raise _not_one("at most one", holders, given)
+    return next((_of_value(name, value) for name, value in given.items()), None)
+
+
+def _given(holders: Mapping[str, flags.FlagHolder[Any]]) -> dict[str, Any]:
+    values = {name: holder.value for name, holder in holders.items()}
+    values.pop("select_args", None)  # which has a default
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _not_one(
+    how_many: str, holders: Mapping[str, Any], given: Mapping[str, Any]
+) -> UserError:
+    names = ", ".join(f"--{name}" for name in holders if name != "select_args")
+    return UserError(
+        f"flags: {how_many} of {names} must be given, got"
+        f" {[f'--{name}' for name in given]}. Keep one."
+    )
+
+
+def _of_value(name: str, value: Any) -> dict[str, Any]:
     if selectors.SELECTORS[name].value_type is Mapping:
         value = read_rank_file(value, f"--{name}")
     return {"name": name, "args": {"value": value}}

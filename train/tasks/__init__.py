@@ -13,4 +13,5 @@ __all__ = ["TASKS", "Task"]
 TASKS: dict[str, str] = {
     "classification": "train.tasks.classification:classification",
     "language_model": "train.tasks.language_model:language_model",
+    "translation": "train.tasks.translation:translation",
 }

@@ -30,6 +30,7 @@ class Generation(NamedTuple):
 
     `begin` reads a prompt; then the model's own `decode(tokens, cache) -> (logits,
     cache)` takes one token after the other, at a cost that the prefix does not change.
+    The `position` of a cache is how many tokens it holds.
 
     Args:
       encode: From one text to the arrays of one prompt.
@@ -38,8 +39,9 @@ class Generation(NamedTuple):
       decode: From the tokens that were written to their text.
       stop: The token that ends a text; None if none does.
       limit: Most tokens that a cache holds.
-      extend: From tokens (n,) that a full cache ended with, to the arrays of a prompt
-        to go on from; None where a text is over when its cache is full.
+      extend: From the arrays of a prompt and the tokens (n,) that were written until
+        its cache was full, to the arrays of a prompt to go on from; None where a text
+        is then over.
       pairs: From a batch on the host to its (prompt, reference) texts.
       score: From the texts that were written and their references to figures.
     """
@@ -49,7 +51,10 @@ class Generation(NamedTuple):
     decode: Callable[[Sequence[int]], str]
     stop: int | None
     limit: int
-    extend: Callable[[np.ndarray], Mapping[str, np.ndarray]] | None = None
+    extend: (
+        Callable[[Mapping[str, np.ndarray], np.ndarray], Mapping[str, np.ndarray]]
+        | None
+    ) = None
     pairs: Callable[[Batch], list[tuple[str, str]]] | None = None
     score: Callable[[Sequence[str], Sequence[str]], dict[str, float]] | None = None
 

@@ -82,8 +82,11 @@ def _generation(tokenizer: tokenizers.Tokenizer, context: int) -> Generation:
         logits, cache = model.decode(prompt, model.init_cache(len(prompt)))
         return logits[:, -1], cache
 
-    def extend(ids: np.ndarray) -> dict[str, np.ndarray]:
-        return {"tokens": np.asarray(ids[-max(1, context // 2) :], np.int32)}
+    def extend(
+        arrays: Mapping[str, np.ndarray], written: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        window = np.concatenate([arrays["tokens"], written])
+        return {"tokens": window[-max(1, context // 2) :].astype(np.int32)}
 
     return Generation(
         encode=encode,
