@@ -189,11 +189,16 @@ def test_importing_the_library_starts_no_backend():
     assert done.returncode == 0, done.stderr
 
 
-IMAGE_FILES = ("train/data/", "train/models/", "train/tasks/classification.py")
-"""What may speak of images, labels, classes and accuracy."""
+TASK_FILES = ("train/data/", "train/models/", "train/tasks/")
+TEXT_FILES = tuple(
+    f"train/{name}.py" for name in ("generate", "generation", "translating", "writing")
+)
+"""What may speak of text beside these."""
 
-IMAGE_WORDS = re.compile(
-    r"(?<![a-z])(images?|labels?|num_classes|accurac(?:y|ies))(?![a-z])", re.IGNORECASE
+IMAGE_WORDS = r"images?|labels?|num_classes|accurac(?:y|ies)"
+TEXT_WORDS = r"tokens|prompts?|perplexity|vocab_size"
+TASK_WORDS = re.compile(
+    rf"(?<![a-z])({IMAGE_WORDS}|{TEXT_WORDS})(?![a-z])", re.IGNORECASE
 )
 
 
@@ -210,15 +215,15 @@ def words_of(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def test_only_its_task_knows_what_a_batch_means():
-    """Images, labels, classes and accuracy: data sources, models and their task."""
+    """Images, labels, tokens: data sources, models, tasks, and what writes text."""
     inside, wrong = 0, []
     for path in files("train"):
         name = str(path.relative_to(ROOT))
         for text, line in words_of(path):
-            words = set(IMAGE_WORDS.findall(text))
+            words = set(TASK_WORDS.findall(text))
             if name == "train/report/plots.py":
                 words -= {"label", "labels"}  # matplotlib's, of axes and legends
-            if words and name.startswith(IMAGE_FILES):
+            if words and name.startswith(TASK_FILES + TEXT_FILES):
                 inside += 1
             elif words:
                 wrong.append(f"{name}:{line}: {text.strip()}")

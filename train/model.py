@@ -13,8 +13,7 @@ from train import recorded, registry, schema
 from train.models import MODELS
 from train.sharding import Placement
 from train.state import seed_rngs
-from train.tasks import TASKS, Task
-from train.tasks.base import check_parts
+from train.tasks import TASKS, Task, check_parts
 
 
 def build_task(

@@ -34,7 +34,7 @@ def plot_frontier(
       path: The PNG to write.
       headline: Name of the figure, as in the rows.
       higher_is_better: Its direction, which the axis tells.
-      unit: What the MACs are of, such as "token".
+      unit: What the MACs are of, such as "example".
       marks: Numbers of the colour and of the marker of each series, so that what is
         alike looks alike; its own of each if not given.
 

@@ -6,9 +6,9 @@
 no task.
 """
 
-from train.tasks.base import Task
+from train.tasks.base import Task, check_parts
 
-__all__ = ["TASKS", "Task"]
+__all__ = ["TASKS", "Task", "check_parts"]
 
 TASKS: dict[str, str] = {
     "classification": "train.tasks.classification:classification",

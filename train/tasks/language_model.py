@@ -45,7 +45,7 @@ def language_model(facts: Mapping[str, Any]) -> Task:
     def labels(batch: Batch) -> tokens.Labels:
         targets = batch["tokens"][:, 1:].astype(jnp.int32)
         length = batch.get("length", jnp.full(len(targets), context))
-        return targets, jnp.arange(context) < length[:, None]
+        return targets, jnp.arange(context)[None] < length[:, None]
 
     return Task(
         model_args={"vocab_size": facts["vocab_size"], "context": context},
