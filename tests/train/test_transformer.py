@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from reference import relative_error
 
 from lowrank_jax import active, counting, factorization
@@ -103,7 +104,7 @@ def macs_of(jaxpr) -> int:
     """The MACs of all matrix products of a program."""
     total = 0
     for equation in jaxpr.eqns:
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             total += macs_of(inner)
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
