@@ -31,7 +31,7 @@ def paths(model: nnx.Module, kind: type[nnx.Module]) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_maps_images_to_finite_float32_logits_with_gradients(name):
     image_shape = (32, 36, 3)
     build = resolve(name, MODELS, allow_imports=[])
@@ -51,7 +51,7 @@ def test_maps_images_to_finite_float32_logits_with_gradients(name):
     assert all(np.isfinite(grad).all() for grad in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_defaults_stand_in_build_alone(name):
     """So that the one signature says, and a checkpoint can record, what a model is."""
     build = resolve(name, MODELS, allow_imports=[])
@@ -66,7 +66,7 @@ def test_defaults_stand_in_build_alone(name):
             assert not [p.name for p in parameters if p.default is not p.empty]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_logits_of_bfloat16_parameters_are_float32(name):
     build = resolve(name, MODELS, allow_imports=[])
     model = build(

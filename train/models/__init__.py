@@ -3,9 +3,14 @@
 `train.registry.resolve` turns a name into its `build` function. The table holds import
 paths, so that listing the names imports no model. Every `build` takes what its task
 builds models with (`Task.model_args`), `rngs` and the model's own options, whose
-defaults stand there alone. These are models of the task `classification`: `build` takes
-`image_shape` and `num_classes`, and returns a module that maps images (b, x, y, c) to
-float32 logits (b, o).
+defaults stand there alone:
+
+- `classification`: takes `image_shape` and `num_classes`; the model maps images
+  (b, x, y, c) to logits (b, o).
+- `language_model`: takes `vocab_size` and `context`; the model maps tokens (b, t) to
+  logits (b, t, o).
+
+All logits are float32. The models of text also decode token by token (`decode`).
 """
 
 MODELS: dict[str, str] = {
@@ -13,6 +18,7 @@ MODELS: dict[str, str] = {
     "lenet": "train.models.lenet:build",
     "mlp": "train.models.mlp:build",
     "resnet": "train.models.resnet:build",
+    "transformer": "train.models.transformer:build",
     "vgg": "train.models.vgg:build",
     "vit": "train.models.vit:build",
 }

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from lowrank_jax.errors import UserError
-from train.models.sizes import MOST_LAYERS, check_sizes
+from lowrank_jax.errors import raise_all
+from train.models.sizes import block_problems, size_problems
 
 
 class Block(nnx.Module):
@@ -85,32 +85,22 @@ class ViT(nnx.Module):
         dropout_rate: float,
         rngs: nnx.Rngs,
     ):
-        check_sizes(
-            "vit",
-            patch_size=patch_size,
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            mlp_dim=mlp_dim,
-        )
-        check_sizes("vit", MOST_LAYERS, depth=depth)
         x, y, channels = image_shape
-        errors = []
-        if not 0 <= dropout_rate < 1:
-            errors.append(
-                f"vit: dropout_rate must be in [0, 1), got {dropout_rate}. Lower it."
-            )
-        if x % patch_size or y % patch_size:
-            errors.append(
+        problems = size_problems("vit", patch_size=patch_size)
+        if patch_size >= 1 and (x % patch_size or y % patch_size):
+            problems.append(
                 f"vit: patch_size must divide the image's {x}x{y} pixels, "
                 f"got {patch_size}. Choose another patch_size or resize the images."
             )
-        if embed_dim % num_heads:
-            errors.append(
-                f"vit: num_heads must divide embed_dim {embed_dim}, got {num_heads}. "
-                "Change one of the two."
-            )
-        if errors:
-            raise UserError("\n".join(errors))
+        problems += block_problems(
+            "vit",
+            depth=depth,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+            mlp_dim=mlp_dim,
+            dropout_rate=dropout_rate,
+        )
+        raise_all(problems)
         self.patch_embedding = nnx.Conv(
             channels,
             embed_dim,
