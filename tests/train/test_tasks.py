@@ -16,7 +16,7 @@ from reference import relative_error
 from lowrank_jax.errors import UserError
 from train import registry
 from train.data import augmentation, sources, tokenizers
-from train.models import lenet, transformer
+from train.models import encoder_decoder, lenet, transformer
 from train.tasks import TASKS
 from train.tasks.base import Task
 from train.tasks.classification import classification
@@ -47,6 +47,19 @@ WINDOWS = {
     "vocab_size": 5,
     "tokenizer": tokenizers.build(
         {"name": "characters", "args": {}}, ["abcde"]
+    ).to_facts(),
+}
+
+
+PAIRS = {
+    "arrays": {
+        name: {"shape": [8], "dtype": "uint8"}
+        for name in ("source", "source_segment", "target", "label", "target_segment")
+    },
+    "vocab_size": 5,
+    "specials": {"pad": 0, "bos": 1, "eos": 2},
+    "tokenizer": tokenizers.build(
+        {"name": "characters", "args": {}}, ["ab"], reserved=3
     ).to_facts(),
 }
 
@@ -95,6 +108,22 @@ ROWS = {
         lambda batch: tokens_right(batch["tokens"][:, 1:]),
         outputs=(7, 5),
         counted=lambda batch: batch["length"],
+        augments=False,
+    ),
+    "translation": Row(
+        "translation",
+        PAIRS,
+        {},
+        functools.partial(
+            encoder_decoder.build,
+            depth=1,
+            embed_dim=8,
+            num_heads=2,
+            dropout_rate=0.0,
+        ),
+        lambda batch: tokens_right(batch["label"]),
+        outputs=(8, 5),
+        counted=lambda batch: (batch["target_segment"] > 0).sum(axis=1),
         augments=False,
     ),
 }
