@@ -88,14 +88,14 @@ def test_ids_are_as_small_as_they_can_be():
 
 def test_byte_pairs_by_hand():
     """Bytes by value, then the commonest pair, then the next."""
-    tokenizer = train("byte_pairs", ["abab abab cab"], vocab_size=258, reserved=3)
+    tokenizer = train("byte_pairs", ["abab abab cab"], vocab_size=261, reserved=3)
     a, b, c = b"abc"
     ab = 256
     assert tokenizer.to_facts() == {
         "name": "byte_pairs",
         "merges": [[a, b], [ab, ab]],
         "reserved": 3,
-    } or tokenizer.merges[0] == (a, b)
+    }
     assert tokenizer.encode("cab").tolist() == [3 + c, 3 + ab]
 
 
@@ -155,7 +155,7 @@ print(json.dumps(tokenizers.build(spec, texts).to_facts()))
 def test_training_is_the_same_in_every_process():
     """With threads and without, whatever the seed of hashing."""
     found = set()
-    for parallel, hash_seed in (("true", "1"), ("true", "2"), ("false", "3")):
+    for parallel, hash_seed in (("true", "1"), ("false", "2")):
         variables = {"TOKENIZERS_PARALLELISM": parallel, "PYTHONHASHSEED": hash_seed}
         done = subprocess.run(
             [sys.executable, "-c", SAME],

@@ -208,8 +208,9 @@ def _checked(merges: Sequence[Any], reserved: int) -> Merges:
         if token not in known:
             known.add(token)
             tokens.append(token)
-        if len(tokens) > MOST_TOKENS - reserved:
-            raise damaged(f"there must be at most {MOST_TOKENS:,} tokens", "more")
+    if reserved + len(tokens) > MOST_TOKENS:
+        rule = f"there must be at most {MOST_TOKENS:,} tokens"
+        raise damaged(rule, f"{reserved + len(tokens):,}")
     return tuple(map(tuple, merges))
 
 
