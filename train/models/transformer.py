@@ -199,8 +199,9 @@ class Transformer(nnx.Module):
         """Makes the cache of so many rows without a token."""
         block = self.blocks if self.scanned else self.blocks[0]
         heads, features = block.attention.num_heads, self.embedding.features
-        dtype = self.norm.scale.dtype  # of all that is computed
-        memory = empty_memory(batch, self.context, heads, features // heads, dtype)
+        memory = empty_memory(
+            batch, self.context, heads, features // heads, self.embedding.dtype
+        )
         layers = (memory,) * self.depth
         if self.scanned:
             layers = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
