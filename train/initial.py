@@ -7,6 +7,7 @@ from lowrank_jax.errors import UserError
 from train.model import about, factorize
 from train.opening import load_latest
 from train.run import Run
+from train.schema import difference
 
 
 def initial_model(run: Run) -> nnx.Module:
@@ -22,12 +23,20 @@ def initial_model(run: Run) -> nnx.Module:
             run.config["init_from"], allow_imports=None, placement=run.placement
         )
         their_config, facts, _ = about(saved)
-        theirs = run.complete_model(their_config["model"])
-        if (theirs, facts) != (run.config["model"], run.data.facts):
+        theirs = {
+            "task": their_config["task"]["name"],
+            "facts": facts,
+            "model": run.complete_model(their_config["model"]),
+        }
+        ours = {
+            "task": run.config["task"]["name"],
+            "facts": run.data.facts,
+            "model": run.config["model"],
+        }
+        if differences := difference(theirs, ours, "it"):
             raise UserError(
-                f"must be a checkpoint of the same model and data, got {theirs} for"
-                f" {facts}, here {run.config['model']} for {run.data.facts}. Correct"
-                " config.model or the path."
+                "must be a checkpoint of the same task, data and model, got"
+                f" {'; '.join(differences)}. Correct config or the path."
             )
     model = factorize(model, run.config)
     _check_same_layers(run, model)

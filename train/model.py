@@ -121,6 +121,18 @@ def about(saved: checkpoint.Saved) -> tuple[Any, Any, list[tuple[str, Any]]]:
         return recorded.read(saved.metadata)
 
 
+def check_facts(saved: checkpoint.Saved, facts: Mapping[str, Any]) -> None:
+    """Raises UserError where data are not those that a checkpoint was trained on, as
+    with another tokenizer."""
+    _, theirs, _ = about(saved)
+    if differences := schema.difference(theirs, facts, "facts"):
+        raise UserError(
+            f"checkpoint {saved.path}: must be used with the data that it was trained"
+            f" on, got others: {'; '.join(differences)}. Give the --data_dir of its"
+            " own."
+        )
+
+
 def _dense_model(
     config: Mapping[str, Any], task: Task, allow_imports: Sequence[str] | None
 ) -> nnx.Module:

@@ -12,7 +12,7 @@ from lowrank_jax import checkpoint, counting, errors
 from lowrank_jax.errors import UserError
 from train import registry, sharding
 from train.data import pipeline
-from train.model import build_model, build_task, model_cost
+from train.model import build_model, build_task, check_facts, model_cost
 from train.models import MODELS
 from train.sharding import Placement
 from train.stopping import StopRequest
@@ -180,12 +180,7 @@ def open_checkpoint_run(
         config = {**config, "data": {**config["data"], "data_dir": data_dir}}
     placement = sharding.any_devices(config["mesh"])
     run = open_run(config, allow_imports=allow_imports, placement=placement)
-    if run.data.facts != saved.metadata["facts"]:
-        raise UserError(
-            f"checkpoint {saved.path}: its data must be {saved.metadata['facts']}, got"
-            f" {run.data.facts} from {run.data.name}. Give the --data_dir of the data"
-            " that it was trained on."
-        )
+    check_facts(saved, run.data.facts)
     return run
 
 

@@ -98,6 +98,7 @@ def takes(annotation: Any, value: Any) -> bool:
     return True
 
 
+_MOST_SHOWN = 120
 _SCALARS = {bool: bool, int: int, float: int | float, str: str}
 _MAPPINGS = (dict, collections.abc.Mapping)
 _LISTS = (list, tuple, collections.abc.Sequence)
@@ -138,7 +139,7 @@ def compare(value: Any, schema: Any, where: str) -> list[str]:
 
 
 def difference(theirs: Any, ours: Any, where: str = "config") -> list[str]:
-    """Lists the places where two configs differ, with both values."""
+    """Lists the places where two configs, or facts, differ, with both values."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         return [
             line
@@ -156,7 +157,17 @@ def difference(theirs: Any, ours: Any, where: str = "config") -> list[str]:
             for index, pair in enumerate(zip(theirs, ours, strict=True))
             for line in difference(*pair, f"{where}[{index}]")
         ]
-    return [] if theirs == ours else [f"{where}: {theirs!r} there, {ours!r} here"]
+    if theirs == ours:
+        return []
+    return [f"{where}: {_shortened(theirs)} there, {_shortened(ours)} here"]
+
+
+def _shortened(value: Any) -> str:
+    """The value, or of a long one, such as a tokenizer's merges, its beginning."""
+    text = repr(value)
+    if len(text) <= _MOST_SHOWN:
+        return text
+    return f"{text[:_MOST_SHOWN]}... ({len(text):,} characters)"
 
 
 def is_number(value: Any) -> bool:
