@@ -1,0 +1,135 @@
+"""What a run on text refuses, before any work, naming the place."""
+
+import random
+from pathlib import Path
+
+import pytest
+from messages import check_form
+from support import put
+
+from configs import digits_mlp, shakespeare
+from lowrank_jax import checkpoint
+from lowrank_jax.errors import UserError
+from train import loop, opening
+from train.config import to_json
+from train.run import open_run
+
+CHARACTERS = "abc \n"
+
+
+def write(file: Path, characters: str = CHARACTERS, length: int = 4000) -> Path:
+    """A text in which every tenth part holds every character."""
+    draw = random.Random(0)
+    file.write_text("".join(draw.choice(characters) for _ in range(length)))
+    return file
+
+
+def make_config(file: Path) -> dict:
+    """The smoke run of the language model, smaller, on this file."""
+    config = to_json(shakespeare.get_config("smoke"))
+    put(config, "data/args/text", {"file": str(file)})
+    put(config, "data/args/context", 8)
+    config["model"]["args"] |= {"depth": 1, "embed_dim": 8, "num_heads": 2}
+    return config
+
+
+def save(config: dict, folder: Path) -> Path:
+    """A checkpoint of the untrained model."""
+    run = open_run(config)
+    checkpoint.save(folder, run.build_model(), metadata=run.metadata())
+    return folder
+
+
+def refused(config: dict, workdir: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        loop.train_and_evaluate(config, workdir)
+    assert not workdir.exists()
+    check_form(str(caught.value))
+    return str(caught.value)
+
+
+def test_a_checkpoint_with_another_tokenizer(tmp_path):
+    theirs = save(make_config(write(tmp_path / "a.txt")), tmp_path / "theirs")
+    config = make_config(write(tmp_path / "b.txt", "xyz \n"))
+    put(config, "init_from", str(theirs))
+    message = refused(config, tmp_path / "run")
+    for part in ("config.init_from: ", "tokenizer.characters", "abc", "xyz"):
+        assert part in message
+
+
+def test_a_checkpoint_of_another_task(tmp_path):
+    theirs = save(make_config(write(tmp_path / "a.txt")), tmp_path / "theirs")
+    config = to_json(digits_mlp.get_config("smoke"))
+    put(config, "init_from", str(theirs))
+    message = refused(config, tmp_path / "run")
+    for part in ("config.init_from: ", "'language_model'", "'classification'"):
+        assert part in message
+
+
+def test_a_checkpoint_whose_text_has_changed_since(tmp_path):
+    """It is not judged with other numbers for its characters."""
+    file = write(tmp_path / "a.txt")
+    folder = save(make_config(file), tmp_path / "theirs")
+    assert opening.open_model(folder).figures()["loss"] > 0
+    write(file, "xyz \n")
+    with pytest.raises(UserError, match="tokenizer.characters: .*abc.* there, .*xyz"):
+        opening.open_model(folder)
+
+
+MISTAKES = {
+    "no such tokenizer": (
+        "data/args/tokenizer",
+        {"name": "words", "args": {}},
+        ("config.data: ", "characters", "'words'"),
+    ),
+    "a context longer than the text": (
+        "data/args/context",
+        4000,
+        ("config.data: ", "validation", "4,001", "200"),
+    ),
+    "a validation split besides its own": (
+        "data/validation_examples",
+        10,
+        ("config.data: ", "validation_examples", "10"),
+    ),
+    "no such file": ("data/args/text", {"file": "/nowhere"}, ("/nowhere",)),
+    "the task of translation": (
+        "task",
+        {"name": "translation", "args": {}},
+        ("config.task: ", "'source'", "'target_segment'", "'label'"),
+    ),
+    "a model of images": (
+        "model",
+        {"name": "vit", "args": {}},
+        ("config.model: ", "image_shape"),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_config_on_text(tmp_path, mistake):
+    config = make_config(write(tmp_path / "a.txt"))
+    place, value, parts = MISTAKES[mistake]
+    put(config, place, value)
+    with pytest.raises((UserError, FileNotFoundError)) as caught:
+        loop.train_and_evaluate(config, tmp_path / "run")
+    message = str(caught.value)
+    for part in parts:
+        assert part in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_that_is_not_utf_8(tmp_path):
+    file = write(tmp_path / "a.txt")
+    file.write_bytes(file.read_bytes()[:100] + b"\xff" + file.read_bytes()[100:])
+    message = refused(make_config(file), tmp_path / "run")
+    for part in ("config.data: ", str(file), "UTF-8", "100"):
+        assert part in message
+
+
+def test_a_character_that_only_the_test_split_holds(tmp_path):
+    file = write(tmp_path / "a.txt")
+    file.write_text(file.read_text() + "Q")
+    message = refused(make_config(file), tmp_path / "run")
+    for part in ("config.data: ", "test", "'Q'"):
+        assert part in message
