@@ -47,6 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
         num_heads=4 if small else 8,
         mlp_dim=512 if small else 2048,
         dropout_rate=0.1,
+        tied=True,
     )
     config.rank_rules = text.rank_rules(options)
     steps = 4000 if options["small"] else 20_000

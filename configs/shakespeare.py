@@ -44,6 +44,10 @@ def get_config(arg: str = "") -> ConfigDict:
         num_heads=4 if small else 6,
         mlp_dim=512 if small else 1536,
         dropout_rate=0.0 if small else 0.2,
+        positions="learned",
+        tied=True,
+        use_bias=False,
+        scan=False,
     )
     config.rank_rules = text.rank_rules(options)
     text.by_steps(config, 250)
