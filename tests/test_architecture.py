@@ -189,7 +189,14 @@ def test_importing_the_library_starts_no_backend():
     assert done.returncode == 0, done.stderr
 
 
-IMAGE_FILES = ("train/data/", "train/models/", "train/tasks/classification.py")
+IMAGE_FILES = (
+    "train/data/",
+    "train/models/",
+    "train/tasks/classification.py",
+    "train/tasks/language_model.py",
+    "train/tasks/tokens.py",
+    "train/tasks/translation.py",
+)
 """What may speak of images, labels, classes and accuracy."""
 
 IMAGE_WORDS = re.compile(
