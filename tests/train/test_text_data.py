@@ -128,9 +128,7 @@ def test_plain_files_become_windows(write):
         "length": ((5,), "int32"),
     }
     for row in batch["tokens"]:
-        assert TEXTS["train"].find(tokenizer.decode(row)) % 3 == 0 or (
-            tokenizer.decode(row) in TEXTS["train"]
-        )
+        assert tokenizer.decode(row) in TEXTS["train"]
     lengths, counted = tokenizer.lengths(), 0
     for batch in dataset.eval_batches("validation", 4):
         targets = np.arange(8) < batch["length"][:, None]

@@ -6,7 +6,7 @@ what is made of the text can be kept for as long as the process lives.
 
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lowrank_jax.errors import MissingFile, UserError, raise_all
@@ -150,6 +150,38 @@ def read_texts(place: Place) -> dict[str, str]:
     return texts
 
 
+def read_lines(place: Place) -> dict[str, Columns]:
+    """Returns, by split, the sentences of each feature: records, or lines of a file.
+
+    Raises:
+      UserError: Text that is not UTF-8, or a split whose features have not as many
+        sentences each, or none.
+    """
+    if isinstance(place, PreparedText):
+        by_split = {split: place.read(split) for split in SPLITS}
+    else:
+        by_split = {
+            split: [_lines(file.read()) for file in files]
+            for split, files in place.by_split
+        }
+    problems = []
+    for split, columns in by_split.items():
+        counts = [len(column) for column in columns]
+        if len(set(counts)) > 1 or not counts[0]:
+            problems.append(
+                f"{split} text: must have as many sentences on each side, one a line,"
+                f" and at least one, got {counts}. Align them."
+            )
+    raise_all(problems)
+    return by_split
+
+
+def _lines(text: str) -> list[str]:
+    # not `splitlines`, which also ends lines at characters within a sentence
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [line.removesuffix("\r") for line in lines]
+
+
 def _cut(text: str) -> dict[str, str]:
     ends = [0, len(text) * 90 // 100, len(text) * 95 // 100, len(text)]
     spans = zip(SPLITS, ends, ends[1:], strict=False)
@@ -190,7 +222,7 @@ def _locate_features(
     return PreparedText(prepared.where, prepared.directory, features)
 
 
-def _read_examples(directory: str, split: str) -> Iterable[Mapping[str, bytes]]:
+def _read_examples(directory: str, split: str) -> Sequence[Mapping[str, bytes]]:
     import tensorflow_datasets as tfds
 
     source = tfds.builder_from_directory(directory).as_data_source(split=split)
