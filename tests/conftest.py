@@ -53,6 +53,7 @@ LONG = {
     "tests/train/test_binary.py",
     "tests/train/test_checks.py",
     "tests/train/test_command_line.py",
+    "tests/train/test_encoder_decoder.py",
     "tests/train/test_ending.py",
     "tests/train/test_loop.py",
     "tests/train/test_models.py",
@@ -62,6 +63,7 @@ LONG = {
     "tests/train/test_processes.py",
     "tests/train/test_sharded_runs.py",
     "tests/train/test_step.py",
+    "tests/train/test_transformer.py",
     "tests/train/test_truncation.py",
 }
 """Files that `make test-fast` leaves out: each takes more than 20 s on one core."""

@@ -9,12 +9,16 @@ defaults stand there alone:
   (b, x, y, c) to logits (b, o).
 - `language_model`: takes `vocab_size` and `context`; the model maps tokens (b, t) to
   logits (b, t, o).
+- `translation`: takes `vocab_size`, `source_length` and `target_length`; the model maps
+  source (b, s), target (b, t) and the segments of both, which tell packed sentences
+  apart, to logits (b, t, o).
 
 All logits are float32. The models of text also decode token by token (`decode`).
 """
 
 MODELS: dict[str, str] = {
     "convnet": "train.models.convnet:build",
+    "encoder_decoder": "train.models.encoder_decoder:build",
     "lenet": "train.models.lenet:build",
     "mlp": "train.models.mlp:build",
     "resnet": "train.models.resnet:build",
