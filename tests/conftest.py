@@ -55,6 +55,7 @@ LONG = {
     "tests/train/test_command_line.py",
     "tests/train/test_encoder_decoder.py",
     "tests/train/test_ending.py",
+    "tests/train/test_generation.py",
     "tests/train/test_loop.py",
     "tests/train/test_models.py",
     "tests/train/test_own_task.py",
@@ -64,6 +65,7 @@ LONG = {
     "tests/train/test_sharded_runs.py",
     "tests/train/test_step.py",
     "tests/train/test_transformer.py",
+    "tests/train/test_translation.py",
     "tests/train/test_truncation.py",
 }
 """Files that `make test-fast` leaves out: each takes more than 20 s on one core."""

@@ -30,7 +30,7 @@ def test_malformed_command_lines(tmp_path):
     before = support.contents(files)
     new = tmp_path / "new"
     train, cut = "train.main", "train.truncate"
-    judge = "train.evaluate"
+    judge, write = "train.evaluate", "train.generate"
     workdir, output = f"--workdir={new}", f"--output={new}"
     there = f"--checkpoint={files}"
     args = json.dumps(mutations.nested(300))
@@ -77,6 +77,16 @@ def test_malformed_command_lines(tmp_path):
         "no checkpoint": (judge, f"--checkpoint={new}"),
         "a folder that is none": (judge, there),
         "fractions that are words": (judge, there, "--rank_fractions=a,b"),
+        "no prompt": (write, there),
+        "a file of no prompts": (write, there, f"--prompts_file={files}/empty.py"),
+        "prompts in another code": (
+            write,
+            there,
+            f"--prompts_file={files}/latin.json",
+        ),
+        "a temperature below 0": (write, there, "--prompt=a", "--temperature=-1"),
+        "a temperature of none": (write, there, "--prompt=a", "--temperature=nan"),
+        "two ways to write": (write, there, "--prompt=a", "--rank=1", "--ranks=x"),
         "two ways to cut": (cut, there, output, "--rank=1", "--energy=0.5"),
         "a rank that is text": (cut, there, output, "--rank=a"),
         "a rank twice": (cut, there, output, f"--ranks={files}/ranks.json"),
