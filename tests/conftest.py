@@ -64,6 +64,7 @@ LONG = {
     "tests/train/test_processes.py",
     "tests/train/test_sharded_runs.py",
     "tests/train/test_step.py",
+    "tests/train/test_text_runs.py",
     "tests/train/test_transformer.py",
     "tests/train/test_translation.py",
     "tests/train/test_truncation.py",

@@ -1,36 +1,18 @@
 """What a run on text refuses, before any work, naming the place."""
 
-import random
 from pathlib import Path
 
 import pytest
 from messages import check_form
 from support import put
+from text_configs import make_config, write
 
-from configs import digits_mlp, shakespeare
+from configs import digits_mlp
 from lowrank_jax import checkpoint
 from lowrank_jax.errors import UserError
 from train import loop, opening
 from train.config import to_json
 from train.run import open_run
-
-CHARACTERS = "abc \n"
-
-
-def write(file: Path, characters: str = CHARACTERS, length: int = 4000) -> Path:
-    """A text in which every tenth part holds every character."""
-    draw = random.Random(0)
-    file.write_text("".join(draw.choice(characters) for _ in range(length)))
-    return file
-
-
-def make_config(file: Path) -> dict:
-    """The smoke run of the language model, smaller, on this file."""
-    config = to_json(shakespeare.get_config("smoke"))
-    put(config, "data/args/text", {"file": str(file)})
-    put(config, "data/args/context", 8)
-    config["model"]["args"] |= {"depth": 1, "embed_dim": 8, "num_heads": 2}
-    return config
 
 
 def save(config: dict, folder: Path) -> Path:

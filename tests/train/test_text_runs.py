@@ -1,0 +1,72 @@
+"""Runs on text through the one loop: the same whatever is under them, and cut."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import put
+from text_configs import make_config, write
+
+from lowrank_jax import checkpoint
+from train import checkpoints, loop, opening, writing
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("text") / "a.txt")
+
+
+def train(text: Path, workdir: Path, **model_args: Any) -> list[dict[str, Any]]:
+    """The frontier after some steps of nested training with two layers."""
+    config = make_config(text)
+    config["model"]["args"] |= {"depth": 2, **model_args}
+    put(config, "phases/0/until", {"steps": STEPS})
+    put(config, "eval_fractions", [1.0, 0.5])
+    return loop.train_and_evaluate(config, workdir)["frontier"]
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    return workdir, train(text, workdir)
+
+
+def test_a_scanned_run_is_the_unrolled_one(run, text, tmp_path):
+    """The same seed, the same steps: the same figures, with stacked factors."""
+    scanned = train(text, tmp_path / "scanned", scan=True)
+    for ours, theirs in zip(scanned, run[1], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert (ours["params"], ours["macs"]) == (theirs["params"], theirs["macs"])
+    assert scanned[1]["ranks"]["blocks/up"] == [4, 4]
+    assert run[1][1]["ranks"]["blocks/0/up"] == 4
+
+
+def test_a_run_of_text_is_cut_and_writes(run, tmp_path):
+    """Every size has the figures of its prefix, and goes on with a prompt."""
+    workdir, frontier = run
+    selector = {"name": "rank_fraction", "args": {"value": 0.5}}
+    cut = checkpoints.truncate_checkpoint(workdir, tmp_path / "cut", selector)
+    half = frontier[1]
+    assert (cut["ranks"], cut["params"]) == (half["ranks"], half["params"])
+    figures = opening.open_model(tmp_path / "cut").figures("validation")
+    assert figures["loss"] == pytest.approx(half["loss"], rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(np.exp(half["loss"]), rel=1e-5)
+    texts = [
+        writing.open_writer(*opened).write(["abc"], max_tokens=20)
+        for opened in ((workdir, selector), (tmp_path / "cut",))
+    ]
+    assert texts[0] == texts[1] and len(texts[0]["texts"][0]) == 20
+
+
+def test_the_tokenizer_travels(run, tmp_path, text):
+    """In every checkpoint, so that the text is not needed to write."""
+    saved = checkpoint.open_checkpoint(run[0])
+    assert saved.metadata["facts"]["tokenizer"]["characters"] == "\n abc"
+    text.rename(tmp_path / "away.txt")
+    try:
+        assert writing.open_writer(run[0]).write(["abc"], max_tokens=3)["texts"]
+    finally:
+        (tmp_path / "away.txt").rename(text)
