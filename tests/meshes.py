@@ -41,17 +41,23 @@ def fitting(shape: tuple[int, ...], mesh: Mesh, spec: Mapping[int, str]) -> list
     return axes
 
 
-def spread(model: nnx.Module, mesh: Mesh) -> nnx.Module:
-    """A copy on the mesh: rows of `u` over `fsdp`, columns of `v` over `tensor`, where
-    they divide; everything else whole on every device."""
+def spread(
+    model: nnx.Module,
+    mesh: Mesh,
+    *,
+    u: str | None = "fsdp",
+    v: str | None = "tensor",
+) -> nnx.Module:
+    """A copy on the mesh: rows of `u` and columns of `v` over these axes, where they
+    divide; everything else whole on every device."""
     model = nnx.clone(model)
     for _, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.Variable) and not _is_key(variable):
             variable.set_value(put(variable.get_value(), mesh))
     for factors in find_factors(model).values():
-        for name, axes in {"u": {-2: "fsdp"}, "v": {-1: "tensor"}}.items():
+        for name, (axis, over) in {"u": (-2, u), "v": (-1, v)}.items():
             variable = getattr(factors, name)
-            spec = fitting(variable.shape, mesh, axes)
+            spec = fitting(variable.shape, mesh, {axis: over} if over else {})
             variable.set_value(put(variable.get_value(), mesh, *spec))
     return model
 

@@ -80,24 +80,22 @@ class Placement:
         """Refuses what XLA computes wrongly on this mesh.
 
         The gradient of a grouped convolution's kernel comes out too large by the size
-        of the axes that do not split the batch (jax 0.10.2;
-        tests/lowrank_jax/test_sharded.py says when it is mended).
+        of the axes that do not split the batch; that of one whose input is dilated, as
+        a transposed one's is, is wrong where its factors are split (jax 0.10.2;
+        tests/lowrank_jax/test_sharded.py says when they are mended).
 
         Raises:
           UserError: Naming the layers.
         """
         if self.mesh.size == self.batch_shards:
             return
-        grouped = [
-            name_of(path)
-            for path, node in walk(model)
-            if getattr(node, "feature_group_count", 1) != 1
-        ]
-        if grouped:
+        wrong = [name_of(path) for path, node in walk(model) if _errs_split(node)]
+        if wrong:
             raise UserError(
-                "config.mesh: tensor must be 1 beside grouped convolutions, whose"
-                f" gradients XLA gets wrong otherwise, got {self.mesh.shape['tensor']}"
-                f" and {grouped}. Use data and fsdp."
+                "config.mesh: tensor must be 1 beside convolutions with groups or a"
+                " dilated input (transposed ones), whose gradients XLA gets wrong"
+                f" otherwise, got {self.mesh.shape['tensor']} and {wrong}. Use data and"
+                " fsdp."
             )
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 (a run has one; asked for every batch)
@@ -324,6 +322,16 @@ def logical_axes(model: nnx.Module) -> dict[str, tuple[str | None, ...]]:
         if key not in names:
             names[key] = _names_of(variable)
     return names
+
+
+def _errs_split(node: Any) -> bool:
+    """Whether a module is a convolution with groups or a dilated input."""
+    dilation = getattr(node, "input_dilation", None) or 1
+    return (
+        getattr(node, "feature_group_count", 1) != 1
+        or hasattr(node, "transpose_kernel")  # a transposed convolution
+        or any(np.ravel(dilation) != 1)
+    )
 
 
 def _names_of(variable: nnx.Variable) -> tuple[str | None, ...]:

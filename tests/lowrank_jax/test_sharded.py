@@ -93,10 +93,21 @@ def outputs_and_gradients(name: str, graph: nnx.GraphDef, state: Any, inputs: An
     ]
 
 
+WRONG_IN_XLA = (
+    "conv, input dilation, scheme 1",
+    "conv transpose, scheme 1",
+    "conv transpose, scheme 2",
+)
+"""Rows whose gradients XLA gets wrong where `u` is split: its rows are places of the
+kernel as well as inputs, and the input is dilated. `Placement.check` refuses such."""
+ABORTS_XLA = "conv, groups, scheme 3"
+"""The same, with a compiler that does not come back."""
+
+
 @pytest.mark.parametrize("name", quick(ROWS, ONE_OF_EACH))
 def test_a_layer_is_the_same_sharded(name: str):
     """Outputs and gradients at a masked rank, the batch over `data`, `u` over `fsdp`
-    and `v` over `tensor` where they divide; but see the next test for groups."""
+    and `v` over `tensor` where they divide; but see the tests of XLA below."""
     row: Row = ROWS[name]
     layer = factorized(row)
     layer = at_rank(layer, max(layer.factors.max_rank - 1, 0))
@@ -104,11 +115,32 @@ def test_a_layer_is_the_same_sharded(name: str):
     whole = row.batch is None or "feature_group_count" in row.options
     batch = {} if whole else {row.batch: "data"}
     split = put(inputs, mesh, *fitting(inputs.shape, mesh, batch))
+    whole = name in (*WRONG_IN_XLA, ABORTS_XLA)
+    axes = {"u": None, "v": None} if whole else {}
     results = [
         outputs_and_gradients(name, *nnx.split(model), x)
-        for model, x in ((layer, inputs), (spread(layer, mesh), split))
+        for model, x in ((layer, inputs), (spread(layer, mesh, **axes), split))
     ]
     assert_equal(results[1], results[0], 1e-5)
+
+
+@pytest.mark.parametrize("name", quick(WRONG_IN_XLA, WRONG_IN_XLA[1:2]))
+def test_xla_errs_where_the_input_is_dilated_and_the_kernel_split(name: str):
+    """A bug of XLA's (JAX 0.10.2). Where this test fails, the bug is mended: split the
+    factors of these rows above, and drop them from `Placement.check`."""
+    row, mesh = ROWS[name], mesh_of()
+    layer, inputs = factorized(row), row.inputs()
+    right, wrong = (
+        outputs_and_gradients(name, *nnx.split(model), x)
+        for model, x in ((layer, inputs), (spread(layer, mesh), put(inputs, mesh)))
+    )
+    for (_, found), (_, expected) in zip(wrong, right, strict=True):
+        assert_equal(found, expected, 1e-5)
+    errors = [
+        relative_error(np.asarray(found), np.asarray(expected))
+        for found, expected in zip(*map(jax.tree.leaves, (wrong, right)), strict=True)
+    ]
+    assert max(errors) > 0.1
 
 
 def test_xla_sums_the_gradient_of_a_grouped_convolution_too_often():

@@ -125,6 +125,20 @@ class TestGroupedConvolutions:
         ):
             placement(2, 2, 2).check(Grouped())
 
+    def test_so_are_those_whose_input_is_dilated(self):
+        rngs = nnx.Rngs(0)
+        dilated = nnx.Sequential(
+            nnx.Conv(4, 4, (3,), rngs=rngs),
+            nnx.Conv(4, 4, (3,), input_dilation=2, padding=1, rngs=rngs),
+            nnx.ConvTranspose(4, 4, (3,), rngs=rngs),
+        )
+        for model in (dilated, factorization.factorize(dilated)):
+            with pytest.raises(
+                UserError, match=r"got 2 and \['layers/1', 'layers/2'\]"
+            ):
+                placement(2, 2, 2).check(model)
+            placement(2, 4, 1).check(model)
+
     @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1)])
     def test_a_batch_over_all_axes_is_fine(self, mesh):
         """Against the same gradient on one device."""
