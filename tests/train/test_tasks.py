@@ -372,6 +372,11 @@ MISTAKES = {
     ),
     "text": (IMAGES, {"mean": ["a"], "std": 3.0}, ["mean: ", "['a']", "std: ", "3.0"]),
     "deviation": (IMAGES, {"std": [1.0, 0.0]}, ["std: must be above 0", "[1.0, 0.0]"]),
+    "no float32": (
+        IMAGES,
+        {"mean": [1e300], "std": [1e-300]},
+        ["mean: must be at most 1e+30", "std: must be above 0"],
+    ),
     "augmentation": (IMAGES, {"augment": [["mixup", {}]]}, ["augment[0]", "'mixup'"]),
 }
 

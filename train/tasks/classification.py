@@ -21,6 +21,9 @@ Logits = Float[Array, "b o"]
 MOST_CLASSES = 2**20
 """Beyond it a head is larger than a machine."""
 
+LARGEST = 1e30
+"""Of the constants of pixels, and its inverse the least: float32 holds them."""
+
 
 def classification(
     facts: Mapping[str, Any],
@@ -161,7 +164,12 @@ def _check_constants(
                 f"{name}: must be a list of one number, or of one for each of"
                 f" {channels} channels, got {values!r}. Give that many."
             )
-        elif name == "std" and min(values) <= 0:
+        elif max(map(abs, values)) > LARGEST:
+            problems.append(
+                f"{name}: must be at most {LARGEST:g} in magnitude, got {values!r}."
+                " Lower it."
+            )
+        elif name == "std" and min(values) < 1 / LARGEST:
             problems.append(f"std: must be above 0, got {values!r}. Raise it.")
     raise_all(problems)
 
