@@ -21,9 +21,8 @@ SMALL = (Row("SIGKILL", "files", 1), Row("SIGTERM", "phase end", 1))
 DISKS = (Row("full disk", "any time", 1), Row("read-only disk", "next start", 1))
 
 
-@pytest.mark.parametrize(
-    "rows", [SMALL, pytest.param(DISKS, marks=pytest.mark.slow)], ids=["", "disks"]
-)
+@pytest.mark.parametrize("rows", [SMALL, DISKS], ids=["kills", "disks"])
+@pytest.mark.slow
 def test_a_small_campaign(tmp_path: Path, rows: tuple[Row, ...]):
     """No run is lost, and every fault struck."""
     if rows is DISKS:

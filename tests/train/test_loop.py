@@ -147,7 +147,7 @@ class TestResume:
         "model, sampler",
         [
             ("convnet", named("uniform_fraction")),  # BatchNorm
-            ("vit", named("full")),  # dropout
+            pytest.param("vit", named("full"), marks=pytest.mark.slow),  # dropout
         ],
     )
     def test_models_with_a_state_of_their_own(self, tmp_path, model, sampler):

@@ -151,6 +151,7 @@ def call(*args: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_through_the_binaries(tmp_path):
     """Trains, cuts, evaluates: each ends with the task's figures, as JSON."""
     workdir, output = tmp_path / "run", tmp_path / "cut"

@@ -182,6 +182,7 @@ def test_files_must_come_in_pairs(write, tmp_path):
         open_pairs({**paths, "test": [str(tmp_path / "nowhere"), paths["test"][1]]})
 
 
+@pytest.mark.slow
 def test_multi30k_has_few_pads():
     shared = pathlib.Path(__file__).parents[2] / ".." / "shared" / "tfds"
     data_dir = pathlib.Path(os.environ.get("TFDS_DATA_DIR") or shared)

@@ -312,6 +312,7 @@ def test_missing_data_says_how_to_prepare_it(name, tmp_path, monkeypatch):
     assert "found there: other" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_mnist_is_decoded_once_and_streams_alike(tfds_dir, monkeypatch):
     mnist = load_dataset("mnist", data_dir=tfds_dir, validation_examples=5000)
     assert mnist.sizes == {"train": 55000, "validation": 5000, "test": 10000}

@@ -36,6 +36,7 @@ class TestMeshes:
             loop.train_and_evaluate(short_run(mesh=MESHES[mesh]), tmp_path / "run")
         assert_same_run(tmp_path / "run", one_device)
 
+    @pytest.mark.slow
     def test_a_run_goes_on_with_other_devices(self, one_device, tmp_path):
         """On one device until step 3, then on eight, split over all axes."""
         support.interrupt(short_run(), tmp_path / "run", 3)

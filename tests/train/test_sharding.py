@@ -212,6 +212,7 @@ def mesh_of(**sizes: int) -> dict[str, int]:
 
 
 class TestMemory:
+    @pytest.mark.slow
     def test_the_state_of_a_device_falls_with_fsdp(self):
         """Bytes that a device holds before the step, by the compiler's own account."""
         held = {}

@@ -171,8 +171,10 @@ def test_the_example_fits_the_model_and_the_inputs(row):
     outputs = nnx.eval_shape(lambda *example: model(*example), *task.example)
     unit = () if task.unit == "example" else (1,)
     assert outputs.shape == (1, *unit, 5)
-    assert model(*inputs).shape == (SIZE, *row.outputs)
-    assert task.loss(model(*inputs), batch).shape == ()
+    outputs = nnx.eval_shape(lambda *inputs: model(*inputs), *inputs)
+    assert outputs.shape == (SIZE, *row.outputs)
+    loss = jax.eval_shape(lambda: task.loss(model(*inputs), batch))
+    assert loss.shape == ()
 
 
 @every_task

@@ -152,6 +152,7 @@ print(json.dumps(tokenizers.build(spec, texts).to_facts()))
 """
 
 
+@pytest.mark.slow
 def test_training_is_the_same_in_every_process():
     """With threads and without, whatever the seed of hashing."""
     found = set()

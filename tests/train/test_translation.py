@@ -253,6 +253,7 @@ class TestCheckpoint:
         check_form(str(caught.value))
 
 
+@pytest.mark.slow
 def test_the_binaries(copy, tmp_path):
     """What they print; mistakes end in one line, with nothing on stdout."""
     (tmp_path / "prompts.txt").write_text("!#$%\n?;\n")
