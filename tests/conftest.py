@@ -8,6 +8,7 @@ binaries that tests start have them.
 """
 
 import os
+import zlib
 from pathlib import Path
 
 import jax
@@ -72,9 +73,45 @@ LONG = {
 """Files that `make test-fast` leaves out: each takes more than 20 s on one core."""
 
 
+TABLES = {
+    "tests/lowrank_jax/test_any_model.py",
+    "tests/lowrank_jax/test_gauge.py",
+    "tests/lowrank_jax/test_layers_contract.py",
+    "tests/lowrank_jax/test_layers_transforms.py",
+    "tests/lowrank_jax/test_layers_twins.py",
+    "tests/lowrank_jax/test_linalg.py",
+    "tests/lowrank_jax/test_middle_factors.py",
+    "tests/lowrank_jax/test_middle_models.py",
+    "tests/lowrank_jax/test_optimizer_state.py",
+    "tests/lowrank_jax/test_penalties.py",
+    "tests/lowrank_jax/test_penalties_mechanisms.py",
+    "tests/lowrank_jax/test_placement.py",
+    "tests/lowrank_jax/test_rules_of.py",
+    "tests/lowrank_jax/test_samplers.py",
+    "tests/lowrank_jax/test_shrinking.py",
+    "tests/lowrank_jax/test_surgery.py",
+    "tests/test_configs.py",
+    "tests/train/test_encoder_decoder.py",
+    "tests/train/test_loop.py",
+    "tests/train/test_model_counts.py",
+    "tests/train/test_models.py",
+    "tests/train/test_parts.py",
+    "tests/train/test_phases.py",
+    "tests/train/test_transformer.py",
+    "tests/train/test_truncation.py",
+}
+"""Files that hold every row of a table to the same contract. `make test` takes a third
+of the pairs of a test and a row, spread over both by name, `make test-slow` the rest:
+all of them take half an hour where nothing is compiled yet."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of the files above as long."""
+    """Marks the tests of the files above as long or slow."""
     for item in items:
-        if item.path.is_relative_to(ROOT):
-            if item.path.relative_to(ROOT).as_posix() in LONG:
-                item.add_marker(pytest.mark.long)
+        if not item.path.is_relative_to(ROOT):
+            continue
+        path = item.path.relative_to(ROOT).as_posix()
+        if path in LONG:
+            item.add_marker(pytest.mark.long)
+        if path in TABLES and "[" in item.name and zlib.crc32(item.name.encode()) % 3:
+            item.add_marker(pytest.mark.slow)

@@ -70,6 +70,7 @@ def test_truncate_and_evaluate(smoke_run, tmp_path):
 OWN = "own_package.selector"
 
 
+@pytest.mark.slow
 def test_any_selector_by_name_and_arguments(run, tmp_path):
     """A search over the data, one by several arguments, and one's own by import path,
     whose ranks are checked; the form is a flag beside it."""

@@ -34,6 +34,7 @@ def run(text, tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
     return workdir, train(text, workdir)
 
 
+@pytest.mark.slow
 def test_a_scanned_run_is_the_unrolled_one(run, text, tmp_path):
     """The same seed, the same steps: the same figures, with stacked factors."""
     scanned = train(text, tmp_path / "scanned", scan=True)
