@@ -245,4 +245,4 @@ def pad_share(arrays: Arrays) -> float:
     """Returns the share of positions, of both sides, that are padding."""
     segments = [arrays["source_segment"], arrays["target_segment"]]
     pads = sum(np.count_nonzero(side == 0) for side in segments)
-    return pads / sum(side.size for side in segments)
+    return float(pads / sum(side.size for side in segments))
