@@ -102,7 +102,7 @@ TABLES = {
 }
 """Files that hold every row of a table to the same contract. `make test` takes a fifth
 of the pairs of a test and a row, spread over both by name, `make test-slow` the rest:
-all of them take half an hour where nothing is compiled yet."""
+with all of them it takes 25 minutes where nothing is compiled yet."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
