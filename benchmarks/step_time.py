@@ -18,6 +18,7 @@ from absl import app, flags
 from flax import nnx
 
 from configs import common, shakespeare
+from configs import text as text_configs
 from lowrank_jax import factorize
 from lowrank_jax.active import max_ranks
 from lowrank_jax.ranks import at_fraction
@@ -158,7 +159,7 @@ def subjects(size: int) -> dict[str, Subject]:
             vit.build(image_shape=vit_shape, num_classes=10, rngs=nnx.Rngs(0)),
             *images(vit_shape, size),
         ),
-        "shakespeare:cpu": Subject(text, task, batch, config.rank_rules),
+        "shakespeare:cpu": Subject(text, task, batch, text_configs.rank_rules("full")),
     }
 
 

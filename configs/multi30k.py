@@ -13,6 +13,8 @@ to train on, 1,014 for validation, 1,000 (2016) to test on, several to a row of 
 tokens; the vocabulary is 8,000 byte pairs of both languages.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import common, text
@@ -49,16 +51,20 @@ def get_config(arg: str = "") -> ConfigDict:
         dropout_rate=0.1,
         tied=True,
     )
-    config.rank_rules = text.rank_rules(options)
+    config.rank_rules = ((".*", "dense"),)
     steps = 4000 if options["small"] else 20_000
     steps = common.SMOKE_STEPS if options["smoke"] else steps
     text.by_steps(config, 500)
-    optimizer = common.optimizer(
-        "adam",
-        learning_rate=2e-3 if small else 5e-4,
-        args={"b2": 0.98},
-        schedule=common.cosine(warmup_steps=steps // 10),
-        clip_norm=1.0,
-    )
-    config.phases = (text.phase(options, steps=steps, optimizer=optimizer, lasso=1e-4),)
+
+    def adam(*, schedule: dict[str, Any], low_rank: bool = False) -> dict[str, Any]:
+        rate = 2e-3 if small else 5e-4
+        return common.optimizer(
+            "adam",
+            learning_rate=rate / 4 if low_rank else rate,
+            args={"b2": 0.98},
+            schedule=schedule,
+            clip_norm=1.0,
+        )
+
+    config.phases = text.phases(options, adam, steps=steps, lasso=1e-4)
     return config

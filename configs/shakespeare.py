@@ -13,6 +13,8 @@ context 64, no dropout, 2,000 steps of batch 12. The text is 1,003,854 character
 train on, 55,770 for validation and 55,770 to test on.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import common, text
@@ -49,17 +51,21 @@ def get_config(arg: str = "") -> ConfigDict:
         use_bias=False,
         scan=False,
     )
-    config.rank_rules = text.rank_rules(options)
+    config.rank_rules = ((".*", "dense"),)
     text.by_steps(config, 250)
     steps = 2000 if options["cpu"] else 5000
     steps = common.SMOKE_STEPS if options["smoke"] else steps
-    optimizer = common.optimizer(
-        "adamw",
-        learning_rate=1e-3,
-        args={"b2": 0.99},
-        schedule=common.cosine(warmup_steps=steps // 20, final_fraction=0.1),
-        weight_decay=0.1,
-        clip_norm=1.0,
-    )
-    config.phases = (text.phase(options, steps=steps, optimizer=optimizer, lasso=1e-4),)
+
+    def adamw(*, schedule: dict[str, Any], low_rank: bool = False) -> dict[str, Any]:
+        rate = 4e-3 if small else 1e-3
+        return common.optimizer(
+            "adamw",
+            learning_rate=rate / 4 if low_rank else rate,
+            args={"b2": 0.99},
+            schedule=schedule,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        )
+
+    config.phases = text.phases(options, adamw, steps=steps, lasso=1e-4)
     return config

@@ -1,6 +1,6 @@
 """Parts that the configs on text share: methods, and how long they train."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from configs import common
@@ -8,8 +8,10 @@ from lowrank_jax.errors import UserError
 
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)
 METHODS = ("dense", "maestro", "alone")
+DENSE_SHARE = 0.5
+"""Of the steps, before the layers are factorized."""
 _SHRINKS = 8
-"""How often Maestro cuts in a run."""
+"""How often Maestro cuts in its phase."""
 
 
 def options(arg: str, **known: float | bool) -> dict[str, Any]:
@@ -38,56 +40,78 @@ def options(arg: str, **known: float | bool) -> dict[str, Any]:
     return options
 
 
-def rank_rules(options: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Makes every layer but the embedding low-rank, unless the method is dense."""
-    rule = "dense" if options["dense"] else "full"
-    if options["alone"]:
-        rule = {"rank_fraction": options["alone"]}
-    return (("embedding", "dense"), (".*", rule))
-
-
-def phase(
+def phases(
     options: Mapping[str, Any],
+    make: Callable[..., dict[str, Any]],
     *,
     steps: int,
-    optimizer: Mapping[str, Any],
     lasso: float,
-) -> dict[str, Any]:
-    """Makes the one phase of a method.
+) -> tuple[dict[str, Any], ...]:
+    """Makes the phases of a method: dense training, and then the low-rank part.
+
+    Transformers whose layers are factorized from the start learn late to attend, with
+    Adam at the learning rates that dense ones need (docs/LOG.md); so all methods share
+    a dense warm-up, after which every layer but the embedding is factorized by its SVD.
 
     Args:
       options: Of the config's argument.
-      steps: How long it trains.
-      optimizer: The recipe, which all methods share.
+      make: Makes the optimizer that all phases share: of `schedule`, and `low_rank`
+        for the phase whose layers are.
+      steps: How long all phases train together.
       lasso: Maestro's lambda where the argument gives none.
     """
-    if options["maestro"]:
-        return common.phase(
-            name="maestro",
-            until={"steps": steps},
-            sampler=common.named("single_layer"),
-            penalties=(
-                common.named(
-                    "hierarchical_group_lasso", weight=options["lasso"] or lasso
-                ),
+    warm_up = steps // 20
+    whole = common.cosine(warmup_steps=warm_up, final_fraction=0.1)
+    if options["dense"]:
+        return (
+            common.phase(
+                name="train", until={"steps": steps}, optimizer=make(schedule=whole)
             ),
-            optimizer=optimizer,
-            shrink={
+        )
+    rank = {"rank_fraction": options["alone"]} if options["alone"] else "full"
+    dense_steps = int(DENSE_SHARE * steps)
+    first = common.phase(
+        name="warm_up",
+        until={"steps": dense_steps},
+        optimizer=make(schedule=common.named("constant", warmup_steps=warm_up)),
+        on_end=(common.named("factorize", rules=rank_rules(rank)),),
+    )
+    rest = steps - dense_steps
+    schedule = common.cosine(warmup_steps=rest // 20, final_fraction=0.05)
+    return first, common.phase(
+        until={"steps": rest},
+        optimizer=make(schedule=schedule, low_rank=True),
+        **_low_rank(options, rest, lasso),
+    )
+
+
+def rank_rules(rank: Any) -> tuple[tuple[str, Any], ...]:
+    """Gives every layer but the embedding this rule; logits are the embedding's."""
+    return (("embedding", "dense"), (".*", rank))
+
+
+def _low_rank(options: Mapping[str, Any], steps: int, lasso: float) -> dict[str, Any]:
+    """What a method's phase of so many steps has of its own."""
+    if options["maestro"]:
+        weight = options["lasso"] or lasso
+        return {
+            "name": "maestro",
+            "sampler": common.named("single_layer"),
+            "penalties": (common.named("hierarchical_group_lasso", weight=weight),),
+            "shrink": {
                 "every_epochs": 0,
                 "every_steps": max(1, steps // _SHRINKS),
                 "threshold": 1e-5,
                 "multiple": 1,
             },
-        )
-    if options["dense"] or options["alone"]:
-        return common.phase(name="train", until={"steps": steps}, optimizer=optimizer)
-    return common.phase(
-        name="nested",
-        until={"steps": steps},
-        sampler=common.named("matryoshka", fractions=FRACTIONS),
-        teacher=common.named("full", target_weight=0.0),
-        optimizer=optimizer,
-    )
+        }
+    if options["alone"]:
+        return {"name": "alone"}
+    return {
+        "name": "nested",
+        "sampler": common.named("uniform_fraction", fractions=FRACTIONS[1:]),
+        "teacher": common.named("full", target_weight=0.0),
+    }
 
 
 def by_steps(config: Any, every: int) -> None:

@@ -71,7 +71,7 @@ def write_texts(name: str, folder: Path) -> dict[str, Any]:
 
 
 QUICK = ("digits_mlp", "maestro", "shakespeare")
-"""Configs of one phase, which train in every run of the tests; `slow` has them all."""
+"""Configs of few phases, which train in every run of the tests; `slow` has them all."""
 
 VARIANTS = [(name, "") for name in NAMES] + [
     ("bsr", "cifar10"),
