@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
         rate = 2e-3 if small else 5e-4
         return common.optimizer(
             "adam",
-            learning_rate=rate / 4 if low_rank else rate,
+            learning_rate=rate / 2 if low_rank else rate,
             args={"b2": 0.98},
             schedule=schedule,
             clip_norm=1.0,

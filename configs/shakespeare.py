@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
         rate = 4e-3 if small else 1e-3
         return common.optimizer(
             "adamw",
-            learning_rate=rate / 4 if low_rank else rate,
+            learning_rate=rate / 2 if low_rank else rate,
             args={"b2": 0.99},
             schedule=schedule,
             weight_decay=0.1,
