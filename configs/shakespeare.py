@@ -14,8 +14,6 @@ context 64, no dropout, 2,000 steps of batch 12, at four times nanoGPT's learnin
 55,770 for validation and 55,770 to test on.
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from configs import common, text
@@ -56,17 +54,12 @@ def get_config(arg: str = "") -> ConfigDict:
     text.by_steps(config, 250)
     steps = 2000 if options["cpu"] else 5000
     steps = common.SMOKE_STEPS if options["smoke"] else steps
-
-    def adamw(*, schedule: dict[str, Any], low_rank: bool = False) -> dict[str, Any]:
-        rate = 4e-3 if small else 1e-3
-        return common.optimizer(
-            "adamw",
-            learning_rate=rate / 2 if low_rank else rate,
-            args={"b2": 0.99},
-            schedule=schedule,
-            weight_decay=0.1,
-            clip_norm=1.0,
-        )
-
-    config.phases = text.phases(options, adamw, steps=steps, lasso=1e-4)
+    optimizer = common.optimizer(
+        "adamw",
+        learning_rate=4e-3 if small else 1e-3,
+        args={"b2": 0.99},
+        weight_decay=0.1,
+        clip_norm=1.0,
+    )
+    config.phases = text.phases(options, steps=steps, optimizer=optimizer, lasso=1e-4)
     return config

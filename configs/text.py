@@ -1,6 +1,6 @@
 """Parts that the configs on text share: methods, and how long they train."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from configs import common
@@ -42,9 +42,9 @@ def options(arg: str, **known: float | bool) -> dict[str, Any]:
 
 def phases(
     options: Mapping[str, Any],
-    make: Callable[..., dict[str, Any]],
     *,
     steps: int,
+    optimizer: Mapping[str, Any],
     lasso: float,
 ) -> tuple[dict[str, Any], ...]:
     """Makes the phases of a method: dense training, and then the low-rank part.
@@ -55,9 +55,9 @@ def phases(
 
     Args:
       options: Of the config's argument.
-      make: Makes the optimizer that all phases share: of `schedule`, and `low_rank`
-        for the phase whose layers are.
       steps: How long all phases train together.
+      optimizer: The recipe, which all methods share; its learning rate is halved where
+        layers are low-rank, and its schedule is set here.
       lasso: Maestro's lambda where the argument gives none.
     """
     warm_up = steps // 20
@@ -65,22 +65,29 @@ def phases(
     if options["dense"]:
         return (
             common.phase(
-                name="train", until={"steps": steps}, optimizer=make(schedule=whole)
+                name="train",
+                until={"steps": steps},
+                optimizer={**optimizer, "schedule": whole},
             ),
         )
     rank = {"rank_fraction": options["alone"]} if options["alone"] else "full"
     dense_steps = int(DENSE_SHARE * steps)
+    constant = common.named("constant", warmup_steps=warm_up)
     first = common.phase(
         name="warm_up",
         until={"steps": dense_steps},
-        optimizer=make(schedule=common.named("constant", warmup_steps=warm_up)),
+        optimizer={**optimizer, "schedule": constant},
         on_end=(common.named("factorize", rules=rank_rules(rank)),),
     )
     rest = steps - dense_steps
-    schedule = common.cosine(warmup_steps=rest // 20, final_fraction=0.05)
+    slower = {
+        **optimizer,
+        "learning_rate": optimizer["learning_rate"] / 2,
+        "schedule": common.cosine(warmup_steps=rest // 20, final_fraction=0.05),
+    }
     return first, common.phase(
         until={"steps": rest},
-        optimizer=make(schedule=schedule, low_rank=True),
+        optimizer=slower,
         **_low_rank(options, rest, lasso),
     )
 
