@@ -12,12 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 from benchmarks import step_time
 from lowrank_jax import factorize, find_factors
 from lowrank_jax.penalties import PENALTIES, stateful
+from train import binary
 from train.models import resnet
 from train.report import logs
 
@@ -64,8 +65,7 @@ def make_timer(
     return timed
 
 
-def _main(argv: list[str]) -> None:
-    del argv
+def _main() -> None:
     dense = resnet.build(image_shape=(32, 32, 3), num_classes=10, rngs=nnx.Rngs(0))
     models = {s: factorize(dense, [(".*", {"with_s": s})]) for s in (False, True)}
     rng, size = np.random.default_rng(0), FLAGS.batch_size
@@ -102,4 +102,4 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main)
+    binary.run(_main)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 from configs import common, shakespeare
@@ -23,6 +23,7 @@ from lowrank_jax import factorize
 from lowrank_jax.active import max_ranks
 from lowrank_jax.ranks import at_fraction
 from lowrank_jax.shrinking import shrink
+from train import binary
 from train.models import lenet, transformer, vit
 from train.phases import build_phases
 from train.report import logs
@@ -163,8 +164,7 @@ def subjects(size: int) -> dict[str, Subject]:
     }
 
 
-def _main(argv: list[str]) -> None:
-    del argv
+def _main() -> None:
     figures = {}
     for name, subject in subjects(_BATCH.value).items():
         batch = jax.device_put(subject.batch)
@@ -183,4 +183,4 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main)
+    binary.run(_main)

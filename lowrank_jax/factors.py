@@ -335,7 +335,7 @@ class Factors(Ranked):
         """Returns the merged matrix at the active rank."""
         self._check_one_rank("merge the factors")
         u, v = self.active_u(dtype), self.active_v(dtype)
-        product = u @ placement.factor_beside(v, u)
+        product = linalg.apart(u @ placement.factor_beside(v, u))
         return placement.kept(product, placement.of_product(self.u, self.v))
 
     def _check_one_rank(self, purpose: str) -> None:

@@ -206,6 +206,20 @@ def exact_product(
     return jnp.matmul(left, right, precision="highest")
 
 
+def apart(product: Float[Array, "*stack i o"]) -> Float[Array, "*stack i o"]:
+    """Returns a product as it is, computed before it is multiplied by anything else.
+
+    XLA before jax 0.12 fuses `((x a) (u v))`, summed over its columns, into one kernel
+    on CPUs, whose result is wrong for some shapes (x 4096 x 128, a 128 x 512). It does
+    not fuse over a rounding, here to the precision that the numbers have; a barrier is
+    gone by then.
+    """
+    if jax.__version_info__ >= (0, 12):
+        return product
+    precision = jnp.finfo(product.dtype)
+    return jax.lax.reduce_precision(product, precision.nexp, precision.nmant)
+
+
 def tail_norms(squares: Float[Array, "*stack r"]) -> Float[Array, "*stack r"]:
     """Returns `||X_{>=b}||_F` for every b, from squared norms of the columns of X.
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from train import xla_flags
+
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
     "jax_disable_most_optimizations": True,
@@ -30,6 +32,7 @@ for name, value in SETTINGS.items():
     os.environ[name.upper()] = str(int(value) if isinstance(value, bool) else value)
 jax.config.update("jax_num_cpu_devices", 8)
 os.environ.setdefault("NPROC", "16")  # XLA's threads: a collective of 8 holds 8
+xla_flags.leave_products_apart()  # as binaries do
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # a run is on one of them, where a test does not ask for more (`support.devices`)
 jax.config.update("jax_default_device", jax.devices()[0])

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from lowrank_jax.errors import UserError, raise_all
-from train import allocator, distributed
+from train import allocator, distributed, xla_flags
 from train.report import logs
 from train.stopping import Interrupted, Stopped
 
@@ -56,6 +56,7 @@ def run(main: Callable[..., None], *, takes: str = "") -> None:
             logging.set_verbosity(logging.FATAL)
         distributed.make_room()
         allocator.keep_freed()
+        xla_flags.leave_products_apart()
         main(*arguments)
 
     app.run(_ending(start), flags_parser=_ending(_parse_flags))

@@ -63,8 +63,9 @@ def judging(
         targets, weight = read(logits, batch)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         if label_smoothing:
-            uniform = -jax.nn.log_softmax(logits).mean(axis=-1)
-            losses = (1 - label_smoothing) * losses + label_smoothing * uniform
+            # Both targets share the log of the sum, which cancels in their difference.
+            picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+            losses += label_smoothing * (picked[..., 0] - logits.mean(axis=-1))
         return mean(losses, weight)
 
     def distill(logits: Logits, teacher: Logits, batch: Batch) -> Float[Array, ""]:

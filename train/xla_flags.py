@@ -1,0 +1,20 @@
+"""Flags of XLA that binaries set, where the environment does not."""
+
+import os
+
+import jax
+
+FUSION = "--xla_cpu_experimental_ynn_fusion_type"
+"""Which products XLA fuses on CPUs by YNNPACK; without a value none."""
+
+
+def leave_products_apart() -> None:
+    """Has XLA fuse no products on CPUs, before jax 0.12; before the first array.
+
+    Fused products of three matrices are wrong there for some shapes
+    (`lowrank_jax.linalg.apart`), and the gradients of a transformer take longer: 33 for
+    20 ms in attention of 16 x 128 tokens.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jax.__version_info__ < (0, 12) and FUSION not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {FUSION}=".strip()
