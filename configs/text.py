@@ -25,7 +25,7 @@ def options(arg: str, **known: float | bool) -> dict[str, Any]:
       UserError: As `common.options`, or more than one method.
     """
     options = common.options(
-        arg, dense=False, maestro=False, lasso=0.0, alone=0.0, **known
+        arg, dense=False, maestro=False, lasso=-1.0, alone=0.0, **known
     )
     chosen = [method for method in METHODS if options[method]]
     if len(chosen) > 1:
@@ -33,7 +33,7 @@ def options(arg: str, **known: float | bool) -> dict[str, Any]:
             f"config argument: must name at most one of {METHODS}, got {arg!r}. Remove"
             " the others."
         )
-    if options["lasso"] and not options["maestro"]:
+    if options["lasso"] >= 0 and not options["maestro"]:
         raise UserError(
             f"config argument: 'lasso' needs 'maestro' beside it, got {arg!r}. Add it."
         )
@@ -100,7 +100,7 @@ def rank_rules(rank: Any) -> tuple[tuple[str, Any], ...]:
 def _low_rank(options: Mapping[str, Any], steps: int, lasso: float) -> dict[str, Any]:
     """What a method's phase of so many steps has of its own."""
     if options["maestro"]:
-        weight = options["lasso"] or lasso
+        weight = options["lasso"] if options["lasso"] >= 0 else lasso
         return {
             "name": "maestro",
             "sampler": common.named("single_layer"),

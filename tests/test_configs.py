@@ -70,7 +70,7 @@ def write_texts(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-QUICK = ("digits_mlp", "maestro", "shakespeare")
+QUICK = ("digits_mlp", "maestro", "multi30k", "shakespeare")
 """Configs of few phases, which train in every run of the tests; `slow` has them all."""
 
 VARIANTS = [(name, "") for name in NAMES] + [
@@ -179,6 +179,17 @@ def test_arguments_of_maestro():
     assert dense["phases"][0]["penalties"] == []
     for key in ("optimizer", "teacher", "passes_loss"):  # the same recipe
         assert dense["phases"][0][key] == config["phases"][0][key]
+
+
+@pytest.mark.parametrize("name", ["maestro", *TEXTS])
+@pytest.mark.parametrize("weight", [0.0, 2e-4])
+def test_a_lambda_is_the_one_that_is_given(name, weight):
+    """Zero too, the control of a sweep."""
+    config = plain(
+        name, f"maestro,lasso={weight}" if name in TEXTS else f"lasso={weight}"
+    )
+    (penalty,) = config["phases"][-1]["penalties"]
+    assert penalty["args"] == {"weight": weight}
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import text_configs
 
 from lowrank_jax.errors import UserError
 from train import quickstart
@@ -48,6 +49,24 @@ def test_what_no_quickstart_wrote_stays(tmp_path: Path, mark):
     with pytest.raises(UserError, match="must be new or of an earlier quickstart"):
         quickstart.clear(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_it_takes_a_task_on_text(tmp_path: Path, capsys):
+    """Whose layers are too many to tell each one's rank."""
+    config = text_configs.make_config(text_configs.write(tmp_path / "a.txt"))
+    for phase in config["phases"]:
+        phase["until"] = {"steps": 2}
+    workdir = tmp_path / "quickstart"
+    quickstart.clear(workdir)
+    rows = quickstart.quickstart(config, workdir)
+    assert [row["size"] for row in rows] == ["full", "0.5", "0.35", "0.25"]
+    assert (workdir / "frontier.png").stat().st_size > 10_000
+    table = capsys.readouterr().out.split("cut at budgets of parameters:")[1]
+    assert "loss" in table
+    for row in rows:
+        ranks = row["ranks"].values()
+        shown = {f"{min(ranks)} to {max(ranks)}", str(max(ranks))}
+        assert any(f"  {span}\n" in table for span in shown)
 
 
 @pytest.mark.slow

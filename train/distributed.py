@@ -253,9 +253,10 @@ def check_same(about: dict[str, Any]) -> None:
     ]
     if lines:
         raise UserError(
-            "processes: must run the same config with the same versions, got\n  "
+            "processes: must run the same config with the same versions on the same"
+            " data, got\n  "
             + "\n  ".join(lines)
-            + "\nStart all of them with the same command."
+            + "\nStart all of them with the same command, on copies of the same files."
         )
 
 

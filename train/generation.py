@@ -80,7 +80,8 @@ def generate(
     """Writes a text after each prompt, with the model at its active ranks.
 
     Prompts whose arrays have the same shapes are written together, in one compiled loop
-    over a cache; other ranks, temperatures, keys and lengths do not recompile it. A
+    over a cache: of a language model, prompts of as many tokens. Other ranks,
+    temperatures, keys and `max_tokens` do not recompile it, a new shape does. A
     text ends at the task's stop token or after `max_tokens`; when the cache is full,
     the task goes on from the tail, or the text ends too. What is drawn for a text
     depends on the key and its place among the prompts, not on the other prompts.

@@ -128,8 +128,8 @@ def check_facts(saved: checkpoint.Saved, facts: Mapping[str, Any]) -> None:
     if differences := schema.difference(theirs, facts, "facts"):
         raise UserError(
             f"checkpoint {saved.path}: must be used with the data that it was trained"
-            f" on, got others: {'; '.join(differences)}. Give the --data_dir of its"
-            " own."
+            f" on, got others: {'; '.join(differences)}. Give it those, by --data_dir"
+            " or the config's data."
         )
 
 

@@ -20,8 +20,8 @@ def prepare(config: Any) -> tuple[Run, tuple[phases.Phase, ...]]:
       config: A `ConfigDict` or mapping as in `configs/`.
 
     Raises:
-      UserError: The config does not hold together, or processes differ in it or in the
-        versions that they run.
+      UserError: The config does not hold together, or processes differ in it, in the
+        versions that they run or in what their data are, as with another tokenizer.
     """
 
     def check() -> tuple[Run, tuple[phases.Phase, ...]]:
@@ -30,7 +30,8 @@ def prepare(config: Any) -> tuple[Run, tuple[phases.Phase, ...]]:
         return open_run(complete), plan
 
     run, plan = distributed.together(check)
-    distributed.check_same({"config": run.config, "versions": versions()})
+    about = {"config": run.config, "versions": versions(), "facts": run.data.facts}
+    distributed.check_same(about)
     return run, plan
 
 

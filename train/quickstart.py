@@ -7,7 +7,7 @@ JSON holding the rows.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from lowrank_jax import errors
+from lowrank_jax.ranks import flatten_rank
 from train import binary, checkpoints, folders, opening
 from train.loop import train_and_evaluate
 from train.report import logs, plots
@@ -76,19 +77,34 @@ def _report(
         higher_is_better=task.higher_is_better,
         unit=task.unit,
     )
-    headers = ["size", headline, "params", "macs", "ranks"]
-    cells = [[str(row[k]) if k == "ranks" else row[k] for k in headers] for row in rows]
+    shown = [headline, "bleu"] if "bleu" in rows[0] else [headline]
+    headers = ["size", *shown, "params", "macs", "ranks"]
+    cells = [
+        [_span(row[k]) if k == "ranks" else row[k] for k in headers] for row in rows
+    ]
     print(f"\nTest {headline} of one trained model, cut at budgets of parameters:\n")
     print(logs.table(headers, cells))
     print(f"\nfrontier: {picture}")
 
 
-def _main() -> None:
-    workdir = Path(_WORKDIR.value)
-    with errors.at("--workdir"):
-        clear(workdir)
+def _span(ranks: Mapping[str, Any]) -> str:
+    """The lowest and the highest of all layers' ranks."""
+    lowest, highest = (
+        f([n for rank in ranks.values() for n in flatten_rank(rank)])
+        for f in (min, max)
+    )
+    return f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
+
+
+def quickstart(config: Any, workdir: Path) -> list[dict[str, Any]]:
+    """Trains, cuts, evaluates, prints and draws; returns the figures of each size.
+
+    Args:
+      config: As in `configs/`.
+      workdir: A folder that `clear` has cleared.
+    """
     run = workdir / "run"
-    train_and_evaluate(_CONFIG.value, run)
+    train_and_evaluate(config, run)
     whole = opening.open_model(run)
     rows = [{"size": "full", **whole.figures()}]
     for budget in BUDGETS:
@@ -97,8 +113,16 @@ def _main() -> None:
         checkpoints.truncate_checkpoint(run, output, selector)
         figures = opening.open_model(output).figures()
         rows.append({"size": f"{budget:g}", **figures})
-    _report(whole, rows, whole.sweep(FRACTIONS), workdir / _PICTURE)
-    logs.emit({"rows": rows})
+    curve = whole.sweep(FRACTIONS, translate=False)
+    _report(whole, rows, curve, workdir / _PICTURE)
+    return rows
+
+
+def _main() -> None:
+    workdir = Path(_WORKDIR.value)
+    with errors.at("--workdir"):
+        clear(workdir)
+    logs.emit({"rows": quickstart(_CONFIG.value, workdir)})
 
 
 if __name__ == "__main__":

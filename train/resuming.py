@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lowrank_jax import checkpoint
 from train import workdirs
-from train.model import load_model
+from train.model import check_facts, load_model
 from train.opening import first_whole
 from train.phases import Phase
 from train.report.description import describe
@@ -27,11 +27,12 @@ def resume(
 
     Raises:
       DamagedCheckpoint: None is whole.
-      UserError: They are of another version.
+      UserError: They are of another version, or of other data.
     """
 
     def begin(step: Path) -> tuple[Session, checkpoint.Saved]:
         saved = checkpoint.open_checkpoint(step)
+        check_facts(saved, run.data.facts)
         model = load_model(saved, allow_imports=None, placement=run.placement)
         describe(run, plan, model, saved.step)
         return Session(run, plan, model, saved), saved

@@ -163,7 +163,12 @@ def test_training_pairs_that_do_not_fit_are_dropped_and_counted(write):
         ),
         ("train", (["a", "b"], ["a"]), {}, r"as many sentences.*got \[2, 1\]"),
         ("test", ([], []), {}, r"test text: must have.*got \[0, 0\]"),
-        ("test", (["Zoo"], ["t"]), {}, "test: text: characters must be.*'Z', 'o'"),
+        (
+            "test",
+            (["Zoo"], ["t"]),
+            {},
+            "test: source: sentence 1: text: characters must be.*'Z', 'o'",
+        ),
         ("test", (["a"], ["t"]), {"source_length": 1}, "source_length: must be at lea"),
     ],
 )

@@ -230,6 +230,14 @@ WRONG = {
         splits(label=LABELS) | {"facts": {"num_classes": 2}},
         ["facts['num_classes'] must be", "at least 3", "got 2"],
     ),
+    "a token past the vocabulary": (
+        splits(tokens=np.full((9, 4), 5)) | {"facts": {"vocab_size": 5}},
+        ["train['tokens']: must hold tokens in [0, 4]", "got 5 to 5", "test['tokens']"],
+    ),
+    "padding by -1": (
+        splits(source=np.full((9, 4), -1)) | {"facts": {"vocab_size": 5}},
+        ["train['source']: must hold tokens in [0, 4]", "got -1 to -1", "padding"],
+    ),
 }
 
 

@@ -246,6 +246,21 @@ def test_rows_of_weight_zero_change_nothing(row):
 
 
 @every_task
+def test_a_part_in_which_nothing_counts_adds_nothing(row):
+    """It is one of several, of equal size, when gradients are accumulated."""
+    task, outputs, teacher = make(row), outputs_of(row), outputs_of(row, seed=2)
+    batch = {**batch_of(row.facts, SIZE), "weight": jnp.zeros(SIZE)}
+
+    def losses(outputs):
+        return task.loss(outputs, batch) + task.distill(outputs, teacher, batch)
+
+    loss, gradient = jax.value_and_grad(losses)(outputs)
+    assert loss == 0 and (gradient == 0).all()
+    with pytest.raises(UserError, match="data: must hold something that counts"):
+        task.figures(task.sums(outputs, batch))
+
+
+@every_task
 def test_sums_add_up_over_batches(row):
     task, batch, outputs = make(row), batch_of(row.facts, SIZE), outputs_of(row)
     whole = task.figures(task.sums(outputs, batch))

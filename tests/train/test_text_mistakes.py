@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from messages import check_form
-from support import put
+from support import interrupt, put
 from text_configs import make_config, write
 
 from configs import digits_mlp
@@ -56,6 +56,20 @@ def test_a_checkpoint_whose_text_has_changed_since(tmp_path):
     write(file, "xyz \n")
     with pytest.raises(UserError, match="tokenizer.characters: .*abc.* there, .*xyz"):
         opening.open_model(folder)
+
+
+def test_a_run_whose_text_has_changed_since(tmp_path):
+    """It does not go on with other numbers for its characters; nothing is lost."""
+    file = write(tmp_path / "a.txt")
+    config = make_config(file)
+    for phase in config["phases"]:
+        phase["until"] = {"steps": 2}
+    interrupt(config, tmp_path / "run", 1)
+    write(file, "xyz \n")
+    with pytest.raises(UserError, match="tokenizer.characters: .*abc.* there, .*xyz"):
+        loop.train_and_evaluate(config, tmp_path / "run")
+    write(file)
+    assert loop.train_and_evaluate(config, tmp_path / "run")["step"] == 4
 
 
 MISTAKES = {

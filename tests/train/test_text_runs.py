@@ -1,8 +1,10 @@
 """Runs on text through the one loop: the same whatever is under them, and cut."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 from support import put
@@ -20,10 +22,11 @@ def text(tmp_path_factory) -> Path:
 
 
 def train(text: Path, workdir: Path, **model_args: Any) -> list[dict[str, Any]]:
-    """The frontier after some steps of nested training with two layers."""
+    """The frontier after some dense and as many nested steps with two layers."""
     config = make_config(text)
     config["model"]["args"] |= {"depth": 2, **model_args}
-    put(config, "phases/0/until", {"steps": STEPS})
+    for phase in config["phases"]:
+        phase["until"] = {"steps": STEPS}
     put(config, "eval_fractions", [1.0, 0.5])
     return loop.train_and_evaluate(config, workdir)["frontier"]
 
@@ -60,6 +63,26 @@ def test_a_run_of_text_is_cut_and_writes(run, tmp_path):
         for opened in ((workdir, selector), (tmp_path / "cut",))
     ]
     assert texts[0] == texts[1] and len(texts[0]["texts"][0]) == 20
+
+
+def test_the_binary_writes_at_any_rank(run, tmp_path):
+    """A fraction, a file of ranks, and both prompts in one call."""
+    workdir, frontier = run
+    (tmp_path / "ranks.json").write_text(json.dumps(frontier[1]["ranks"]))
+    call = ("train.generate", f"--checkpoint={workdir}", "--prompt=abc", "--prompt=c")
+    ended = commands.run(
+        {
+            "whole": (*call, "--max_tokens=9"),
+            "half": (*call, "--max_tokens=9", "--rank_fraction=0.5"),
+            "ranks": (*call, "--max_tokens=9", f"--ranks={tmp_path / 'ranks.json'}"),
+        }
+    )
+    whole, half, ranks = (ended[name].result for name in ("whole", "half", "ranks"))
+    assert [len(text) for text in half["texts"]] == [9, 9]
+    assert half == ranks
+    assert (half["params"], whole["params"]) == tuple(
+        row["params"] for row in (frontier[1], frontier[0])
+    )
 
 
 def test_the_tokenizer_travels(run, tmp_path, text):

@@ -167,14 +167,18 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _expand(merges: Iterable[tuple[int, int]]) -> list[bytes]:
     """The bytes of each token. A merge adds none where another made the same bytes."""
-    tokens = [bytes([byte]) for byte in range(BYTES)]
-    known = set(tokens)
+    ids = {bytes([byte]): byte for byte in range(BYTES)}
+    tokens = list(ids)
     for left, right in merges:
-        token = tokens[left] + tokens[right]
-        if token not in known:
-            known.add(token)
-            tokens.append(token)
+        _add(tokens[left] + tokens[right], ids, tokens)
     return tokens
+
+
+def _add(token: bytes, ids: dict[bytes, int], tokens: list[bytes]) -> None:
+    """Gives a token the next id, unless it has one."""
+    if token not in ids:
+        ids[token] = len(tokens)
+        tokens.append(token)
 
 
 def _numbered(merges: Iterable[tuple[str, str]]) -> Merges:
@@ -189,7 +193,8 @@ def _numbered(merges: Iterable[tuple[str, str]]) -> Merges:
 
 def _checked(merges: Sequence[Any], reserved: int) -> Merges:
     """A stranger's merges, each of two tokens that are there before it."""
-    tokens, known, seen = _expand([]), set(_expand([])), set()
+    tokens, seen = _expand([]), set()
+    ids = {token: index for index, token in enumerate(tokens)}
     for index, merge in enumerate(merges):
         whole = isinstance(merge, list | tuple) and [type(part) for part in merge]
         if whole != [int, int]:
@@ -205,9 +210,7 @@ def _checked(merges: Sequence[Any], reserved: int) -> Merges:
         if len(token) > LONGEST:
             rule = f"merges[{index}] must make a token of at most {LONGEST} bytes"
             raise damaged(rule, len(token))
-        if token not in known:
-            known.add(token)
-            tokens.append(token)
+        _add(token, ids, tokens)
     if reserved + len(tokens) > MOST_TOKENS:
         rule = f"there must be at most {MOST_TOKENS:,} tokens"
         raise damaged(rule, f"{reserved + len(tokens):,}")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from train.data.token_ids import (
     MOST_TOKENS,
@@ -55,8 +56,16 @@ class Characters:
         return (ranks + self.reserved).astype(id_dtype(self.size))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        if not texts:
+            return []
         ends = np.cumsum([len(text) for text in texts])
-        return np.split(self.encode("".join(texts)), ends[:-1]) if len(texts) else []
+        try:
+            return np.split(self.encode("".join(texts)), ends[:-1])
+        except UserError:
+            for number, text in enumerate(texts, 1):
+                with errors.at(f"sentence {number:,}"):
+                    self.encode(text)
+            raise
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " t"]) -> str:
         ids = without_reserved(ids, size=self.size, reserved=self.reserved)

@@ -18,6 +18,8 @@ Arrays = dict[str, np.ndarray]
 """The same number of rows of each named array: `(n, ...)`, one row an example."""
 
 SPLITS = ("train", "test")
+TOKENS = ("tokens", "source", "target", "label")
+"""Arrays of tasks on text that hold ids, where the facts have a "vocab_size"."""
 
 
 def read(
@@ -56,6 +58,7 @@ def read(
         problems += [f"{split}{problem}" for problem in found]
     raise_all(problems)
     facts = _shared_arrays(splits) | _own_facts(result.get("facts", {}))
+    _check_tokens(facts, splits)
     return splits, _with_num_classes(facts, splits)
 
 
@@ -151,6 +154,28 @@ def _own_facts(given: Any) -> dict[str, Any]:
             f" got {facts}. Correct it."
         )
     return facts
+
+
+def _check_tokens(facts: Mapping[str, Any], splits: Mapping[str, Arrays]) -> None:
+    """Tokens that no row of an embedding stands for would be read as others, or NaN."""
+    size = facts.get("vocab_size")
+    if type(size) is not int:
+        return
+    found = {
+        f"{split}[{name!r}]": (int(array.min()), int(array.max()))
+        for split, arrays in splits.items()
+        for name, array in arrays.items()
+        if name in TOKENS and array.dtype.kind in "iu" and array.size
+    }
+    raise_all(
+        [
+            f"{place}: must hold tokens in [0, {size - 1}], as facts['vocab_size'] is"
+            f" {size}, got {low} to {high}. Correct one of them; padding is a token"
+            " too, such as 0."
+            for place, (low, high) in found.items()
+            if low < 0 or high >= size
+        ]
+    )
 
 
 def _with_num_classes(

@@ -70,7 +70,8 @@ def sentence_pairs(
       "vocab_size", "tokenizer", "specials", "pad_share" by split, "dropped_pairs".
 
     Raises:
-      UserError: Text that is missing or not UTF-8, or sides that do not match.
+      MissingFile: A file or set is not there.
+      UserError: Text that is not UTF-8, or sides that do not match.
     """
     lengths = (source_length, target_length)
     problems = [
@@ -128,7 +129,10 @@ def _tokenize(place: texts.Place, spec: str) -> tuple[Tokenizer, dict[str, list[
     pairs = {}
     for split, columns in by_split.items():
         with errors.at(split):
-            sides = [made.encode_batch(column) for column in columns]
+            sides = []
+            for side, column in zip(("source", "target"), columns, strict=True):
+                with errors.at(side):
+                    sides.append(made.encode_batch(column))
         pairs[split] = list(zip(*sides, strict=True))
     return made, pairs
 
@@ -203,7 +207,8 @@ def pack(pairs: Sequence[Pair], lengths: tuple[int, int], dtype: np.dtype) -> Ar
 def assign(
     sizes: Int[np.ndarray, "n 2"], lengths: tuple[int, int]
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Assigns each pair to the first row that has room for both of its sides.
+    """Assigns each pair to the first row that has room for both of its sides, of the
+    last 1,024 that were begun, else to a new one.
 
     Args:
       sizes: Tokens of each pair, of source and target, specials included.

@@ -1,7 +1,8 @@
 """Windows of a stream of tokens, for language models.
 
 The tokens of a split lie in memory once, in 8 or 16 bits each; windows are gathered out
-of them batch by batch. Letters: `b` batch, `t` tokens, `n` tokens of a split.
+of them batch by batch. An epoch's order has 8 bytes a window: at stride 1 it is what
+takes the memory. Letters: `b` batch, `t` tokens, `n` tokens of a split.
 """
 
 import dataclasses
@@ -92,8 +93,9 @@ def text_windows(
       many targets count: tokens[1 : length + 1]. Facts "vocab_size" and "tokenizer".
 
     Raises:
-      UserError: Text that is missing or not UTF-8, characters that the tokenizer does
-        not know, or a split that is shorter than one window.
+      MissingFile: A file or set is not there.
+      UserError: Text that is not UTF-8, characters that the tokenizer does not know, or
+        a split that is shorter than one window.
     """
     raise_all(
         [

@@ -1,6 +1,7 @@
 """Multi-head attention, over tokens at hand or over keys and values that were kept.
 
-Dropout does not fall on the attention weights, where it would rule out fused kernels.
+The product is `jax.nn.dot_product_attention` with its own choice of a kernel; dropout
+does not fall on the attention weights, which no fused kernel would allow.
 Letters: `b` batch, `t` tokens that attend, `s` tokens that are attended to, `i`
 features, `h` heads, `d` features of a head.
 """
@@ -117,7 +118,7 @@ class Attention(nnx.Module):
         memory: Memory,
         position: int | Int[Array, ""] = 0,
         *,
-        mask: Bool[Array, "#b 1 t s"] | None = None,
+        mask: Bool[Array, "#b 1 #t s"] | None = None,
         is_causal: bool = False,
     ) -> Float[Array, "b t i"]:
         """Returns what tokens, the first at this position, take from a memory."""

@@ -231,7 +231,8 @@ class EncoderDecoder(nnx.Module):
 
         Args:
           source: The sentences to translate.
-          target: Their translations, each from its first token but one on.
+          target: Their translations, each behind the token that begins a sentence, and
+            without the one that ends it.
           source_segment: The sentence of each source token, 0 for padding.
           target_segment: That of each target token; those of number n translate the
             source tokens of number n.

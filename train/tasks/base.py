@@ -125,8 +125,16 @@ def weighted_mean(values: Float[Array, " b"], batch: Batch) -> Float[Array, ""]:
     """Returns the mean of a value per example, by the batch's weight if it has one."""
     if "weight" not in batch:
         return values.mean()
-    weight = batch["weight"]
-    return jnp.sum(values * weight) / weight.sum()
+    return mean_by(values, batch["weight"])
+
+
+def mean_by(values: Float[Array, "*b"], weight: Float[Array, "*b"]) -> Float[Array, ""]:
+    """Returns the mean of values by their weights, 0 where none of them counts.
+
+    A part of a batch may hold padding alone; its mean then enters with weight 0.
+    """
+    total = weight.sum()
+    return jnp.sum(values * weight) / jnp.where(total > 0, total, 1)
 
 
 def weighted_sums(batch: Batch, **values: Array) -> dict[str, Array]:
@@ -143,6 +151,15 @@ def weighted_sums(batch: Batch, **values: Array) -> dict[str, Array]:
 
 
 def figures_per_weight(sums: Mapping[str, Any]) -> dict[str, float]:
-    """Returns each sum divided by the summed weight."""
+    """Returns each sum divided by the summed weight.
+
+    Raises:
+      UserError: Nothing counted.
+    """
     weight = float(sums["weight"])
+    if weight == 0:
+        raise UserError(
+            "data: must hold something that counts, got a weight of 0 in all. Correct"
+            " 'weight', or what else says how much of each example counts."
+        )
     return {name: float(x) / weight for name, x in sums.items() if name != "weight"}

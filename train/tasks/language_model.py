@@ -70,7 +70,7 @@ def _generation(tokenizer: tokenizers.Tokenizer, context: int) -> Generation:
         ids = np.asarray(tokenizer.encode(text), np.int32)
         if not 1 <= len(ids) <= context:
             raise UserError(
-                f"prompt: must have 1 to {context} tokens, which is the model's"
+                f"must have 1 to {context} tokens, which is the model's"
                 f" context, got {len(ids)}. Give another."
             )
         return {"tokens": ids}
@@ -115,10 +115,5 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
             "data: 'length' must be one integer for each window, got"
             f" {length}. Give how many of its tokens are to be predicted."
         )
-    if not tokens.is_vocabulary(facts.get("vocab_size")):
-        problems.append(
-            "data: must have 'vocab_size' in the facts, a whole number in [1,"
-            f" {tokens.LARGEST_VOCABULARY:,}], got {facts.get('vocab_size')!r}. Give"
-            " the number of different tokens."
-        )
+    problems += tokens.vocabulary_problems(facts)
     raise_all(problems)

@@ -56,9 +56,6 @@ def judging(
         rows = batch.get("weight", jnp.ones(len(targets), jnp.float32))
         return targets, rows[:, None] * counts
 
-    def mean(values: Float[Array, "b t"], weight: Float[Array, "b t"]) -> Array:
-        return jnp.sum(values * weight) / weight.sum()
-
     def loss(logits: Logits, batch: Batch) -> Float[Array, ""]:
         targets, weight = read(logits, batch)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -66,12 +63,12 @@ def judging(
             # Both targets share the log of the sum, which cancels in their difference.
             picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)
             losses += label_smoothing * (picked[..., 0] - logits.mean(axis=-1))
-        return mean(losses, weight)
+        return base.mean_by(losses, weight)
 
     def distill(logits: Logits, teacher: Logits, batch: Batch) -> Float[Array, ""]:
         _, weight = read(logits, batch)
         targets = jax.nn.softmax(teacher)
-        return mean(optax.softmax_cross_entropy(logits, targets), weight)
+        return base.mean_by(optax.softmax_cross_entropy(logits, targets), weight)
 
     def sums(logits: Logits, batch: Batch) -> dict[str, Array]:
         targets, weight = read(logits, batch)
@@ -97,9 +94,16 @@ def _figures(sums: Mapping[str, Any]) -> dict[str, float]:
     return figures
 
 
-def is_vocabulary(size: Any) -> bool:
-    """Returns whether a number of tokens is one that a model can have."""
-    return type(size) is int and 1 <= size <= LARGEST_VOCABULARY
+def vocabulary_problems(facts: Mapping[str, Any]) -> list[str]:
+    """Returns what is wrong with the number of tokens; nothing if a model can have
+    it."""
+    size = facts.get("vocab_size")
+    if type(size) is int and 1 <= size <= LARGEST_VOCABULARY:
+        return []
+    return [
+        "data: must have 'vocab_size' in the facts, a whole number in [1,"
+        f" {LARGEST_VOCABULARY:,}], got {size!r}. Give the number of different tokens."
+    ]
 
 
 def _check_logits(logits: Logits, shape: tuple[int, ...]) -> None:

@@ -98,7 +98,7 @@ def _generation(
         ids = [*tokenizer.encode(text), eos]
         if not 1 < len(ids) <= source_length:
             raise UserError(
-                f"prompt: must have 1 to {source_length - 1} tokens, which is the"
+                f"must have 1 to {source_length - 1} tokens, which is the"
                 f" longest sentence of the model, got {len(ids) - 1}. Give another."
             )
         source = np.full(source_length, pad, np.int32)
@@ -173,12 +173,8 @@ def _check(facts: Mapping[str, Any], label_smoothing: float) -> None:
         if (problem := _problem_of_rows(facts["arrays"], names))
     ]
     size = facts.get("vocab_size")
-    if not tokens.is_vocabulary(size):
-        problems.append(
-            "data: must have 'vocab_size' in the facts, a whole number in [1,"
-            f" {tokens.LARGEST_VOCABULARY:,}], got {size!r}. Give the number of"
-            " different tokens."
-        )
+    if without := tokens.vocabulary_problems(facts):
+        problems += without
         size = tokens.LARGEST_VOCABULARY  # to judge the specials by
     specials = facts.get("specials")
     if facts.get("tokenizer") is not None and not _are_specials(specials, size):
