@@ -46,6 +46,7 @@ def phases(
     steps: int,
     optimizer: Mapping[str, Any],
     lasso: float,
+    warmup_share: float = 0.05,
 ) -> tuple[dict[str, Any], ...]:
     """Makes the phases of a method: dense training, and then the low-rank part.
 
@@ -59,8 +60,9 @@ def phases(
       optimizer: The recipe, which all methods share; its learning rate is halved where
         layers are low-rank, and its schedule is set here.
       lasso: Maestro's lambda where the argument gives none.
+      warmup_share: Of all steps, in which the learning rate rises.
     """
-    warm_up = steps // 20
+    warm_up = round(warmup_share * steps)
     whole = common.cosine(warmup_steps=warm_up, final_fraction=0.1)
     if options["dense"]:
         return (
