@@ -1,13 +1,14 @@
 """Runs on text through the one loop: the same whatever is under them, and cut."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import commands
 import numpy as np
 import pytest
-from support import put
+import support
 from text_configs import make_config, write
 
 from lowrank_jax import checkpoint
@@ -21,13 +22,16 @@ def text(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("text") / "a.txt")
 
 
-def train(text: Path, workdir: Path, **model_args: Any) -> list[dict[str, Any]]:
+def train(
+    text: Path, workdir: Path, mesh: Mapping[str, int] | None = None, **model_args: Any
+) -> list[dict[str, Any]]:
     """The frontier after some dense and as many nested steps with two layers."""
     config = make_config(text)
+    config["mesh"] |= mesh or {}
     config["model"]["args"] |= {"depth": 2, **model_args}
     for phase in config["phases"]:
         phase["until"] = {"steps": STEPS}
-    put(config, "eval_fractions", [1.0, 0.5])
+    support.put(config, "eval_fractions", [1.0, 0.5])
     return loop.train_and_evaluate(config, workdir)["frontier"]
 
 
@@ -46,6 +50,17 @@ def test_a_scanned_run_is_the_unrolled_one(run, text, tmp_path):
         assert (ours["params"], ours["macs"]) == (theirs["params"], theirs["macs"])
     assert scanned[1]["ranks"]["blocks/up"] == [4, 4]
     assert run[1][1]["ranks"]["blocks/0/up"] == 4
+
+
+@pytest.mark.slow
+def test_on_many_devices_it_is_the_same_run(run, text, tmp_path):
+    """Rows of a batch, tables and factors split; the last window is padded."""
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    with support.all_devices():
+        split = train(text, tmp_path / "split", mesh)
+    for ours, theirs in zip(split, run[1], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["ranks"] == theirs["ranks"]
 
 
 def test_a_run_of_text_is_cut_and_writes(run, tmp_path):
