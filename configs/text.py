@@ -7,6 +7,9 @@ from configs import common
 from lowrank_jax.errors import UserError
 
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)
+DRAWN = (0.5, 0.25, 0.125, 0.125, 0.125)
+"""Of which nested training draws one a step, beside the whole model; the smallest most
+often, as it is the farthest from a model trained for its size alone."""
 METHODS = ("dense", "maestro", "alone")
 DENSE_SHARE = 0.5
 """Of the steps, before the layers are factorized."""
@@ -118,7 +121,7 @@ def _low_rank(options: Mapping[str, Any], steps: int, lasso: float) -> dict[str,
         return {"name": "alone"}
     return {
         "name": "nested",
-        "sampler": common.named("uniform_fraction", fractions=FRACTIONS[1:]),
+        "sampler": common.named("uniform_fraction", fractions=DRAWN),
         "teacher": common.named("full", target_weight=0.0),
     }
 
