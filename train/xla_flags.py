@@ -12,8 +12,7 @@ def leave_products_apart() -> None:
     """Has XLA fuse no products on CPUs, before jax 0.12; before the first array.
 
     Fused products of three matrices are wrong there for some shapes
-    (`lowrank_jax.linalg.apart`), and the gradients of a transformer take longer: 33 for
-    20 ms in attention of 16 x 128 tokens.
+    (`lowrank_jax.linalg.apart`), and gradients take longer (docs/LOG.md).
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if jax.__version_info__ < (0, 12) and FUSION not in flags:
