@@ -89,10 +89,8 @@ def _report(
 
 def _span(ranks: Mapping[str, Any]) -> str:
     """The lowest and the highest of all layers' ranks."""
-    lowest, highest = (
-        f([n for rank in ranks.values() for n in flatten_rank(rank)])
-        for f in (min, max)
-    )
+    numbers = [n for rank in ranks.values() for n in flatten_rank(rank)]
+    lowest, highest = min(numbers), max(numbers)
     return f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
 
 
