@@ -86,7 +86,8 @@ def train_and_evaluate(
                         writer.write(step, {"validation": _by_fraction(frontier)})
                     session.done["evaluated"] = step
                     status.write(figures=_by_fraction(frontier))
-                    progress.update(step, _summary(frontier, run.task.headline))
+                    summary = _summary(frontier, run.task.headline)
+                    progress.update(step, summary, at_once=bool(summary))
             except StopRequested:
                 finished = False  # what was broken off is done anew
             if (stopping := stop.poll()) or finished or saver.due(step):

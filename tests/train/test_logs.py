@@ -74,6 +74,16 @@ def test_progress_writes_few_plain_lines_without_a_terminal(capsys, monkeypatch)
     assert len(lines) == 3
 
 
+def test_what_is_said_at_once_gets_its_line(capsys, monkeypatch):
+    """The figures of an evaluation come right after the loss of the same step."""
+    monkeypatch.setattr(logs.time, "monotonic", lambda: 0.0)
+    progress = logs.Progress(20)
+    progress.update(5, "loss 1")
+    progress.update(5, "validation loss 2", at_once=True)
+    progress.close()
+    assert capsys.readouterr().err.splitlines() == ["step 5/20, validation loss 2"]
+
+
 def test_the_rate_leaves_the_compilation_out(capsys, monkeypatch):
     """A minute of compiling, then ten steps a second: as said, with the time left."""
     now = [0.0]

@@ -137,8 +137,14 @@ class Progress:
         else:
             say(f"step {step}/{self.total}, compiling ...")
 
-    def update(self, step: int, message: str = "") -> None:
-        """Shows that `step` steps are done, with `message` beside it."""
+    def update(self, step: int, message: str = "", *, at_once: bool = False) -> None:
+        """Shows that `step` steps are done, with `message` beside it.
+
+        Args:
+          step: Steps that are done.
+          message: What is shown beside it.
+          at_once: Write a line even if the last one is a moment ago.
+        """
         now = time.monotonic()
         if self._compiling:  # the clock starts when the compiled step is done
             self._compiling = False
@@ -162,7 +168,8 @@ class Progress:
             self._bar.total = self.total
             self._bar.update(step - self._bar.n)
             return
-        if step < self.total and now - self._spoke < _SECONDS_BETWEEN_LINES:
+        recent = now - self._spoke < _SECONDS_BETWEEN_LINES
+        if recent and step < self.total and not at_once:
             return
         self._spoke = now
         parts = [f"step {step}/{self.total}"]
