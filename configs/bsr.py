@@ -20,13 +20,13 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; `fraction` is the share of the dense MACs to keep."""
-    options = common.options(arg, cifar10=False, fraction=0.25, weight=-1.0)
+    options = common.options(arg, cifar10=False, fraction=0.25, weight=float)
     smoke, cifar10 = options["smoke"], options["cifar10"]
     config = common.resnet(56, batch_size=128) if cifar10 else common.mnist_lenet()
     config.rank_rules = ((".*", "dense"),)
     make = common.cifar10_sgd if cifar10 else common.lenet_optimizer
     default = 0.01 if cifar10 else 0.1
-    weight = options["weight"] if options["weight"] >= 0 else default
+    weight = default if options["weight"] is None else options["weight"]
     epochs = (100, 100, 100) if cifar10 else (2, 2, 2)
     beam = common.named(
         "beam", measure="macs", fraction=options["fraction"], width=3, steps=20

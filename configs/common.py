@@ -9,12 +9,13 @@ from ml_collections import ConfigDict
 from lowrank_jax.errors import UserError
 
 
-def options(arg: str, **known: float | bool) -> dict[str, Any]:
+def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
     """Reads what stands after the colon of `--config=FILE:ARG`.
 
     Args:
       arg: Words and `name=number`, separated by commas, such as "smoke,lasso=1e-4".
-      **known: The names a config takes, with their defaults; a word sets a bool.
+      **known: The names a config takes, with their defaults; a word sets a bool. A
+        type stands for no default: None where the argument gives no number.
 
     Raises:
       ValueError: A word or name that the config does not take.
@@ -23,27 +24,33 @@ def options(arg: str, **known: float | bool) -> dict[str, Any]:
     {'smoke': True, 'lasso': 0.0001}
     """
     values: dict[str, Any] = {"smoke": False, **known}
+    defaults = dict(values)
     for part in filter(None, arg.split(",")):
         name, equals, text = part.partition("=")
-        is_word = isinstance(values.get(name), bool)
+        is_word = isinstance(defaults.get(name), bool)
         if name not in values or is_word == bool(equals):
             words = [
-                n if isinstance(v, bool) else f"{n}=NUMBER" for n, v in values.items()
+                name if isinstance(default, bool) else f"{name}=NUMBER"
+                for name, default in defaults.items()
             ]
             raise UserError(
                 f"config argument: must be of {words}, got {part!r}. Separate several"
                 " with commas."
             )
-        values[name] = True if is_word else _number(name, text, values[name])
-    return values
+        values[name] = True if is_word else _number(name, text, defaults[name])
+    return {
+        name: None if isinstance(value, type) else value
+        for name, value in values.items()
+    }
 
 
-def _number(name: str, text: str, default: float) -> float:
+def _number(name: str, text: str, default: float | type) -> float:
     """A number of the default's type."""
+    kind = default if isinstance(default, type) else type(default)
     try:
-        return type(default)(text)
+        return kind(text)
     except ValueError as error:
-        kind = "a whole number" if isinstance(default, int) else "a number"
+        kind = "a whole number" if kind is int else "a number"
         raise UserError(
             f"config argument: {name} must be {kind}, got {text!r}. Correct it."
         ) from error

@@ -20,7 +20,7 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; `ratio` is the rank of a layer as a share of its full rank."""
-    options = common.options(arg, cifar10=False, plain=False, ratio=-1.0)
+    options = common.options(arg, cifar10=False, plain=False, ratio=float)
     smoke, cifar10 = options["smoke"], options["cifar10"]
     if cifar10:
         config = common.resnet(32, batch_size=128)
@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     else:
         config = common.mnist_lenet()
     default = 0.05 if cifar10 else 0.25
-    ratio = options["ratio"] if options["ratio"] >= 0 else default
+    ratio = default if options["ratio"] is None else options["ratio"]
     layers = {"rank_fraction": ratio}
     convolutions = ".*/(conv.*|shortcut)" if cifar10 else "conv2"
     config.rank_rules = (

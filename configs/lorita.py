@@ -19,12 +19,12 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; `depth` counts the factors, `decay` is that on each."""
-    options = common.options(arg, cifar10=False, depth=2, decay=-1.0)
+    options = common.options(arg, cifar10=False, depth=2, decay=float)
     smoke, cifar10 = options["smoke"], options["cifar10"]
     config = common.resnet(20, batch_size=128) if cifar10 else common.mnist_lenet()
     config.rank_rules = ((".*", {"depth": options["depth"]}),)
     default = 5e-4 if cifar10 else 5e-3
-    decay = options["decay"] if options["decay"] >= 0 else default
+    decay = default if options["decay"] is None else options["decay"]
     make = common.cifar10_sgd if cifar10 else common.lenet_optimizer
     config.phases = (
         common.phase(

@@ -21,14 +21,14 @@ from lowrank_jax.errors import UserError
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; `lasso` is the papers' lambda."""
     options = common.options(
-        arg, lasso=-1.0, dense=False, compare=False, cifar10=False, vgg=False
+        arg, lasso=float, dense=False, compare=False, cifar10=False, vgg=False
     )
     smoke, dense, cifar10 = options["smoke"], options["dense"], options["cifar10"]
     if options["vgg"] and not cifar10:
         raise UserError("config argument: 'vgg' needs 'cifar10' beside it. Add it.")
     lambdas = {"lenet": 2**-4 / 100, "compare": 2**-3 / 100, "cifar10": 16e-6}
     setting = "cifar10" if cifar10 else "compare" if options["compare"] else "lenet"
-    lasso = options["lasso"] if options["lasso"] >= 0 else lambdas[setting]
+    lasso = lambdas[setting] if options["lasso"] is None else options["lasso"]
     config = common.resnet(18, batch_size=128) if cifar10 else common.mnist_lenet()
     if options["vgg"]:
         config.model = common.named("vgg", depth=19)

@@ -1,8 +1,9 @@
 """Translation of Multi30k's captions from German to English; nested.
 
 Command:  python -m train.main --config=configs/multi30k.py --workdir=runs/multi30k
-Variants: `small` for a size that trains on two cores; :dense; :maestro, with lasso=1e-4
-          for another lambda; :alone=0.5 for training at half of the ranks alone
+Variants: `small` for a size that trains on two cores; :dense; :maestro, with lasso=4e-4
+          for another lambda than 1e-4; :alone=0.5 for training at half of the ranks
+          alone
 Hardware: a GPU; :small 2 CPU cores
 Time:     not run at published size; :small 20 minutes dense on one core
 Result:   docs/results.md, "Text"
@@ -28,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = common.base(seed=0)
     config.data = common.data(
         "sentence_pairs",
-        batch_size=16,
+        batch_size=4 if options["smoke"] else 16,
         eval_batch_size=32,
         validation_examples=0,
         args={

@@ -1,8 +1,9 @@
 """A language model of tiny Shakespeare, by characters; nested.
 
 Command:  python -m train.main --config=configs/shakespeare.py --workdir=runs/text
-Variants: `cpu` for a size that trains on two cores; :dense; :maestro, with lasso=1e-4
-          for another lambda; :alone=0.5 for training at half of the ranks alone
+Variants: `cpu` for a size that trains on two cores; :dense; :maestro, with lasso=4e-4
+          for another lambda than 1e-4; :alone=0.5 for training at half of the ranks
+          alone; :byte_pairs=512 for that many byte pairs instead of characters
 Hardware: a GPU; :cpu 2 CPU cores
 Time:     not run at full size; :cpu 4 minutes dense, 8 nested, on one core
 Result:   docs/results.md, "Text"; the recipe's search in docs/LOG.md
@@ -21,7 +22,8 @@ from configs import common, text
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; "smoke" for a run of a minute."""
-    options = text.options(arg, cpu=False)
+    options = text.options(arg, cpu=False, byte_pairs=int)
+    vocab_size = options["byte_pairs"]
     small = options["cpu"] or options["smoke"]
     config = common.base(seed=0)
     context = 64 if small else 256
@@ -32,7 +34,9 @@ def get_config(arg: str = "") -> ConfigDict:
         validation_examples=0,
         args={
             "text": "tiny_shakespeare",
-            "tokenizer": common.named("characters"),
+            "tokenizer": common.named("characters")
+            if vocab_size is None
+            else common.named("byte_pairs", vocab_size=vocab_size),
             "context": context,
             "stride": 1,
         },

@@ -37,8 +37,8 @@ def get_config(arg: str = "") -> ConfigDict:
         l1=False,
         spatial=False,
         depth=20,
-        sparsity=-1.0,
-        energy=-1.0,
+        sparsity=float,
+        energy=float,
     )
     smoke, cifar10 = options["smoke"], options["cifar10"]
     depth, spatial = options["depth"], options["spatial"]
@@ -58,7 +58,9 @@ def get_config(arg: str = "") -> ConfigDict:
         weight = 0.3 if kind == "l1" else HOYER[depth][spatial]
         default = weight, 3e-6 if kind == "hoyer" and not spatial else 0.1
     given = options["sparsity"], options["energy"]
-    sparsity, energy = (a if a >= 0 else b for a, b in zip(given, default, strict=True))
+    sparsity, energy = (
+        b if a is None else a for a, b in zip(given, default, strict=True)
+    )
     config.phases = _phases(kind, sparsity, energy, cifar10=cifar10, smoke=smoke)
     return config
 

@@ -25,20 +25,26 @@ def options(arg: str, **known: float | bool) -> dict[str, Any]:
       **known: Further names that the config takes, with their defaults.
 
     Raises:
-      UserError: As `common.options`, or more than one method.
+      UserError: As `common.options`, more than one method, or a number out of bounds.
     """
     options = common.options(
-        arg, dense=False, maestro=False, lasso=-1.0, alone=0.0, **known
+        arg, dense=False, maestro=False, lasso=float, alone=float, **known
     )
-    chosen = [method for method in METHODS if options[method]]
+    alone = options["alone"]
+    chosen = [m for m in METHODS if options[m] is not None and options[m] is not False]
     if len(chosen) > 1:
         raise UserError(
             f"config argument: must name at most one of {METHODS}, got {arg!r}. Remove"
             " the others."
         )
-    if options["lasso"] >= 0 and not options["maestro"]:
+    if options["lasso"] is not None and not options["maestro"]:
         raise UserError(
             f"config argument: 'lasso' needs 'maestro' beside it, got {arg!r}. Add it."
+        )
+    if alone is not None and not 0 < alone <= 1:
+        raise UserError(
+            f"config argument: alone must be in (0, 1], got {arg!r}. It is the fraction"
+            " of the ranks to train at."
         )
     return options
 
@@ -105,7 +111,7 @@ def rank_rules(rank: Any) -> tuple[tuple[str, Any], ...]:
 def _low_rank(options: Mapping[str, Any], steps: int, lasso: float) -> dict[str, Any]:
     """What a method's phase of so many steps has of its own."""
     if options["maestro"]:
-        weight = options["lasso"] if options["lasso"] >= 0 else lasso
+        weight = lasso if options["lasso"] is None else options["lasso"]
         return {
             "name": "maestro",
             "sampler": common.named("single_layer"),

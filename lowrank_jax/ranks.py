@@ -132,7 +132,7 @@ def unknown_paths(paths: Sequence[str], known: Sequence[str]) -> str:
     """Returns the message for paths that name no low-rank layer."""
     return (
         f"paths: must name low-rank layers, got {list(paths)}. The model has"
-        f" {list(known)}."
+        f" {list(known)}. Correct the paths."
     )
 
 

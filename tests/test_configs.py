@@ -199,6 +199,18 @@ def test_methods_that_exclude_each_other(name, arg):
         plain(name, arg)
 
 
+@pytest.mark.parametrize("arg", ["alone=0", "alone=1.5", "alone=nan"])
+def test_a_size_that_is_none_is_refused(arg):
+    with pytest.raises(ValueError, match=rf"alone must be in \(0, 1\], got '{arg}'"):
+        plain("shakespeare", arg)
+
+
+def test_byte_pairs_are_chosen_by_a_number():
+    config = plain("shakespeare", "cpu,byte_pairs=512")
+    chosen = {"name": "byte_pairs", "args": {"vocab_size": 512}}
+    assert config["data"]["args"]["tokenizer"] == chosen
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_its_head_tells_how_to_run_it(name):
     """The command in the docstring names the file itself."""

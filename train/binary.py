@@ -188,6 +188,14 @@ def _parse_flags(argv: list[str]) -> list[str]:
         if path is not None:
             raise_all(wrong_keys(_load_config(path), argv))
         raise
+    except TypeError as error:  # a key below a value, or a value of another type
+        if path is None:
+            raise
+        raise_all(wrong_keys(_load_config(path), argv))
+        raise UserError(
+            f"--config: flags must give values of the types that the config has, got"
+            f" one that is not ({error}). Write a config file of your own for it."
+        ) from error
     except flags.Error as error:
         for link in _chain(error):
             if str(link).startswith(_CONFIG_FAILED) and link.__context__:

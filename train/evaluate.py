@@ -91,6 +91,7 @@ def _main() -> None:
     translate = _BLEU.value is not False
     if not fractions:
         figures = opened.figures(_SPLIT.value, translate=translate)
+        print(f"{_SPLIT.value} split")
         print(logs.table(*_table([{"rank_fraction": "as saved", **figures}])))
         logs.emit(figures)
         return
@@ -101,6 +102,7 @@ def _main() -> None:
             recalibration_batches=_RECALIBRATION_BATCHES.value,
             translate=translate,
         )
+    print(f"{_SPLIT.value} split")
     print(logs.table(*_table(rows)))
     plots.plot_frontier(
         {_SPLIT.value: rows},

@@ -5,10 +5,11 @@ A language model goes on with a prompt, a translation model translates it. Sever
 prompts: `--prompt` again and again, or `--prompts_file`, a prompt a line. The ranks are
 the checkpoint's, or lower ones (`--rank`, `--rank_fraction` or `--ranks`). Tokens are
 the likeliest ones, or drawn at a `--temperature`; there is no beam search. The data set
-is not needed. Prints the texts, and ends with one line of JSON: `{"texts", "ranks",
-"params", "macs"}`.
+is not needed. Prints the texts, a line each, or each below its prompt where one has
+several lines, and ends with one line of JSON: `{"texts", "ranks", "params", "macs"}`.
 """
 
+import math
 from pathlib import Path
 
 import jax
@@ -61,6 +62,11 @@ def _main() -> None:
     writer = writing.open_writer(
         _CHECKPOINT.value, selector, allow_imports=_ALLOW.value
     )
+    if not math.isfinite(_TEMPERATURE.value):
+        raise UserError(
+            f"--temperature: must be a number of at least 0, got {_TEMPERATURE.value}."
+            " Take 0 for the likeliest tokens."
+        )
     with errors.at(where):
         result = writer.write(
             prompts,
@@ -69,7 +75,10 @@ def _main() -> None:
             top_k=_TOP_K.value,
             key=jax.random.key(_SEED.value),
         )
-    for text in result["texts"]:
+    apart = len(prompts) > 1 and any("\n" in text for text in result["texts"])
+    for prompt, text in zip(prompts, result["texts"], strict=True):
+        if apart:  # else a line each
+            print(f"== {prompt}")
         print(text)
     logs.emit(result)
 

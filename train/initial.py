@@ -1,5 +1,8 @@
 """The model that a run starts with: a new one, or a checkpoint's."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from flax import nnx
 
 from lowrank_jax import errors, paths
@@ -25,12 +28,12 @@ def initial_model(run: Run) -> nnx.Module:
         their_config, facts, _ = about(saved)
         theirs = {
             "task": their_config["task"]["name"],
-            "facts": facts,
+            "facts": _of_model(facts),
             "model": run.complete_model(their_config["model"]),
         }
         ours = {
             "task": run.config["task"]["name"],
-            "facts": run.data.facts,
+            "facts": _of_model(run.data.facts),
             "model": run.config["model"],
         }
         if differences := difference(theirs, ours, "it"):
@@ -41,6 +44,11 @@ def initial_model(run: Run) -> nnx.Module:
     model = factorize(model, run.config)
     _check_same_layers(run, model)
     return run.placement.put_model(model)
+
+
+def _of_model(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts without what tells a data set from others of its kind."""
+    return {name: fact for name, fact in facts.items() if name != "about"}
 
 
 def _check_same_layers(run: Run, model: nnx.Module) -> None:

@@ -12,6 +12,7 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks
 from train.evaluation import settable
 from train.generation import generate
+from train.report import logs
 from train.state import Structure
 from train.tasks.base import Generation, Task
 
@@ -56,6 +57,7 @@ def make_score(
         model = structure.merge(params, model_state, None)
         active.set_ranks(model, settable(structure, ranks))
         prompts, references = zip(*pairs(), strict=True)
+        logs.say(f"translating {len(prompts):,} sentences ...")
         texts = generate(model, generation, prompts, max_tokens=generation.limit)
         return generation.score(texts, references)
 

@@ -76,6 +76,13 @@ def open_writer(
                 f" {config['task']['name']} on {config['data']['name']}. Train one of"
                 " language_model or translation."
             )
+        missing = [n for n in task.generation.needs if not hasattr(model, n)]
+        if missing:
+            raise UserError(
+                "must be of a model that writes token by token, got"
+                f" {type(model).__name__} without {', '.join(missing)}. Add what"
+                " train.models says of them, and train it."
+            )
     before = active.get_ranks(model)
     if selector is not None:
         context = selectors.context_of(model, model_cost(model, task))

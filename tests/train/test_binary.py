@@ -37,6 +37,10 @@ FLAGS = {
         [CONFIG, "--config.phases[7].name=x"],
         "--config.phases[7].name: must be one of [0], got 7",
     ),
+    "a key below a value": (
+        [CONFIG, "--config.data.name.first=x"],
+        "--config.data.name.first: must be one of [], got 'first'",
+    ),
     "a value of another type": ([CONFIG, "--config.seed=abc"], "flags: flag --con"),
     "an argument of the config": (
         ["--config={folder}/mistaken.py"],

@@ -191,6 +191,7 @@ MISTAKES = {
         ["'length'", "[4]"],
     ),
     "vocabulary": ({**FACTS, "vocab_size": 0}, ["'vocab_size'", "got 0"]),
+    "another tokenizer": ({**FACTS, "vocab_size": 9}, ["of the tokenizer", "got 9"]),
 }
 
 

@@ -120,7 +120,9 @@ def test_files_of_lines_come_back_whole(write):
     facts = dict(dataset.facts)
     letters = "".join(sorted(set("".join(map("".join, LINES["train"])))))
     assert facts.pop("tokenizer")["characters"] == letters
-    shares = facts.pop("pad_share")
+    about = facts.pop("about")
+    assert len(set(about["digests"].values())) == 3
+    shares = about["pad_share"]
     used = (3 + 1 + 3 + 1) / (20 + 16)  # of the test's only pair
     assert shares["test"] == round(1 - used, 4)
     by_row = {"dtype": "uint8"}
@@ -135,8 +137,8 @@ def test_files_of_lines_come_back_whole(write):
         },
         "vocab_size": 3 + len(letters),
         "specials": {"pad": PAD, "bos": BOS, "eos": EOS},
-        "dropped_pairs": 0,
     }
+    assert about["dropped_pairs"] == 0
     batch = next(dataset.train_batches(1, seed=0))
     assert batch["source"].shape == (1, 20)
 
@@ -145,7 +147,7 @@ def test_training_pairs_that_do_not_fit_are_dropped_and_counted(write):
     sides = [[*LINES["train"][0], "cat " * 9, "", "hat"]]
     sides += [[*LINES["train"][1], "tac", "tac", "tah " * 9]]
     dataset = open_pairs(write(train=sides))
-    assert dataset.facts["dropped_pairs"] == 3
+    assert dataset.facts["about"]["dropped_pairs"] == 3
     found = sorted(read_back(dataset, "train"))
     assert found == sorted(zip(*LINES["train"], strict=True))
 
@@ -203,9 +205,9 @@ def test_multi30k_has_few_pads():
         target_length=128,
     )
     facts = dataset.facts
-    assert (facts["vocab_size"], facts["dropped_pairs"]) == (8000, 0)
+    assert (facts["vocab_size"], facts["about"]["dropped_pairs"]) == (8000, 0)
     assert facts["arrays"]["label"] == {"shape": [128], "dtype": "uint16"}
-    assert facts["pad_share"]["train"] < 0.06
+    assert facts["about"]["pad_share"]["train"] < 0.06
     found = list(read_back(dataset, "test", batch_size=64))
     assert len(found) == 1000
     expected = "Ein Mann mit einem orangefarbenen Hut, der etwas anstarrt."

@@ -108,7 +108,10 @@ def test_training_windows_are_whole_and_start_at_every_stride(size, context, str
 def test_plain_files_become_windows(write):
     dataset = open_windows(write(**TEXTS), stride=3)
     letters = sorted(set(TEXTS["train"]))
-    assert dataset.facts == {
+    facts = dict(dataset.facts)
+    digests = facts.pop("about")["digests"]
+    assert sorted(digests) == ["test", "train", "validation"]
+    assert facts == {
         "arrays": {
             "tokens": {"shape": [9], "dtype": "uint8"},
             "length": {"shape": [], "dtype": "int32"},
@@ -136,6 +139,17 @@ def test_plain_files_become_windows(write):
     assert counted == len(TEXTS["validation"]) - 1  # the first is no target
 
 
+def test_a_digest_tells_a_split_from_others(write):
+    """The same text has the same one, and each split its own."""
+    before, again = (
+        open_windows(write(**TEXTS)).facts["about"]["digests"] for _ in range(2)
+    )
+    assert again == before and len(set(before.values())) == 3
+    swapped = {**TEXTS, "train": TEXTS["train"].replace("cat", "act")}
+    after = open_windows(write(**swapped)).facts["about"]["digests"]
+    assert {split for split in before if after[split] != before[split]} == {"train"}
+
+
 def test_one_file_is_cut_into_splits(write):
     whole = "".join(chr(ord("a") + index % 26) for index in range(400))
     paths = write(file=whole)
@@ -145,6 +159,7 @@ def test_one_file_is_cut_into_splits(write):
         "validation": whole[360:380],
         "test": whole[380:],
     }
+    assert open_windows(paths["file"]).facts == open_windows(paths).facts
     sizes = open_windows(paths).sizes
     assert sizes == {"train": 352, "validation": 3, "test": 3}
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from flax import nnx
 from messages import check_form
 from support import interrupt, put
 from text_configs import make_config, write
@@ -10,7 +11,7 @@ from text_configs import make_config, write
 from configs import digits_mlp
 from lowrank_jax import checkpoint
 from lowrank_jax.errors import UserError
-from train import loop, opening
+from train import loop, opening, writing
 from train.config import to_json
 from train.run import open_run
 
@@ -70,6 +71,46 @@ def test_a_run_whose_text_has_changed_since(tmp_path):
         loop.train_and_evaluate(config, tmp_path / "run")
     write(file)
     assert loop.train_and_evaluate(config, tmp_path / "run")["step"] == 4
+
+
+def test_a_run_whose_text_has_other_words_since(tmp_path):
+    """The same characters in another order are another text."""
+    file = write(tmp_path / "a.txt")
+    config = make_config(file)
+    interrupt(config, tmp_path / "run", 1)
+    text = file.read_text()
+    write(file, text[::-1])
+    with pytest.raises(UserError, match="about.digests.train: "):
+        loop.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_model_goes_on_from_another_text(tmp_path):
+    """With the same characters: that is fine-tuning."""
+    theirs = save(make_config(write(tmp_path / "a.txt")), tmp_path / "theirs")
+    config = make_config(write(tmp_path / "b.txt", "c ba\n"))
+    put(config, "init_from", str(theirs))
+    for phase in config["phases"]:
+        phase["until"] = {"steps": 1}
+    assert loop.train_and_evaluate(config, tmp_path / "run")["step"] == 2
+
+
+def bag_of_tokens(*, vocab_size: int, context: int, rngs: nnx.Rngs) -> nnx.Module:
+    """A model of someone's own that trains, and has no way to write."""
+    del context
+    return nnx.Sequential(
+        nnx.Embed(vocab_size, 4, rngs=rngs), nnx.Linear(4, vocab_size, rngs=rngs)
+    )
+
+
+def test_a_model_that_does_not_decode_writes_no_text(tmp_path):
+    config = make_config(write(tmp_path / "a.txt"))
+    config["model"] = {"name": f"{__name__}:bag_of_tokens", "args": {}}
+    folder = save(config, tmp_path / "own")
+    with pytest.raises(UserError) as caught:
+        writing.open_writer(folder, allow_imports=[__name__.partition(".")[0]])
+    for part in ("--checkpoint: ", "Sequential without init_cache, decode"):
+        assert part in str(caught.value)
+    check_form(str(caught.value))
 
 
 MISTAKES = {

@@ -276,6 +276,7 @@ def test_the_binaries(copy, tmp_path):
             "--rank_fraction=0.5",
         ),
         "--top_k: acts only with --temperature, got 3": (*write, prompt, "--top_k=3"),
+        "--temperature: must be a number of": (*write, prompt, "--temperature=nan"),
         "--prompts_file: must be a file in UTF-8, got": (*write, f"{file}/latin.txt"),
         "--prompts_file: must hold a prompt, got": (*write, f"{file}/empty.txt"),
         "--checkpoint: must be a folder with a checkpoint, got": (

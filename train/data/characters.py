@@ -50,8 +50,8 @@ class Characters:
             raise UserError(
                 f"text: characters must be of the {len(self.characters)} of the"
                 f" tokenizer, {self.characters!r}, got {_shown(unknown)}, first at"
-                f" {np.argmin(known):,}. Leave them out, or train a tokenizer on text"
-                " that holds them."
+                f" {np.argmin(known):,}. Leave them out, train on text that holds them,"
+                " or take the tokenizer byte_pairs, which knows all."
             )
         return (ranks + self.reserved).astype(id_dtype(self.size))
 

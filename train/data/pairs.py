@@ -19,7 +19,7 @@ from train.data import text as texts
 from train.data import tokenizers
 from train.data.own_arrays import Arrays
 from train.data.sources import ArraySource, RawDataset
-from train.data.token_ids import Ids, id_dtype
+from train.data.token_ids import Ids, digest, id_dtype
 from train.data.tokenizers import Tokenizer
 
 SPECIALS = {"pad": 0, "bos": 1, "eos": 2}
@@ -67,7 +67,8 @@ def sentence_pairs(
       Arrays "source" (source_length,), w1..wn EOS of each sentence; "target" and
       "label" (target_length,), BOS w1..wn and w1..wn EOS; "source_segment" and
       "target_segment", 1, 2, ... for the pairs of the row and 0 for padding. Facts
-      "vocab_size", "tokenizer", "specials", "pad_share" by split, "dropped_pairs".
+      "vocab_size", "tokenizer", "specials" and, in "about", "dropped_pairs",
+      "pad_share" and "digests" by split.
 
     Raises:
       MissingFile: A file or set is not there.
@@ -115,8 +116,14 @@ def _pack_all(place: texts.Place, spec: str, lengths: tuple[int, int]) -> RawDat
         "vocab_size": made.size,
         "tokenizer": made.to_facts(),
         "specials": dict(SPECIALS),
-        "pad_share": shares,
-        "dropped_pairs": dropped,
+        "about": {
+            "pad_share": shares,
+            "dropped_pairs": dropped,
+            "digests": {
+                split: digest(source.arrays.values())
+                for split, source in splits.items()
+            },
+        },
     }
     return RawDataset("sentence_pairs", facts, **splits)
 

@@ -46,8 +46,9 @@ class RawDataset(NamedTuple):
     Args:
       name: For messages.
       facts: What the source knows, as JSON: "arrays" (name -> "shape" and "dtype" of
-        one example), "num_classes" where "label" is a class index, and anything
-        else that a task may need.
+        one example), "num_classes" where "label" is a class index, anything else that
+        a task may need, and "about", what tells the set from others of its kind: a
+        model may be fine-tuned on another, but a run does not go on with one.
       train: Examples to train on, and to hold a validation split out of.
       test: Examples of the same arrays.
       validation: Examples of the same arrays, where the set has such a split of its

@@ -15,6 +15,8 @@ from train.data import tfds_sets
 SPLITS = ("train", "validation", "test")
 WHOLE = "file"
 """The key of a text that is cut into splits here."""
+SUFFIX = ".txt"
+"""Tells the path of such a text from the name of a TFDS set."""
 
 Columns = list[list[str]]
 """The records of each feature."""
@@ -77,7 +79,8 @@ def locate(
 
     Args:
       text: The name of a TFDS set, or by split the paths of files, one for each
-        feature; {"file": path} for one that is cut into splits.
+        feature; {"file": path}, or the path alone where it ends in .txt, for one that
+        is cut into splits.
       features: Names of text features of the set.
       data_dir: Where TFDS sets lie, and what relative paths start from; "" for
         TFDS_DATA_DIR and the working directory.
@@ -86,6 +89,8 @@ def locate(
       MissingFile: A file or set is not there.
       UserError: Other splits, other features, or another number of files.
     """
+    if isinstance(text, str) and text.endswith(SUFFIX):
+        text = {WHOLE: text}
     if isinstance(text, str):
         return _locate_features(text, tuple(features), data_dir)
     whole = set(text) == {WHOLE} and len(features) == 1

@@ -1,6 +1,7 @@
 """Ids of tokens: their type, and what they are checked for."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,15 @@ MOST_TOKENS = 2**16
 def id_dtype(size: int) -> np.dtype:
     """Returns the smallest unsigned type that counts `size` ids."""
     return np.min_scalar_type(size - 1)
+
+
+def digest(arrays: Iterable[UInt[np.ndarray, "..."]]) -> str:
+    """Returns what tells arrays of ids from others: 16 hexadecimal digits of their
+    SHA-256."""
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    return total.hexdigest()[:16]
 
 
 def without_reserved(

@@ -21,6 +21,7 @@ from train.data import text as texts
 from train.data import tokenizers
 from train.data.own_arrays import Arrays
 from train.data.sources import RawDataset
+from train.data.token_ids import digest
 from train.data.tokenizers import Tokenizer
 
 FEATURE = "text"
@@ -83,14 +84,16 @@ def text_windows(
       data_dir: Where TFDS sets lie, and what relative paths start from.
       text: The name of a TFDS set with a feature "text", the paths of the files
         {"train": ..., "validation": ..., "test": ...}, or {"file": path} of one whose
-        first 90 % of characters are for training, 5 % for validation, 5 % to test.
+        first 90 % of characters are for training, 5 % for validation, 5 % to test; a
+        path that ends in .txt may stand alone.
       tokenizer: A name in `train.data.tokenizers.TOKENIZERS` and its arguments.
       context: Targets of a window.
       stride: Tokens from one training window to the next.
 
     Returns:
       Arrays "tokens" (context + 1,) in the smallest unsigned type and "length", how
-      many targets count: tokens[1 : length + 1]. Facts "vocab_size" and "tokenizer".
+      many targets count: tokens[1 : length + 1]. Facts "vocab_size", "tokenizer" and,
+      in "about", "digests", what tells the tokens of each split from others.
 
     Raises:
       MissingFile: A file or set is not there.
@@ -108,18 +111,30 @@ def text_windows(
     place = texts.locate(text, [FEATURE], data_dir)
     made, tokens = _tokenize(place, json.dumps(tokenizer, sort_keys=True))
     _check_lengths(tokens, context)
-    arrays = {
-        "tokens": {"shape": [context + 1], "dtype": str(tokens["train"].dtype)},
-        "length": {"shape": [], "dtype": "int32"},
-    }
-    facts = {"arrays": arrays, "vocab_size": made.size, "tokenizer": made.to_facts()}
     return RawDataset(
         "text_windows",
-        facts,
+        _facts(made, tokens, context),
         train=WindowSource(tokens["train"], context, stride, partial=False),
         validation=WindowSource(tokens["validation"], context, context, partial=True),
         test=WindowSource(tokens["test"], context, context, partial=True),
     )
+
+
+def _facts(
+    made: Tokenizer, tokens: Mapping[str, UInt[np.ndarray, " n"]], context: int
+) -> dict[str, Any]:
+    arrays = {
+        "tokens": {"shape": [context + 1], "dtype": str(tokens["train"].dtype)},
+        "length": {"shape": [], "dtype": "int32"},
+    }
+    return {
+        "arrays": arrays,
+        "vocab_size": made.size,
+        "tokenizer": made.to_facts(),
+        "about": {
+            "digests": {split: digest([stream]) for split, stream in tokens.items()}
+        },
+    }
 
 
 def _check_lengths(tokens: Mapping[str, np.ndarray], context: int) -> None:

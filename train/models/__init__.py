@@ -13,7 +13,10 @@ defaults stand there alone:
   source (b, s), target (b, t) and the segments of both, which tell packed sentences
   apart, to logits (b, t, o).
 
-All logits are float32. The models of text also decode token by token (`decode`).
+All logits are float32. A model that is to write text decodes token by token as well:
+`decode(tokens (b, t), cache) -> (logits (b, t, o), cache)`, from a cache whose
+`position` is how many tokens it holds: one of `init_cache(batch_size)` for a language
+model, of `start(source, segments)` for translation.
 """
 
 MODELS: dict[str, str] = {

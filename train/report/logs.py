@@ -273,7 +273,10 @@ class StepMetrics:
             means["examples_per_s"] = rate
         self._timed, self._began = 0, now
         self._writer.write(steps[-1], {"train": means})
-        return f"loss {means['loss']:.4f}"
+        summary = f"loss {means['loss']:.4f}"
+        if "loss_pass_1" in means:  # "loss" is what is minimized: of all passes
+            summary += f", of the first pass {means['loss_pass_0']:.4f}"
+        return summary
 
     def _whose(self, metrics: Mapping[str, Any]) -> str:
         """The parameter whose gradient was not finite, if one was."""

@@ -39,6 +39,7 @@ class Generation(NamedTuple):
       decode: From the tokens that were written to their text.
       stop: The token that ends a text; None if none does.
       limit: Most tokens that a cache holds.
+      needs: What a model must have beside being called, such as `decode`.
       extend: From the arrays of a prompt and the tokens (n,) that were written until
         its cache was full, to the arrays of a prompt to go on from; None where a text
         is then over.
@@ -51,6 +52,7 @@ class Generation(NamedTuple):
     decode: Callable[[Sequence[int]], str]
     stop: int | None
     limit: int
+    needs: tuple[str, ...] = ("decode",)
     extend: (
         Callable[[Mapping[str, np.ndarray], np.ndarray], Mapping[str, np.ndarray]]
         | None

@@ -37,6 +37,7 @@ def language_model(facts: Mapping[str, Any]) -> Task:
     context = facts["arrays"]["tokens"]["shape"][0] - 1
     about = facts.get("tokenizer")
     tokenizer = None if about is None else tokenizers.from_facts(about)
+    tokens.check_size(facts, tokenizer)
 
     def inputs(batch: Batch, key: PRNGKeyArray | None) -> tuple[Int[Array, "b t"]]:
         del key  # nothing is augmented
@@ -70,8 +71,8 @@ def _generation(tokenizer: tokenizers.Tokenizer, context: int) -> Generation:
         ids = np.asarray(tokenizer.encode(text), np.int32)
         if not 1 <= len(ids) <= context:
             raise UserError(
-                f"must have 1 to {context} tokens, which is the model's"
-                f" context, got {len(ids)}. Give another."
+                f"must have 1 to {context} tokens, which is the model's context, got"
+                f" {len(ids)}. {'Shorten it' if len(ids) else 'Write something'}."
             )
         return {"tokens": ids}
 
@@ -94,6 +95,7 @@ def _generation(tokenizer: tokenizers.Tokenizer, context: int) -> Generation:
         decode=tokenizer.decode,
         stop=None,
         limit=context,
+        needs=("init_cache", "decode"),
         extend=extend,
     )
 

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from lowrank_jax.errors import UserError
+from train.data.tokenizers import Tokenizer
 from train.tasks import base
 from train.tasks.base import Batch
 
@@ -113,4 +114,14 @@ def _check_logits(logits: Logits, shape: tuple[int, ...]) -> None:
             f"model: must map {shape[0]} rows of {shape[1]} tokens to logits {shape},"
             f" got {logits.shape}. Build its head with vocab_size features, one row of"
             " logits a token."
+        )
+
+
+def check_size(facts: Mapping[str, Any], tokenizer: Tokenizer | None) -> None:
+    """Raises UserError where a tokenizer's tokens are not as many as the data's: one
+    that it does not know has no text."""
+    if tokenizer is not None and tokenizer.size != facts["vocab_size"]:
+        raise UserError(
+            f"data: 'vocab_size' must be that of the tokenizer, {tokenizer.size}, got"
+            f" {facts['vocab_size']}. Take the tokenizer that made the data."
         )

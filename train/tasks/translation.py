@@ -46,7 +46,7 @@ def translation(facts: Mapping[str, Any], *, label_smoothing: float = 0.0) -> Ta
     _check(facts, label_smoothing)
     about = facts.get("tokenizer")
     tokenizer = None if about is None else tokenizers.from_facts(about)
-    _check_size(facts, tokenizer)
+    tokens.check_size(facts, tokenizer)
     lengths = {
         f"{name}_length": facts["arrays"][name]["shape"][0]
         for name in ("source", "target")
@@ -126,6 +126,7 @@ def _generation(
         decode=decode,
         stop=eos,
         limit=target_length,
+        needs=("start", "decode"),
         pairs=lambda batch: _unpack(batch, decode),
         score=score,
     )
@@ -216,14 +217,3 @@ def _are_specials(specials: Any, vocab_size: int) -> bool:
     ids = list(specials.values())
     whole = all(type(n) is int and 0 <= n < vocab_size for n in ids)
     return whole and len(set(ids)) == len(ids)
-
-
-def _check_size(
-    facts: Mapping[str, Any], tokenizer: tokenizers.Tokenizer | None
-) -> None:
-    """A token that the tokenizer does not know has no text."""
-    if tokenizer is not None and tokenizer.size != facts["vocab_size"]:
-        raise UserError(
-            f"data: 'vocab_size' must be that of the tokenizer, {tokenizer.size}, got"
-            f" {facts['vocab_size']}. Take the tokenizer that made the data."
-        )
