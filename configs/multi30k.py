@@ -23,7 +23,7 @@ LENGTH = 128
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Makes the config; "smoke" for a run of a minute."""
+    """Makes the config; "smoke" for a run of two minutes."""
     options = text.options(arg, small=False)
     small = options["small"] or options["smoke"]
     config = common.base(seed=0)
