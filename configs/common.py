@@ -23,8 +23,8 @@ def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
     >>> options("smoke,lasso=1e-4", lasso=0.0)
     {'smoke': True, 'lasso': 0.0001}
     """
-    values: dict[str, Any] = {"smoke": False, **known}
-    defaults = dict(values)
+    defaults: dict[str, Any] = {"smoke": False, **known}
+    values = {n: None if isinstance(d, type) else d for n, d in defaults.items()}
     for part in filter(None, arg.split(",")):
         name, equals, text = part.partition("=")
         is_word = isinstance(defaults.get(name), bool)
@@ -38,10 +38,7 @@ def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
                 " with commas."
             )
         values[name] = True if is_word else _number(name, text, defaults[name])
-    return {
-        name: None if isinstance(value, type) else value
-        for name, value in values.items()
-    }
+    return values
 
 
 def _number(name: str, text: str, default: float | type) -> float:

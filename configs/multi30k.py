@@ -5,7 +5,7 @@ Variants: `small` for a size that trains on two cores; :dense; :maestro, with la
           for another lambda than 1e-4; :alone=0.5 for training at half of the ranks
           alone
 Hardware: a GPU; :small 2 CPU cores
-Time:     not run at published size; :small 20 minutes dense, 40 nested, on one core
+Time:     not run at published size; :small 22 minutes dense, 45 nested, on one core
 Result:   docs/results.md, "Text"
 
 The model of Vaswani et al. (2017) as papers on Multi30k use it: 6 + 6 layers, width

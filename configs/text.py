@@ -17,7 +17,7 @@ _SHRINKS = 8
 """How often Maestro cuts in its phase."""
 
 
-def options(arg: str, **known: float | bool) -> dict[str, Any]:
+def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
     """Reads a config's argument with the methods' words; nested training without one.
 
     Args:
@@ -31,7 +31,7 @@ def options(arg: str, **known: float | bool) -> dict[str, Any]:
         arg, dense=False, maestro=False, lasso=float, alone=float, **known
     )
     alone = options["alone"]
-    chosen = [m for m in METHODS if options[m] is not None and options[m] is not False]
+    chosen = [method for method in METHODS if options[method] not in (None, False)]
     if len(chosen) > 1:
         raise UserError(
             f"config argument: must name at most one of {METHODS}, got {arg!r}. Remove"

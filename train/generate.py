@@ -57,16 +57,16 @@ def _main() -> None:
     binary.check_companions(
         flags.FLAGS, {"top_k": ["temperature"], "seed": ["temperature"]}
     )
-    selector = selecting.from_value_flags(_SELECTORS)
-    prompts, where = _prompts()
-    writer = writing.open_writer(
-        _CHECKPOINT.value, selector, allow_imports=_ALLOW.value
-    )
     if not math.isfinite(_TEMPERATURE.value):
         raise UserError(
             f"--temperature: must be a number of at least 0, got {_TEMPERATURE.value}."
             " Take 0 for the likeliest tokens."
         )
+    selector = selecting.from_value_flags(_SELECTORS)
+    prompts, where = _prompts()
+    writer = writing.open_writer(
+        _CHECKPOINT.value, selector, allow_imports=_ALLOW.value
+    )
     with errors.at(where):
         result = writer.write(
             prompts,
