@@ -40,7 +40,8 @@ def ended(process: subprocess.Popen[str], timeout: int = 240) -> tuple[int, str,
 def trained(processes: int, devices: int, workdir: Path, *options: str) -> None:
     status, out, err = ended(launch(processes, devices, workdir, *options))
     assert status == 0, err
-    (line,) = [line for line in out.splitlines() if line[0] != "["]  # Gloo's greeting
+    # Gloo's threads greet on the same stream, sometimes within each other's lines.
+    (line,) = [line for line in out.splitlines() if line.startswith("{")]
     assert json.loads(line)["step"] == 6  # of process 0 alone
 
 
