@@ -17,6 +17,7 @@ from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from lowrank_jax.penalties import PENALTIES
 from lowrank_jax.projections import PROJECTIONS
+from lowrank_jax.ranks import Ranks
 from lowrank_jax.rules import compile_pattern
 from lowrank_jax.samplers import SAMPLERS, RankSampler
 from train import actions, optim, registry, schema
@@ -153,6 +154,7 @@ class Phase:
       name: As in the config.
       until: When it ends.
       sampler: Ranks for each step.
+      sizes: "masked", or "static" where passes run on factors that are cut.
       teacher: What sampled passes learn from beside the targets, or None.
       passes_loss: How the losses of the passes after the first add up: "mean", "sum".
       penalties: Added to the loss; by name, each made once its targets are known.
@@ -167,6 +169,7 @@ class Phase:
     name: str = _key(Field(str))
     until: Until = _key(Field(dict, build_until, complete_until))
     sampler: RankSampler = _key(_choice(SAMPLERS, _has(RankSampler)))
+    sizes: str = _key(_one_of("masked", "static"))
     teacher: Teacher | None = _key(_choice(TEACHERS, _is_teacher))
     passes_loss: str = _key(_one_of("mean", "sum"))
     penalties: tuple[Any, ...] = _key(
@@ -182,6 +185,14 @@ class Phase:
     on_end: tuple[tuple[str, actions.Action], ...] = _key(
         _choices(actions.ACTIONS, _has(actions.Action), actions.complete)
     )
+
+    def rungs(self, ranks: Ranks) -> Sequence[Ranks]:
+        """Lists the ranks of the passes that are cut; none where all are masked.
+
+        Args:
+          ranks: The model's.
+        """
+        return self.sampler.rungs(ranks) if self.sizes == "static" else ()
 
     def begin(
         self, start: int, end: int, target_ranks: Mapping[str, Any] | None
@@ -279,6 +290,12 @@ def _check_fit(phases: Sequence[Phase]) -> None:
         raise UserError(
             "trainable: must be ('.*',) beside projections, which move both factors,"
             f" got {[p.pattern for p in phase.trainable]}. Drop one of the two."
+        )
+    if phase.sizes == "static" and phase.sampler.rungs is None:
+        raise UserError(
+            "sizes: 'static' needs a sampler that knows its ranks before the step, got"
+            " one that draws any. Use 'masked', or matryoshka, family, uniform_fraction"
+            " with fractions, or sandwich."
         )
     if phase.optimizer_state == "new":
         return

@@ -11,16 +11,18 @@ import optax
 from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
-from lowrank_jax import active, penalties, projections
+from lowrank_jax import penalties, projections, samplers
 from lowrank_jax.paths import find_factors
-from lowrank_jax.samplers import RankSampler, SampledRanks
+from lowrank_jax.ranks import Ranks
+from lowrank_jax.samplers import Choice, RankSampler, SampledRanks
+from train import passes as one_pass
 from train.phases import Running
 from train.sharding import Layout
 from train.state import Structure, TrainState, model_state_of
 from train.tasks.base import Task
 
 Batch = Mapping[str, Array]
-Passes = Sequence[SampledRanks]
+Passes = Sequence[Choice]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
 
@@ -50,15 +52,24 @@ def make_train_step(
     """
     patterns = running.phase.trainable
     pattern = patterns[epoch % len(patterns)]
+    ranks = {path: limits.active for path, limits in structure.limits.items()}
     step = _TrainStep(
-        structure, running, task, root_key, pattern, accumulation_steps, layout
+        structure,
+        running,
+        task,
+        root_key,
+        pattern,
+        accumulation_steps,
+        layout,
+        running.phase.rungs(ranks),
     )
     return jax.jit(step.apply, donate_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _TrainStep:
-    """The step as a pure function; the arguments are those of `make_train_step`."""
+    """The step as a pure function; the arguments are those of `make_train_step`, and
+    the rungs at which passes run that are cut, none where all are masked."""
 
     structure: Structure
     running: Running
@@ -67,6 +78,7 @@ class _TrainStep:
     pattern: re.Pattern[str]
     accumulation_steps: int
     layout: Layout | None
+    rungs: Sequence[Ranks]
 
     def apply(
         self, state: TrainState, batch: Batch
@@ -108,10 +120,12 @@ class _TrainStep:
     def _sample(self, state: TrainState, key: PRNGKeyArray) -> tuple[Passes, Any]:
         """The ranks of each pass; `{}` are the structure's own, all that is active."""
         phase = self.running.phase
-        ranks, sampler_state = phase.sampler.sample(
-            state.sampler_state, key, self._phase_step(state)
-        )
-        passes = _passes(ranks, phase.sampler)
+        sampler, given = phase.sampler, (key, self._phase_step(state))
+        if self.rungs:
+            passes, sampler_state = sampler.choose(state.sampler_state, *given)
+        else:
+            ranks, sampler_state = sampler.sample(state.sampler_state, *given)
+            passes = _passes(ranks, sampler)
         if phase.teacher and phase.teacher.full_pass and not phase.sampler.full_first:
             passes.insert(0, {})
         return passes, sampler_state
@@ -182,30 +196,48 @@ class _TrainStep:
         BatchNorm, the others use their own batch statistics.
         """
         task, phase = self.task, self.running.phase
-        params = self._freeze(params, jax.lax.stop_gradient)
         if self.layout is not None:
             params = self.layout.gather(params)
         input_key, model_key = jax.random.split(key)
         inputs = task.inputs(batch, input_key)
         losses, first_outputs, taught, new_state = [], None, None, None
-        for ranks in passes:
-            model = self.structure.merge(params, model_state, model_key)
-            active.set_ranks(model, ranks)
-            outputs = model(*inputs)
-            loss = task.loss(outputs, batch)
+        for choice in passes:
+            operands = (model_state, model_key, inputs, batch, taught)
+            forward = self._pass if losses else self._first_pass
+            loss, more = one_pass.run(forward, choice, self.rungs, params, operands)
             if not losses:
-                first_outputs, new_state = outputs, model_state_of(model)
+                first_outputs, new_state = more
                 if phase.teacher is not None:
-                    taught = phase.teacher.outputs(outputs, inputs)
-            elif phase.teacher is not None:
-                share = phase.teacher.target_weight
-                loss = share * loss + (1 - share) * task.distill(outputs, taught, batch)
+                    taught = phase.teacher.outputs(first_outputs, inputs)
             losses.append(loss)
         others = losses[1:]
         share = 1 / len(others) if others and phase.passes_loss == "mean" else 1
         total = losses[0] + share * sum(others)
         named = {"loss": total, **{f"loss_pass_{n}": x for n, x in enumerate(losses)}}
         return total, (new_state, task.sums(first_outputs, batch), named)
+
+    def _first_pass(
+        self, place: one_pass.Place, params: Any, operands: Any
+    ) -> tuple[Array, Any]:
+        """The task's loss; the outputs, and the model state they leave behind."""
+        model_state, key, inputs, batch, _ = operands
+        params = self._freeze(params, jax.lax.stop_gradient)
+        model = place(self.structure.merge(params, model_state, key))
+        outputs = model(*inputs)
+        return self.task.loss(outputs, batch), (outputs, model_state_of(model))
+
+    def _pass(
+        self, place: one_pass.Place, params: Any, operands: Any
+    ) -> tuple[Array, None]:
+        """The loss towards the targets, or towards the teacher as well."""
+        teacher, batch, taught = self.running.phase.teacher, *operands[-2:]
+        loss, (outputs, _) = self._first_pass(place, params, operands)
+        if teacher is not None:
+            distilled = self.task.distill(outputs, taught, batch)
+            loss = (
+                teacher.target_weight * loss + (1 - teacher.target_weight) * distilled
+            )
+        return loss, None
 
     def _penalize(self, params: Any, state: TrainState) -> tuple[Array, Any]:
         """The sum of the phase's penalties, and their new states."""
@@ -243,8 +275,10 @@ class _TrainStep:
         if self.running.phase.optimizer.decays_masked:
             return state.params
         model = self.structure.merge(state.params, state.model_state, self.root_key)
+        tables = samplers.table_of(self.rungs).tables if self.rungs else {}
+        each = [samplers.ranks_of(choice, tables) for choice in passes]
         for path, factors in find_factors(model).items():
-            ranks = [ranks[path] for ranks in passes if path in ranks]
+            ranks = [ranks[path] for ranks in each if path in ranks]
             if len(ranks) == len(passes):  # else one pass runs at the active rank
                 factors.set_rank(jnp.stack(ranks).max(axis=0))
             factors.zero_masked()

@@ -9,11 +9,22 @@ or made anew where a sampler has none (`carry` does either). Ranks come as `{pat
 array}`, ready for `set_ranks`: of the shape of the layer's active rank, with a trailing
 batch axis for one rank per example, and with a leading axis of `passes` where a step
 makes several.
+
+A sampler whose passes run at a few ranks that are known beforehand lists them as its
+`rungs`; `choose` says which of them each pass takes.
 """
 
 from collections.abc import Callable
 
-from lowrank_jax.samplers.base import ModelOrRanks, RankSampler, SampledRanks, carry
+from lowrank_jax.samplers.base import (
+    Choice,
+    ModelOrRanks,
+    RankSampler,
+    SampledRanks,
+    carry,
+    ranks_of,
+    table_of,
+)
 from lowrank_jax.samplers.draws import (
     full,
     geometric,
@@ -44,9 +55,12 @@ SAMPLERS: dict[str, Callable[..., RankSampler]] = {
 
 __all__ = [
     "SAMPLERS",
+    "Choice",
     "ModelOrRanks",
     "RankSampler",
     "SampledRanks",
     "carry",
+    "ranks_of",
+    "table_of",
     *SAMPLERS,
 ]

@@ -16,6 +16,9 @@ from lowrank_jax.ranks import Limits, Ranks, at_fraction, largest, name_of
 
 SampledRanks: TypeAlias = dict[str, Int[Array, "..."]]
 
+Choice: TypeAlias = int | Int[Array, ""] | SampledRanks
+"""Where a pass runs: at a rung, the same in all steps or drawn, or at any ranks."""
+
 ModelOrRanks: TypeAlias = nnx.Module | Ranks
 """A model, which stands for its active ranks, or the ranks themselves."""
 
@@ -34,6 +37,10 @@ class RankSampler(NamedTuple):
       passes: Forward passes per step; more than one puts a leading axis on the ranks.
       full_first: Whether the first pass always runs at the full ranks.
       per_example: Whether the ranks carry a trailing batch axis.
+      rungs: Lists the ranks, of all layers and plain, that passes may run at, for a
+        model or its ranks. None for a sampler whose ranks are known in the step alone.
+      choose: As `sample`, but returns a `Choice` for each pass; the numbers are places
+        among the rungs. So a pass can run on factors that are cut, not masked.
     """
 
     init: Callable[[ModelOrRanks], Any]
@@ -45,6 +52,11 @@ class RankSampler(NamedTuple):
     passes: int = 1
     full_first: bool = False
     per_example: bool = False
+    rungs: Callable[[ModelOrRanks], Sequence[Ranks]] | None = None
+    choose: (
+        Callable[[Any, PRNGKeyArray, Int[Array, ""] | int], tuple[list[Choice], Any]]
+        | None
+    ) = None
 
 
 class LimitsState(NamedTuple):
@@ -94,15 +106,68 @@ def init_limits(model: ModelOrRanks) -> LimitsState:
     )
 
 
-def table_at(fractions: Sequence[float], model: ModelOrRanks) -> TableState:
-    """Makes the table of exact ranks at each fraction: no rounding happens in jit."""
+def levels_at(fractions: Sequence[float], model: ModelOrRanks) -> list[Ranks]:
+    """Lists the exact ranks at each fraction: no rounding happens in jit."""
     ranks = {path: limits.active for path, limits in limits_of(model).items()}
-    levels = [at_fraction(ranks, fraction) for fraction in fractions]
+    return [at_fraction(ranks, fraction) for fraction in fractions]
+
+
+def table_of(levels: Sequence[Ranks]) -> TableState:
+    """Makes the table of the ranks at each level, of the same layers."""
     return TableState(
         {
             path: jnp.asarray([level[path] for level in levels], jnp.int32)
-            for path in ranks
+            for path in levels[0]
         }
+    )
+
+
+def table_at(fractions: Sequence[float], model: ModelOrRanks) -> TableState:
+    """Makes the table of the ranks at each fraction."""
+    return table_of(levels_at(fractions, model))
+
+
+def ranks_of(choice: Choice, tables: Mapping[str, Int[Array, "..."]]) -> SampledRanks:
+    """Returns the ranks that a choice stands for, from the table of the rungs."""
+    if isinstance(choice, Mapping):
+        return dict(choice)
+    return {path: table[choice] for path, table in tables.items()}
+
+
+def of_rungs(
+    rungs: Callable[[ModelOrRanks], Sequence[Ranks]],
+    choose: Callable[[TableState, PRNGKeyArray], list[Choice]],
+    *,
+    passes: int = 1,
+    full_first: bool = False,
+) -> RankSampler:
+    """Makes a sampler whose passes run at rungs, at least some of them.
+
+    Args:
+      rungs: As of `RankSampler`.
+      choose: From the table of the rungs and a key to a choice for each pass.
+      passes: As of `RankSampler`.
+      full_first: As of `RankSampler`.
+    """
+
+    def choices(state: TableState, key: PRNGKeyArray, step: Int[Array, ""] | int):
+        del step
+        return choose(state, key), state
+
+    def sample(state: TableState, key: PRNGKeyArray, step: Int[Array, ""] | int):
+        del step
+        each = [ranks_of(choice, state.tables) for choice in choose(state, key)]
+        if passes == 1:
+            return each[0], state
+        return jax.tree.map(lambda *ranks: jnp.stack(ranks), *each), state
+
+    return RankSampler(
+        lambda model: table_of(rungs(model)),
+        sample,
+        passes=passes,
+        full_first=full_first,
+        rungs=rungs,
+        choose=choices,
     )
 
 

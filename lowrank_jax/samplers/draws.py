@@ -8,11 +8,14 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from lowrank_jax.errors import UserError
+from lowrank_jax.ranks import Ranks
 from lowrank_jax.samplers.base import (
     LimitsState,
+    ModelOrRanks,
     RankSampler,
     init_limits,
     layer_keys,
+    limits_of,
     ranks_at,
     round_up,
 )
@@ -26,7 +29,14 @@ def full() -> RankSampler:
         del key, step
         return state.limits, state
 
-    return RankSampler(init_limits, sample, full_first=True)
+    def rungs(model: ModelOrRanks) -> list[Ranks]:
+        return [{path: limits.active for path, limits in limits_of(model).items()}]
+
+    def choose(state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int):
+        del key, step
+        return [0], state
+
+    return RankSampler(init_limits, sample, full_first=True, rungs=rungs, choose=choose)
 
 
 def independent() -> RankSampler:

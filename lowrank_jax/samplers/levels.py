@@ -1,12 +1,11 @@
 """Samplers over levels that are fixed when they are made for a model."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
@@ -19,12 +18,14 @@ from lowrank_jax.ranks import (
     lowest,
 )
 from lowrank_jax.samplers.base import (
+    Choice,
     ModelOrRanks,
     RankSampler,
     TableState,
+    levels_at,
     limits_of,
+    of_rungs,
     ranks_at,
-    table_at,
 )
 
 MOST_PASSES = 64
@@ -33,16 +34,20 @@ MOST_PASSES = 64
 
 def one_level(fractions: Sequence[float]) -> RankSampler:
     """Draws one of these fractions for all layers, all equally often."""
-    return _draw_row(lambda model: table_at(fractions, model))
+    return of_rungs(lambda model: levels_at(fractions, model), _any_rung)
 
 
-def sandwich(*, passes: int = 4, smallest: float = 0.125) -> RankSampler:
+def sandwich(
+    *, passes: int = 4, smallest: float = 0.125, fractions: Sequence[float] = ()
+) -> RankSampler:
     """Takes the full model, the smallest, random ones between (Yu & Huang, 2019).
 
     Args:
       passes: Forward passes a step, at least 2: full, smallest, and passes - 2 with one
-        uniformly random fraction in (smallest, 1] for all layers.
+        random fraction for all layers.
       smallest: The smallest fraction of the ranks, in (0, 1].
+      fractions: What the random ones are drawn from, all equally often. Empty: any in
+        (smallest, 1], equally likely.
     """
     fraction_of(smallest, 1)
     if not 2 <= passes <= MOST_PASSES:
@@ -50,23 +55,20 @@ def sandwich(*, passes: int = 4, smallest: float = 0.125) -> RankSampler:
             f"sandwich: passes must be in [2, {MOST_PASSES}], got {passes}. Correct it."
         )
 
-    def init(model: ModelOrRanks) -> TableState:
-        return table_at([1.0, smallest], model)
-
-    def sample(state: TableState, key: PRNGKeyArray, step: Int[Array, ""] | int):
-        del step
+    def choose(state: TableState, key: PRNGKeyArray) -> list[Choice]:
+        if fractions:
+            drawn = jax.random.randint(key, (passes - 2,), 2, 2 + len(fractions))
+            return [0, 1, *drawn]
         limits = {path: table[0] for path, table in state.tables.items()}
         random = jax.random.uniform(key, (passes - 2,), minval=smallest, maxval=1.0)
-        middle = [ranks_at(fraction, limits) for fraction in random]
-        ranks = {
-            path: jnp.concatenate(
-                [table, *(draw[path][None] for draw in middle)], axis=0
-            )
-            for path, table in state.tables.items()
-        }
-        return ranks, state
+        return [0, 1, *(ranks_at(fraction, limits) for fraction in random)]
 
-    return RankSampler(init, sample, passes=passes, full_first=True)
+    return of_rungs(
+        lambda model: levels_at([1.0, smallest, *fractions], model),
+        choose,
+        passes=passes,
+        full_first=True,
+    )
 
 
 def matryoshka(*, fractions: Sequence[float]) -> RankSampler:
@@ -81,14 +83,9 @@ def matryoshka(*, fractions: Sequence[float]) -> RankSampler:
             "matryoshka: fractions must hold 1 and a smaller one, got"
             f" {tuple(fractions)}. Use the sampler full for one level."
         )
-
-    def sample(state: TableState, key: PRNGKeyArray, step: Int[Array, ""] | int):
-        del key, step
-        return state.tables, state
-
-    return RankSampler(
-        lambda model: table_at(levels, model),
-        sample,
+    return of_rungs(
+        lambda model: levels_at(levels, model),
+        lambda state, key: list(range(len(levels))),
         passes=len(levels),
         full_first=True,
     )
@@ -111,38 +108,28 @@ def family(*, profiles: Sequence[Ranks]) -> RankSampler:
     def check(model: ModelOrRanks) -> None:
         _check_profiles(profiles, limits_of(model))
 
-    def init(model: ModelOrRanks) -> TableState:
+    def rungs(model: ModelOrRanks) -> list[Ranks]:
         limits = limits_of(model)
         lowered = [
             {path: _lowered(rank, limits.get(path)) for path, rank in profile.items()}
             for profile in profiles
         ]
         _check_profiles(lowered, limits)
-        return TableState(
+        return [
             {
-                path: jnp.stack(
-                    [
-                        jnp.broadcast_to(jnp.int32(profile[path]), limits[path].stack)
-                        for profile in lowered
-                    ]
-                )
+                path: np.broadcast_to(profile[path], limits[path].stack).tolist()
                 for path in limits
             }
-        )
+            for profile in lowered
+        ]
 
-    return _draw_row(init)._replace(check=check)
+    return of_rungs(rungs, _any_rung)._replace(check=check)
 
 
-def _draw_row(init: Callable[[ModelOrRanks], TableState]) -> RankSampler:
-    """Takes one row of the table each step, all rows equally likely."""
-
-    def sample(state: TableState, key: PRNGKeyArray, step: Int[Array, ""] | int):
-        del step
-        rows = jax.tree.leaves(state.tables)[0].shape[0] if state.tables else 1
-        level = jax.random.randint(key, (), 0, rows)
-        return {path: table[level] for path, table in state.tables.items()}, state
-
-    return RankSampler(init, sample)
+def _any_rung(state: TableState, key: PRNGKeyArray) -> list[Choice]:
+    """One rung, all of them equally likely."""
+    rungs = jax.tree.leaves(state.tables)[0].shape[0] if state.tables else 1
+    return [jax.random.randint(key, (), 0, rungs)]
 
 
 def _lowered(rank: RankValue, limits: Limits | None) -> RankValue:

@@ -1,0 +1,96 @@
+"""One pass of a step at the ranks that a sampler chose: under a mask, or cut.
+
+A mask takes any ranks, traced ones included, and costs what the whole model costs. At a
+rung, whose ranks are known when the step is compiled, the factors are cut first, so
+that a pass costs what its size costs; the gradient is the same. Where the rung is drawn
+one program holds all of them and runs one.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from lowrank_jax import active, surgery
+from lowrank_jax.ranks import Ranks
+from lowrank_jax.samplers import Choice
+
+Place = Callable[[nnx.Module], nnx.Module]
+"""Brings a model to the ranks of a pass."""
+
+Forward = Callable[[Place, Any, Any], tuple[Array, Any]]
+"""`forward(place, params, operands) -> (loss, more)`, of which the gradient with
+respect to `params` is wanted."""
+
+
+def run(
+    forward: Forward,
+    choice: Choice,
+    rungs: Sequence[Ranks],
+    params: Any,
+    operands: Any,
+) -> tuple[Array, Any]:
+    """Runs a pass where it was chosen to run.
+
+    Args:
+      forward: The pass; it closes over no traced array.
+      choice: A rung by its number, or ranks.
+      rungs: The ranks that there are to choose from by number.
+      params: What the gradient is taken by.
+      operands: What else is traced.
+    """
+    if isinstance(choice, Mapping):
+        return forward(lambda model: _masked(model, choice), params, operands)
+    if isinstance(choice, int):
+        return forward(_cut_to(rungs[choice]), params, operands)
+    return _run_drawn(forward, choice, rungs, params, operands)
+
+
+def _masked(model: nnx.Module, ranks: Mapping[str, Any]) -> nnx.Module:
+    active.set_ranks(model, ranks)
+    return model
+
+
+def _cut_to(ranks: Ranks) -> Place:
+    return lambda model: surgery.truncate(model, ranks)
+
+
+def _run_drawn(
+    forward: Forward,
+    rung: Int[Array, ""],
+    rungs: Sequence[Ranks],
+    params: Any,
+    operands: Any,
+) -> tuple[Array, Any]:
+    """Runs the pass at one of the rungs.
+
+    The gradient is taken inside each branch, along with the value: a switch that is
+    differentiated from outside hands over what the backward passes of all its branches
+    would need.
+    """
+    distinct = [ranks for n, ranks in enumerate(rungs) if ranks not in rungs[:n]]
+    place_of = jnp.asarray([distinct.index(ranks) for ranks in rungs])
+    values = [functools.partial(forward, _cut_to(ranks)) for ranks in distinct]
+    if len(distinct) == 1:
+        return values[0](params, operands)
+
+    @jax.custom_vjp
+    def value(params: Any, operands: Any) -> tuple[Array, Any]:
+        branch, operands = operands
+        return jax.lax.switch(branch, values, params, operands)
+
+    def value_and_gradient(params: Any, operands: Any) -> tuple[Any, Any]:
+        branch, operands = operands
+        gradients = [jax.value_and_grad(value, has_aux=True) for value in values]
+        return jax.lax.switch(branch, gradients, params, operands)
+
+    def scaled(gradient: Any, cotangents: tuple[Array, Any]) -> tuple[Any, None]:
+        scale, _ = cotangents
+        return jax.tree.map(lambda x: scale.astype(x.dtype) * x, gradient), None
+
+    value.defvjp(value_and_gradient, scaled)
+    return value(params, (place_of[rung], operands))
