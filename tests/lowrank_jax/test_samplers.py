@@ -365,3 +365,20 @@ def test_a_family_goes_on_below_its_profiles():
     tables = carry(family, state, {"a": 3, "b": [4, 3]}).tables
     assert tables["a"].tolist() == [3, 3, 1]
     assert tables["b"].tolist() == [[4, 3], [4, 2], [1, 1]]
+
+
+def test_a_choice_is_the_ranks_that_are_sampled(name, sampler):
+    """`choose` says by number what `sample` says in ranks, from the same key."""
+    if sampler.rungs is None:
+        assert sampler.choose is None
+        return
+    rungs, state = sampler.rungs(MAX_RANKS), sampler.init(MAX_RANKS)
+    tables = samplers.table_of(rungs).tables
+    for key in jax.random.split(jax.random.key(3), 20):
+        choices, _ = sampler.choose(state, key, 0)
+        ranks, _ = sampler.sample(state, key, 0)
+        assert len(choices) == sampler.passes
+        for number, choice in enumerate(choices):
+            for path, rank in samplers.ranks_of(choice, tables).items():
+                expected = ranks[path][number] if sampler.passes > 1 else ranks[path]
+                np.testing.assert_array_equal(rank, expected)

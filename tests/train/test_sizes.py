@@ -1,0 +1,106 @@
+"""Passes on factors that are cut: the step of masked passes, at the price of the
+sizes."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from reference import relative_error
+from test_step import full_teacher, matryoshka, named, step_parts
+
+from configs import common
+from lowrank_jax.errors import UserError
+from train.phases import build_phases
+
+FEW = named("uniform_fraction", fractions=(1.0, 0.5, 0.25, 0.25))
+FAMILY = named(
+    "family", profiles=[{"hidden/0": 9, "head": 7}, {"hidden/0": 9, "head": 2}]
+)
+TAUGHT = {"teacher": full_teacher(0.25)}
+LASSO = {"penalties": [named("group_lasso", weight=0.01)]}
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "all levels": ("mlp", matryoshka(1.0, 0.5, 0.25), TAUGHT),
+    "one of few": ("mlp", FEW, {}),
+    "one of few, taught": ("mlp", FEW, TAUGHT),
+    "a family": ("mlp", FAMILY, {}),
+    "levels between": (
+        "mlp",
+        named("sandwich", passes=3, smallest=0.25, fractions=(0.5, 0.75)),
+        TAUGHT,
+    ),
+    "any ranks between": ("mlp", named("sandwich", passes=3, smallest=0.25), {}),
+    "in parts": ("mlp", FEW, {**TAUGHT, "parts": 3}),
+    "one factor trained": ("mlp", FEW, {"trainable": (".*/u",)}),
+    "decay of what acts": (
+        "mlp",
+        FEW,
+        {
+            "optimizer": common.optimizer(
+                "sgd", learning_rate=1.0, weight_decay=0.1, decay_columns="active"
+            )
+        },
+    ),
+    "BatchNorm, all levels": ("convnet", matryoshka(1.0, 0.5), LASSO),
+    "BatchNorm, one of few": ("convnet", FEW, LASSO),
+    "dropout": ("vit", matryoshka(1.0, 0.25), {}),
+}
+
+
+def two_steps(case: str, sizes: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """All arrays of the model after two steps, and the second one's metrics."""
+    model, sampler, changes = CASES[case]
+    _, _, state, batch, step = step_parts(model, sampler, sizes=sizes, **changes)
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    assert step._cache_size() == 1  # whatever was drawn
+    return ravel_pytree((state.params, state.model_state))[0], metrics
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_cut_pass_is_the_masked_one(case):
+    """Parameters, BatchNorm's statistics and losses, pass by pass."""
+    arrays, metrics = two_steps(case, "masked")
+    found, others = two_steps(case, "static")
+    assert relative_error(found, arrays) <= 1e-6
+    assert others.keys() == metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(others[name], value, rtol=1e-5, err_msg=name)
+
+
+def flops(sampler: dict[str, Any], sizes: str) -> float:
+    """Operations of a step, as XLA counts them."""
+    _, _, state, batch, step = step_parts("convnet", sampler, sizes=sizes)
+    return step.lower(state, batch).compile().cost_analysis()["flops"]
+
+
+def test_a_cut_pass_costs_what_its_size_costs():
+    """Three masked passes cost as much as three full ones; cut ones far less."""
+    alone = flops(named("full"), "masked")
+    levels = matryoshka(1.0, 0.25, 0.125)
+    masked, cut = flops(levels, "masked"), flops(levels, "static")
+    assert masked > 2.8 * alone
+    assert cut < 2.2 * alone
+
+
+def test_what_is_drawn_runs_alone():
+    """One program holds every rung; a step runs one branch of it."""
+    _, _, state, batch, step = step_parts("mlp", FEW, sizes="static")
+    text = step.lower(state, batch).as_text()
+    assert text.count("stablehlo.case") == 1
+    masked = step_parts("mlp", FEW)[-1].lower(state, batch).as_text()
+    assert "stablehlo.case" not in masked
+
+
+@pytest.mark.parametrize("sampler", ["single_layer", "uniform_fraction", "independent"])
+def test_a_sampler_of_any_ranks_is_refused(sampler):
+    spec = common.phase(
+        name="nested",
+        until={"steps": 1},
+        sampler=named(sampler),
+        sizes="static",
+        optimizer=common.optimizer("sgd", learning_rate=0.1),
+    )
+    with pytest.raises(UserError, match=r"\(nested\): sizes: 'static' needs a sampler"):
+        build_phases([spec])
