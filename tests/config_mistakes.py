@@ -122,6 +122,7 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
         ("(only): until", "0.5"),
     ),
     "passes_loss": ("phases/0/passes_loss", "max", ("(only): passes_loss", "'max'")),
+    "sizes": ("phases/0/sizes", "cut", ("(only): sizes", "'cut'")),
     "incomplete shrink": (
         "phases/0/shrink",
         {"every_epochs": 1},

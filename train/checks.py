@@ -51,6 +51,7 @@ def _check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> 
             running = phase.begin(start, end, asked.target_ranks)
             sampler = run.config["phases"][index]["sampler"]["name"]
             _check_fit(running, sampler, model)
+            _check_parts(run, phase)
             _trace(run, running, model)
         for name, action in phase.on_end:
             with _in(f"{place}: on_end ({name})"):
@@ -133,6 +134,18 @@ def _check_dense(phase: phases.Phase, sampler: str) -> None:
             f"{', '.join(idle)}: need low-rank layers, got a dense model. Use the"
             " sampler 'full' and nothing else, or make layers low-rank in"
             " config.rank_rules."
+        )
+
+
+def _check_parts(run: Run, phase: phases.Phase) -> None:
+    """Each device gets as many examples of a pass's part as any other."""
+    steps, shards = run.config["accumulation_steps"], run.placement.batch_shards
+    if run.batch_size % (multiple := steps * shards * phase.pass_parts):
+        raise UserError(
+            f"pass_parts: config.data.batch_size must be a multiple of {multiple}, that"
+            f" is {phase.pass_parts} parts, times config.accumulation_steps {steps},"
+            f" times the {shards} parts over which config.mesh splits a batch, got"
+            f" {run.batch_size}. Change one of them."
         )
 
 

@@ -50,6 +50,24 @@ def run(
     return _run_drawn(forward, choice, rungs, params, operands)
 
 
+def part_of(tree: Any, parts: int, number: Int[Array, ""]) -> Any:
+    """Returns the rows of one of so many equal parts of a batch, every `parts`-th row.
+
+    So each device has as many of them as any other.
+
+    Args:
+      tree: Arrays with one row per example.
+      parts: How many parts there are.
+      number: Which of them, in [0, parts).
+    """
+
+    def rows(array: Array) -> Array:
+        strided = array.reshape(-1, parts, *array.shape[1:])
+        return jax.lax.dynamic_index_in_dim(strided, number, axis=1, keepdims=False)
+
+    return jax.tree.map(rows, tree)
+
+
 def _masked(model: nnx.Module, ranks: Mapping[str, Any]) -> nnx.Module:
     active.set_ranks(model, ranks)
     return model

@@ -146,6 +146,12 @@ def _build_patterns(texts: Sequence[str]) -> tuple[re.Pattern[str], ...]:
     return tuple(compile_pattern(text) for text in texts)
 
 
+def _build_parts(count: int) -> int:
+    if count < 1:
+        raise UserError(f"must be at least 1, got {count}. Use 1 for whole batches.")
+    return count
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """One phase of a run.
@@ -155,6 +161,8 @@ class Phase:
       until: When it ends.
       sampler: Ranks for each step.
       sizes: "masked", or "static" where passes run on factors that are cut.
+      pass_parts: Equal parts of the batch, of which each pass after the first has its
+        own, drawn anew each step; 1 for all examples in every pass.
       teacher: What sampled passes learn from beside the targets, or None.
       passes_loss: How the losses of the passes after the first add up: "mean", "sum".
       penalties: Added to the loss; by name, each made once its targets are known.
@@ -170,6 +178,7 @@ class Phase:
     until: Until = _key(Field(dict, build_until, complete_until))
     sampler: RankSampler = _key(_choice(SAMPLERS, _has(RankSampler)))
     sizes: str = _key(_one_of("masked", "static"))
+    pass_parts: int = _key(Field(int, _build_parts))
     teacher: Teacher | None = _key(_choice(TEACHERS, _is_teacher))
     passes_loss: str = _key(_one_of("mean", "sum"))
     penalties: tuple[Any, ...] = _key(
@@ -193,6 +202,13 @@ class Phase:
           ranks: The model's.
         """
         return self.sampler.rungs(ranks) if self.sizes == "static" else ()
+
+    @property
+    def passes(self) -> int:
+        """How many passes a step makes, that of the teacher counted."""
+        sampler, teacher = self.sampler, self.teacher
+        taught = teacher is not None and teacher.full_pass and not sampler.full_first
+        return sampler.passes + taught
 
     def begin(
         self, start: int, end: int, target_ranks: Mapping[str, Any] | None
@@ -296,6 +312,12 @@ def _check_fit(phases: Sequence[Phase]) -> None:
             "sizes: 'static' needs a sampler that knows its ranks before the step, got"
             " one that draws any. Use 'masked', or matryoshka, family, uniform_fraction"
             " with fractions, or sandwich."
+        )
+    if phase.pass_parts > 1 and not 2 <= phase.passes <= phase.pass_parts + 1:
+        raise UserError(
+            "pass_parts: must be 1, or at least the number of passes after the first,"
+            f" of which there must be one, got {phase.pass_parts} for {phase.passes}"
+            " passes. Change it, or the sampler."
         )
     if phase.optimizer_state == "new":
         return

@@ -193,16 +193,23 @@ class _TrainStep:
         `distill` towards the teacher.
 
         The first pass is the full model whenever there are several; it alone updates
-        BatchNorm, the others use their own batch statistics.
+        BatchNorm, the others use their own batch statistics. With `pass_parts` above 1
+        each of the others has its own part of the examples, and the teacher's outputs
+        on them.
         """
         task, phase = self.task, self.running.phase
         if self.layout is not None:
             params = self.layout.gather(params)
         input_key, model_key = jax.random.split(key)
         inputs = task.inputs(batch, input_key)
+        parts = phase.pass_parts
+        first_part = jax.random.randint(jax.random.fold_in(key, 1), (), 0, parts)
         losses, first_outputs, taught, new_state = [], None, None, None
-        for choice in passes:
-            operands = (model_state, model_key, inputs, batch, taught)
+        for number, choice in enumerate(passes):
+            rows = (inputs, batch, taught)
+            if number > 0 and parts > 1:
+                rows = one_pass.part_of(rows, parts, (first_part + number) % parts)
+            operands = (model_state, model_key, *rows)
             forward = self._pass if losses else self._first_pass
             loss, more = one_pass.run(forward, choice, self.rungs, params, operands)
             if not losses:

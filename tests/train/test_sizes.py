@@ -1,13 +1,22 @@
-"""Passes on factors that are cut: the step of masked passes, at the price of the
-sizes."""
+"""Passes on factors that are cut, and on parts of the batch: the step of masked passes,
+at the price of the sizes."""
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from reference import relative_error
-from test_step import full_teacher, matryoshka, named, step_parts
+from test_step import (
+    full_teacher,
+    log_softmax,
+    logits_at,
+    matryoshka,
+    named,
+    step_parts,
+)
 
 from configs import common
 from lowrank_jax.errors import UserError
@@ -48,6 +57,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def nested(**changes: Any) -> dict[str, Any]:
+    optimizer = common.optimizer("sgd", learning_rate=0.1)
+    return common.phase(
+        name="nested", until={"steps": 1}, optimizer=optimizer, **changes
+    )
+
+
 def two_steps(case: str, sizes: str) -> tuple[np.ndarray, dict[str, Any]]:
     """All arrays of the model after two steps, and the second one's metrics."""
     model, sampler, changes = CASES[case]
@@ -67,6 +83,53 @@ def test_a_cut_pass_is_the_masked_one(case):
     assert others.keys() == metrics.keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(others[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", ["masked", "static"])
+def test_passes_on_parts_are_passes_on_these_examples(sizes):
+    """Two parts of the six rows, each pass after the first on its own; the teacher on
+    the same."""
+    levels, changes = matryoshka(1.0, 0.5, 0.25), {**TAUGHT, "sizes": sizes}
+    network, _, state, batch, step = step_parts("mlp", levels, pass_parts=2, **changes)
+    full, *others = (logits_at(network, f, batch["image"]) for f in (1.0, 0.5, 0.25))
+    labels = np.asarray(batch["label"])
+
+    def losses(logits: np.ndarray) -> np.ndarray:
+        """Of each example: a quarter the label's, the rest the teacher's."""
+        logs, taught = log_softmax(logits), np.exp(log_softmax(full))
+        hard = -logs[np.arange(6), labels]
+        return 0.25 * hard - 0.75 * (taught * logs).sum(axis=-1)
+
+    seen = set()
+    for number in range(12):
+        at = state._replace(
+            step=jnp.int32(number), params=jax.tree.map(jnp.copy, state.params)
+        )
+        _, metrics = step(at, batch)
+        found = [float(metrics[f"loss_pass_{n}"]) for n in (1, 2)]
+        even, odd = (
+            [losses(x)[rows].mean() for x in others]
+            for rows in (slice(0, 6, 2), slice(1, 6, 2))
+        )
+        orders = [(even[0], odd[1]), (odd[0], even[1])]
+        (which,) = [
+            n for n, order in enumerate(orders) if np.allclose(found, order, rtol=1e-5)
+        ]
+        seen.add(which)
+    assert seen == {0, 1}  # the parts change hands
+
+
+@pytest.mark.parametrize(
+    ("sampler", "parts", "message"),
+    [
+        (matryoshka(1.0, 0.5, 0.25), 0, "pass_parts: must be at least 1, got 0"),
+        (matryoshka(1.0, 0.5, 0.25, 0.125), 2, "number of passes after the first"),
+        (FEW, 2, "got 2 for 1 passes"),
+    ],
+)
+def test_parts_that_do_not_fit_the_passes_are_refused(sampler, parts, message):
+    with pytest.raises(UserError, match=rf"\(nested\).*{message}"):
+        build_phases([nested(sampler=sampler, pass_parts=parts)])
 
 
 def flops(sampler: dict[str, Any], sizes: str) -> float:
@@ -95,12 +158,5 @@ def test_what_is_drawn_runs_alone():
 
 @pytest.mark.parametrize("sampler", ["single_layer", "uniform_fraction", "independent"])
 def test_a_sampler_of_any_ranks_is_refused(sampler):
-    spec = common.phase(
-        name="nested",
-        until={"steps": 1},
-        sampler=named(sampler),
-        sizes="static",
-        optimizer=common.optimizer("sgd", learning_rate=0.1),
-    )
     with pytest.raises(UserError, match=r"\(nested\): sizes: 'static' needs a sampler"):
-        build_phases([spec])
+        build_phases([nested(sampler=named(sampler), sizes="static")])
