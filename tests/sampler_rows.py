@@ -25,6 +25,10 @@ ROWS: dict[str, RankSampler] = {
     "ladder": samplers.ladder(
         fractions=(1.0, 0.5, 0.25), chances=(0.5, 0.25, 0.25), warmup_steps=3
     ),
+    "strata": samplers.strata(fractions=((0.75, 0.5), (0.25,))),
+    "strata, between": samplers.strata(
+        fractions=((0.75, 0.5, 0.5), (0.25,)), between="layers"
+    ),
 }
 BATCH = 6
 """How many examples the samplers draw for that draw for each."""

@@ -26,12 +26,8 @@ def step_parts(model: str, sampler: dict[str, Any], *, parts: int = 1, **changes
         "image": jnp.asarray(rng.normal(size=(6, 8, 8, 1)), jnp.float32),
         "label": jnp.asarray(rng.integers(0, 10, size=6), jnp.int32),
     }
-    only = phase(
-        1,
-        sampler=sampler,
-        optimizer=common.optimizer("sgd", learning_rate=1.0),
-        **changes,
-    )
+    changes = {"optimizer": common.optimizer("sgd", learning_rate=1.0), **changes}
+    only = phase(1, sampler=sampler, **changes)
     config = make_config(only, model=model)
     config["task"]["args"] |= {"mean": [0.0], "std": [1.0]}  # images as they are
     run = open_run(to_json(config))

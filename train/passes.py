@@ -6,8 +6,7 @@ that a pass costs what its size costs; the gradient is the same. Where the rung 
 one program holds all of them and runs one.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +20,9 @@ from lowrank_jax.samplers import Choice
 
 Place = Callable[[nnx.Module], nnx.Module]
 """Brings a model to the ranks of a pass."""
+
+Value = Callable[[Any, Any], tuple[Array, Any]]
+"""`value(params, operands) -> (loss, more)`"""
 
 Forward = Callable[[Place, Any, Any], tuple[Array, Any]]
 """`forward(place, params, operands) -> (loss, more)`, of which the gradient with
@@ -38,16 +40,21 @@ def run(
 
     Args:
       forward: The pass; it closes over no traced array.
-      choice: A rung by its number, or ranks.
-      rungs: The ranks that there are to choose from by number.
+      choice: The rung, if any, and the ranks.
+      rungs: Ranks of all layers, by number.
       params: What the gradient is taken by.
       operands: What else is traced.
     """
-    if isinstance(choice, Mapping):
-        return forward(lambda model: _masked(model, choice), params, operands)
-    if isinstance(choice, int):
-        return forward(_cut_to(rungs[choice]), params, operands)
-    return _run_drawn(forward, choice, rungs, params, operands)
+    operands = (operands, choice.ranks or {})
+    if not choice.among:
+        return _at(forward, {})(params, operands)
+    numbers = list(choice.among)
+    distinct = list(dict.fromkeys(numbers))
+    values = [_at(forward, rungs[number]) for number in distinct]
+    if len(distinct) == 1:
+        return values[0](params, operands)
+    branches = jnp.asarray([distinct.index(number) for number in numbers])
+    return _run_drawn(values, branches[choice.drawn], params, operands)
 
 
 def part_of(tree: Any, parts: int, number: Int[Array, ""]) -> Any:
@@ -68,33 +75,31 @@ def part_of(tree: Any, parts: int, number: Int[Array, ""]) -> Any:
     return jax.tree.map(rows, tree)
 
 
-def _masked(model: nnx.Module, ranks: Mapping[str, Any]) -> nnx.Module:
-    active.set_ranks(model, ranks)
-    return model
+def _at(forward: Forward, rung: Ranks) -> Value:
+    """The pass on factors cut to a rung, if any, at the ranks among the operands."""
 
+    def value(params: Any, operands: Any) -> tuple[Array, Any]:
+        operands, ranks = operands
 
-def _cut_to(ranks: Ranks) -> Place:
-    return lambda model: surgery.truncate(model, ranks)
+        def place(model: nnx.Module) -> nnx.Module:
+            model = surgery.truncate(model, rung) if rung else model
+            active.set_ranks(model, ranks)
+            return model
+
+        return forward(place, params, operands)
+
+    return value
 
 
 def _run_drawn(
-    forward: Forward,
-    rung: Int[Array, ""],
-    rungs: Sequence[Ranks],
-    params: Any,
-    operands: Any,
+    values: Sequence[Value], branch: Int[Array, ""], params: Any, operands: Any
 ) -> tuple[Array, Any]:
-    """Runs the pass at one of the rungs.
+    """Runs one of several passes.
 
     The gradient is taken inside each branch, along with the value: a switch that is
     differentiated from outside hands over what the backward passes of all its branches
     would need.
     """
-    distinct = [ranks for n, ranks in enumerate(rungs) if ranks not in rungs[:n]]
-    place_of = jnp.asarray([distinct.index(ranks) for ranks in rungs])
-    values = [functools.partial(forward, _cut_to(ranks)) for ranks in distinct]
-    if len(distinct) == 1:
-        return values[0](params, operands)
 
     @jax.custom_vjp
     def value(params: Any, operands: Any) -> tuple[Array, Any]:
@@ -111,4 +116,4 @@ def _run_drawn(
         return jax.tree.map(lambda x: scale.astype(x.dtype) * x, gradient), None
 
     value.defvjp(value_and_gradient, scaled)
-    return value(params, (place_of[rung], operands))
+    return value(params, (branch, operands))

@@ -127,7 +127,7 @@ class _TrainStep:
             ranks, sampler_state = sampler.sample(state.sampler_state, *given)
             passes = _passes(ranks, sampler)
         if phase.teacher and phase.teacher.full_pass and not phase.sampler.full_first:
-            passes.insert(0, {})
+            passes.insert(0, Choice(ranks={}))
         return passes, sampler_state
 
     def _task_gradients(
@@ -146,8 +146,8 @@ class _TrainStep:
 
         def part_gradients(model_state: Any, part: Any) -> Any:
             batch, ranks, key = part
-            ranks = ranks if own_ranks else passes
-            return gradients(state.params, model_state, batch, ranks, key)
+            own = [Choice(ranks=each) for each in ranks] if own_ranks else passes
+            return gradients(state.params, model_state, batch, own, key)
 
         def add(carry: Any, part: Any) -> tuple[Any, None]:
             total, model_state = carry
@@ -157,7 +157,7 @@ class _TrainStep:
             return (jax.tree.map(jnp.add, total, (*weighed, sums)), model_state), None
 
         count = self.accumulation_steps
-        ranks = [_parts_of_ranks(p, count) for p in passes] if own_ranks else None
+        ranks = [_parts_of(p.ranks, count) for p in passes] if own_ranks else None
         parts = (self._parts(batch), ranks, jax.random.split(key, count))
         first = jax.tree.map(lambda x: x[0], parts)
         grads, (_, sums, losses) = jax.eval_shape(
@@ -303,15 +303,16 @@ class _TrainStep:
         return jax.tree.map_with_path(only_trained, tree)
 
 
-def _passes(ranks: SampledRanks, sampler: RankSampler) -> list[SampledRanks]:
+def _passes(ranks: SampledRanks, sampler: RankSampler) -> list[Choice]:
     if sampler.passes == 1:
-        return [ranks]
+        return [Choice(ranks=ranks)]
     return [
-        {path: rank[n] for path, rank in ranks.items()} for n in range(sampler.passes)
+        Choice(ranks={path: rank[n] for path, rank in ranks.items()})
+        for n in range(sampler.passes)
     ]
 
 
-def _parts_of_ranks(ranks: SampledRanks, count: int) -> SampledRanks:
+def _parts_of(ranks: SampledRanks, count: int) -> SampledRanks:
     """One rank per example, (..., batch), as (parts, ..., rows of a part)."""
     return {
         path: jnp.moveaxis(rank.reshape(*rank.shape[:-1], -1, count), -1, 0)

@@ -35,6 +35,7 @@ from lowrank_jax.samplers.draws import (
 from lowrank_jax.samplers.levels import family, matryoshka, sandwich
 from lowrank_jax.samplers.pairs import single_layer
 from lowrank_jax.samplers.rungs import ladder
+from lowrank_jax.samplers.strata import strata
 
 SAMPLERS: dict[str, Callable[..., RankSampler]] = {
     sampler.__name__: sampler
@@ -49,6 +50,7 @@ SAMPLERS: dict[str, Callable[..., RankSampler]] = {
         family,
         per_example,
         ladder,
+        strata,
     )
 }
 """The samplers by the name they have in configs."""

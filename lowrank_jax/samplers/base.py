@@ -16,8 +16,21 @@ from lowrank_jax.ranks import Limits, Ranks, at_fraction, largest, name_of
 
 SampledRanks: TypeAlias = dict[str, Int[Array, "..."]]
 
-Choice: TypeAlias = int | Int[Array, ""] | SampledRanks
-"""Where a pass runs: at a rung, the same in all steps or drawn, or at any ranks."""
+
+class Choice(NamedTuple):
+    """Where a pass runs.
+
+    Args:
+      among: The numbers of the rungs that it is drawn from; a rung that comes twice is
+        twice as likely. Empty: no rung bounds its ranks.
+      drawn: The place of the rung in `among`.
+      ranks: Of the pass, up to those of the rung. None: just these.
+    """
+
+    among: Sequence[int] = ()
+    drawn: Int[Array, ""] | int = 0
+    ranks: SampledRanks | None = None
+
 
 ModelOrRanks: TypeAlias = nnx.Module | Ranks
 """A model, which stands for its active ranks, or the ranks themselves."""
@@ -129,9 +142,15 @@ def table_at(fractions: Sequence[float], model: ModelOrRanks) -> TableState:
 
 def ranks_of(choice: Choice, tables: Mapping[str, Int[Array, "..."]]) -> SampledRanks:
     """Returns the ranks that a choice stands for, from the table of the rungs."""
-    if isinstance(choice, Mapping):
-        return dict(choice)
-    return {path: table[choice] for path, table in tables.items()}
+    if choice.ranks is not None:
+        return choice.ranks
+    rung = jnp.asarray(choice.among)[choice.drawn]
+    return {path: table[rung] for path, table in tables.items()}
+
+
+def any_of(among: Sequence[int], key: PRNGKeyArray) -> Choice:
+    """Draws one of these rungs, all equally likely."""
+    return Choice(among, jax.random.randint(key, (), 0, len(among)))
 
 
 def of_rungs(

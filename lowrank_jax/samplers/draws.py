@@ -10,6 +10,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.samplers.base import (
+    Choice,
     LimitsState,
     ModelOrRanks,
     RankSampler,
@@ -34,7 +35,7 @@ def full() -> RankSampler:
 
     def choose(state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int):
         del key, step
-        return [0], state
+        return [Choice((0,))], state
 
     return RankSampler(init_limits, sample, full_first=True, rungs=rungs, choose=choose)
 

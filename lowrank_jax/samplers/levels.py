@@ -22,6 +22,7 @@ from lowrank_jax.samplers.base import (
     ModelOrRanks,
     RankSampler,
     TableState,
+    any_of,
     levels_at,
     limits_of,
     of_rungs,
@@ -56,12 +57,13 @@ def sandwich(
         )
 
     def choose(state: TableState, key: PRNGKeyArray) -> list[Choice]:
+        ends = [Choice((0,)), Choice((1,))]
         if fractions:
-            drawn = jax.random.randint(key, (passes - 2,), 2, 2 + len(fractions))
-            return [0, 1, *drawn]
+            among, keys = range(2, 2 + len(fractions)), jax.random.split(key, passes)
+            return [*ends, *(any_of(among, key) for key in keys[2:])]
         limits = {path: table[0] for path, table in state.tables.items()}
         random = jax.random.uniform(key, (passes - 2,), minval=smallest, maxval=1.0)
-        return [0, 1, *(ranks_at(fraction, limits) for fraction in random)]
+        return [*ends, *(Choice(ranks=ranks_at(p, limits)) for p in random)]
 
     return of_rungs(
         lambda model: levels_at([1.0, smallest, *fractions], model),
@@ -85,7 +87,7 @@ def matryoshka(*, fractions: Sequence[float]) -> RankSampler:
         )
     return of_rungs(
         lambda model: levels_at(levels, model),
-        lambda state, key: list(range(len(levels))),
+        lambda state, key: [Choice((number,)) for number in range(len(levels))],
         passes=len(levels),
         full_first=True,
     )
@@ -129,7 +131,7 @@ def family(*, profiles: Sequence[Ranks]) -> RankSampler:
 def _any_rung(state: TableState, key: PRNGKeyArray) -> list[Choice]:
     """One rung, all of them equally likely."""
     rungs = jax.tree.leaves(state.tables)[0].shape[0] if state.tables else 1
-    return [jax.random.randint(key, (), 0, rungs)]
+    return [any_of(range(rungs), key)]
 
 
 def _lowered(rank: RankValue, limits: Limits | None) -> RankValue:

@@ -171,6 +171,41 @@ def test_matryoshka_makes_every_level_each_step():
         assert ranks["b"][step].tolist() == [[4, 1], [2, 1], [1, 1]]
 
 
+def test_strata_give_a_size_each():
+    """Pass 0 full, then one rung of each stratum; one that comes twice, twice as
+    often."""
+    sampler = samplers.strata(fractions=((0.75, 0.5, 0.5), (0.25, 0.125)))
+    ranks = draws(sampler, {"a": 16, "b": [8, 1]}, 900)
+    assert np.all(ranks["a"][:, 0] == 16)
+    for number, (rungs, chances) in enumerate(
+        [((12, 8), (1 / 3, 2 / 3)), ((4, 2), (1 / 2, 1 / 2))], start=1
+    ):
+        found = ranks["a"][:, number]
+        counts = np.bincount(found, minlength=17)[list(rungs)]
+        assert counts.sum() == 900 and chi_square(counts, np.array(chances)) < 4
+        np.testing.assert_array_equal(ranks["b"][:, number, 0], -(-found // 2))
+    assert np.all(ranks["b"][..., 1] == 1)
+    first, second = ranks["a"][:, 1] == 12, ranks["a"][:, 2] == 4  # independent
+    assert 0.1 < np.mean(first & second) < 0.24
+
+
+@pytest.mark.parametrize("between", ["common", "layers"])
+def test_strata_reach_every_rank_between_their_rungs(between):
+    """Above the next lower rung, up to the one drawn; the lowest rung as it is."""
+    sampler = samplers.strata(fractions=((0.75, 0.5), (0.25,)), between=between)
+    ranks = draws(sampler, {"a": 16, "b": [16, 2]}, 1600)
+    assert np.all(ranks["a"][:, 0] == 16) and np.all(ranks["a"][:, 2] == 4)
+    drawn, other = ranks["a"][:, 1], ranks["b"][:, 1]
+    counts = np.bincount(drawn, minlength=17)[5:13]
+    assert counts.sum() == 1600 and chi_square(counts, np.full(8, 1 / 8)) < 3.5
+    if between == "common":
+        np.testing.assert_array_equal(drawn, other[:, 0])
+    else:  # each in its own place, of the same rung
+        assert np.mean(drawn == other[:, 0]) < 0.4
+        np.testing.assert_array_equal(drawn > 8, other[:, 0] > 8)
+    np.testing.assert_array_equal(other[:, 1], np.where(drawn > 8, 2, 1))
+
+
 def test_family_draws_whole_profiles_equally_often():
     """No mixture of two, however they are ordered."""
     profiles = [{"a": n, "b": [n, 2 * n]} for n in (3, 1, 4)]

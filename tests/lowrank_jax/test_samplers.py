@@ -298,6 +298,22 @@ REFUSED = {
         functools.partial(samplers.matryoshka, fractions=(1.0,)),
         "a smaller one",
     ),
+    "no stratum": (
+        functools.partial(samplers.strata, fractions=()),
+        "strata: fractions must hold at least one stratum",
+    ),
+    "an empty stratum": (
+        functools.partial(samplers.strata, fractions=((0.5,), ())),
+        r"strata: .*got \(\(0.5,\), \(\)\)",
+    ),
+    "the full model in a stratum": (
+        functools.partial(samplers.strata, fractions=((1.0, 0.5),)),
+        r"each fractions in \(0, 1\)",
+    ),
+    "draws between": (
+        functools.partial(samplers.strata, fractions=((0.5,),), between="any"),
+        "between must be one of",
+    ),
     "no profile": (
         functools.partial(samplers.family, profiles=[]),
         "at least one",
