@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from train.models import MODELS, convnet, lenet, mlp, resnet, vgg, vit
+from train.models.pooling import max_pool_2x2
 from train.registry import resolve
 
 OPTIONS = {
@@ -216,6 +217,22 @@ def test_resnet_block_without_branch_is_relu():
     images = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
     assert model.shortcut is None
     np.testing.assert_array_equal(model(images), nnx.relu(images))
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 8, 3), (2, 7, 5, 3)])
+def test_pooling_is_that_of_flax(shape):
+    """Its gradient too; odd sides lose their last row."""
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    weights = rng.normal(size=(2, shape[1] // 2, shape[2] // 2, 3)).astype(np.float32)
+
+    def both(pool):
+        gradient = jax.grad(lambda images: jnp.sum(weights * pool(images)))(images)
+        return pool(images), gradient
+
+    found = both(max_pool_2x2)
+    expected = both(lambda x: nnx.max_pool(x, (2, 2), strides=(2, 2)))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_resnet_pools_after_the_large_stem():

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from lowrank_jax.errors import UserError
+from train.models.pooling import max_pool_2x2
 
 # The smallest side that leaves one pixel: 16 -> 12 -> 6 -> 2 -> 1.
 MIN_SIDE = 16
@@ -47,8 +48,8 @@ class LeNet(nnx.Module):
 
     def __call__(self, images: Float[Array, "b x y c"]) -> Float32[Array, "b o"]:
         """Returns the logits of each image."""
-        features = nnx.max_pool(nnx.relu(self.conv1(images)), (2, 2), strides=(2, 2))
-        features = nnx.max_pool(nnx.relu(self.conv2(features)), (2, 2), strides=(2, 2))
+        features = nnx.relu(max_pool_2x2(self.conv1(images)))
+        features = nnx.relu(max_pool_2x2(self.conv2(features)))
         features = features.reshape(features.shape[0], -1)
         features = nnx.relu(self.fc1(features))
         features = nnx.relu(self.fc2(features))

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32
 
 from lowrank_jax.errors import UserError
 from train.models import norms
+from train.models.pooling import max_pool_2x2
 
 WIDTHS = (64, 128, 256, 512, 512)
 # By depth (with the three linear layers of the paper): the convolutions of each stage.
@@ -58,10 +59,8 @@ class ConvBlock(nnx.Module):
 
     def __call__(self, images: Float[Array, "b x y c"]) -> Float[Array, "b _ _ _"]:
         """Returns the feature maps of the next block."""
-        features = nnx.relu(self.norm(self.conv(images)))
-        if self.pools:
-            features = nnx.max_pool(features, (2, 2), strides=(2, 2))
-        return features
+        features = self.norm(self.conv(images))
+        return nnx.relu(max_pool_2x2(features) if self.pools else features)
 
 
 class VGG(nnx.Module):
