@@ -173,6 +173,12 @@ class LowRankConv(ConvolutionLayer):
         _, between, columns = _sizes(fold, inputs, outputs)
         return columns, between, columns
 
+    def _axes_of(self, axes: Sequence[int]) -> dict[str, Any]:
+        own = super()._axes_of(axes)
+        if self.conv_general_dilated is jax.lax.conv_general_dilated:
+            own["conv_general_dilated"] = convolve
+        return own
+
 
 class LowRankConvTranspose(ConvolutionLayer):
     """`nnx.ConvTranspose` with a factored kernel: two transposed convolutions.
@@ -234,6 +240,49 @@ class LowRankConvTranspose(ConvolutionLayer):
     ) -> tuple[int, int, int]:
         rows, between, _ = _sizes(fold, inputs, outputs)
         return rows, rows, between
+
+
+def convolve(
+    inputs: Float[Array, "b *s c"],
+    kernel: Float[Array, "*k c f"],
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    *,
+    lhs_dilation: Sequence[int],
+    out_sharding: Any = None,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    feature_group_count: int = 1,
+    **options: Any,
+) -> Float[Array, "b *t f"]:
+    """Returns `lax.conv_general_dilated`, channels last, as a product of matrices where
+    the kernel has one place.
+
+    Its gradient by that kernel takes a tenth of the time on CPUs.
+    """
+    one_place = math.prod(kernel.shape[:-2]) == 1 and feature_group_count == 1
+    moved = not isinstance(padding, str) and any(any(pair) for pair in padding)
+    if one_place and not moved and {*strides, *lhs_dilation} == {1}:
+        return jax.lax.dot_general(
+            inputs,
+            kernel.reshape(kernel.shape[-2:]),
+            (((inputs.ndim - 1,), (0,)), ((), ())),
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
+    return jax.lax.conv_general_dilated(
+        inputs,
+        kernel,
+        strides,
+        padding,
+        lhs_dilation=lhs_dilation,
+        out_sharding=out_sharding,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        feature_group_count=feature_group_count,
+        **options,
+    )
 
 
 def _check_no_mask(cls: type[ConvolutionLayer], dense: nnx.Module) -> None:
