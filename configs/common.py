@@ -111,6 +111,7 @@ def data(
     validation_examples: int,
     args: Mapping[str, Any] | None = None,
     eval_batch_size: int = 500,
+    train_examples: int = 0,
 ) -> dict[str, Any]:
     """Makes a data set with every key, by its name or the import path of a function."""
     return {
@@ -120,6 +121,7 @@ def data(
         "batch_size": batch_size,
         "eval_batch_size": eval_batch_size,
         "validation_examples": validation_examples,
+        "train_examples": train_examples,
     }
 
 
@@ -142,6 +144,7 @@ def phase(
     pass_parts: int = 1,
     teacher: Mapping[str, Any] | None = None,
     passes_loss: str = "mean",
+    pass_weights: Sequence[float] = (),
     penalties: Sequence[Mapping[str, Any]] = (),
     projections: Sequence[Mapping[str, Any]] = (),
     trainable: Sequence[str] = (".*",),
@@ -158,6 +161,7 @@ def phase(
         "pass_parts": pass_parts,
         "teacher": dict(teacher or named("none")),
         "passes_loss": passes_loss,
+        "pass_weights": tuple(pass_weights),
         "penalties": tuple(penalties),
         "projections": tuple(projections),
         "trainable": tuple(trainable),

@@ -122,6 +122,16 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
         ("(only): until", "0.5"),
     ),
     "passes_loss": ("phases/0/passes_loss", "max", ("(only): passes_loss", "'max'")),
+    "pass weights": (
+        "phases/0/pass_weights",
+        [1, -1],
+        ("(only): pass_weights", "at least 0", "[1, -1]"),
+    ),
+    "a weight for each pass": (
+        "phases/0/pass_weights",
+        [1.0, 0.5],
+        ("(only): pass_weights", "each of 1 passes", "[1.0, 0.5]"),
+    ),
     "sizes": ("phases/0/sizes", "cut", ("(only): sizes", "'cut'")),
     "incomplete shrink": (
         "phases/0/shrink",

@@ -7,6 +7,7 @@ at which the phase begins, ranks that were selected before) is bound when it beg
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -146,6 +147,16 @@ def _build_patterns(texts: Sequence[str]) -> tuple[re.Pattern[str], ...]:
     return tuple(compile_pattern(text) for text in texts)
 
 
+def _build_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    if not all(
+        schema.is_number(weight) and 0 <= weight < math.inf for weight in weights
+    ):
+        raise UserError(
+            f"must hold finite numbers of at least 0, got {weights}. Correct it."
+        )
+    return tuple(float(weight) for weight in weights)
+
+
 def _build_parts(count: int) -> int:
     if count < 1:
         raise UserError(f"must be at least 1, got {count}. Use 1 for whole batches.")
@@ -165,6 +176,7 @@ class Phase:
         own, drawn anew each step; 1 for all examples in every pass.
       teacher: What sampled passes learn from beside the targets, or None.
       passes_loss: How the losses of the passes after the first add up: "mean", "sum".
+      pass_weights: What the loss of each pass is multiplied by; none: 1.
       penalties: Added to the loss; by name, each made once its targets are known.
       projections: Applied to the factors after each update, by name.
       trainable: Which parameters are trained, one pattern for each epoch in turn.
@@ -181,6 +193,7 @@ class Phase:
     pass_parts: int = _key(Field(int, _build_parts))
     teacher: Teacher | None = _key(_choice(TEACHERS, _is_teacher))
     passes_loss: str = _key(_one_of("mean", "sum"))
+    pass_weights: tuple[float, ...] = _key(Field(list, _build_weights))
     penalties: tuple[Any, ...] = _key(
         Field(list, tuple, _choices(PENALTIES, _acts).complete)
     )
@@ -318,6 +331,11 @@ def _check_fit(phases: Sequence[Phase]) -> None:
             "pass_parts: must be 1, or at least the number of passes after the first,"
             f" of which there must be one, got {phase.pass_parts} for {phase.passes}"
             " passes. Change it, or the sampler."
+        )
+    if phase.pass_weights and len(phase.pass_weights) != phase.passes:
+        raise UserError(
+            f"pass_weights: must hold a number for each of {phase.passes} passes, or"
+            f" none, got {list(phase.pass_weights)}. Change it, or the sampler."
         )
     if phase.optimizer_state == "new":
         return

@@ -15,6 +15,7 @@ from lowrank_jax import penalties, projections, samplers
 from lowrank_jax.paths import find_factors
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.samplers import Choice, RankSampler, SampledRanks
+from train import convolution
 from train import passes as one_pass
 from train.phases import Running
 from train.sharding import Layout
@@ -217,9 +218,10 @@ class _TrainStep:
                 if phase.teacher is not None:
                     taught = phase.teacher.outputs(first_outputs, inputs)
             losses.append(loss)
-        others = losses[1:]
+        weights = phase.pass_weights or (1.0,) * len(losses)
+        first, *others = (x * weight for x, weight in zip(losses, weights, strict=True))
         share = 1 / len(others) if others and phase.passes_loss == "mean" else 1
-        total = losses[0] + share * sum(others)
+        total = first + share * sum(others)
         named = {"loss": total, **{f"loss_pass_{n}": x for n, x in enumerate(losses)}}
         return total, (new_state, task.sums(first_outputs, batch), named)
 
@@ -230,6 +232,8 @@ class _TrainStep:
         model_state, key, inputs, batch, _ = operands
         params = self._freeze(params, jax.lax.stop_gradient)
         model = place(self.structure.merge(params, model_state, key))
+        if self.layout is None or self.layout.placement.mesh.size == 1:
+            convolution.use_in(model)
         outputs = model(*inputs)
         return self.task.loss(outputs, batch), (outputs, model_state_of(model))
 

@@ -26,7 +26,8 @@ from train.state import model_state_of
 class TestDistillation:
     @pytest.mark.parametrize("target_weight", [0.0, 0.25])
     @pytest.mark.parametrize("passes_loss", ["mean", "sum"])
-    def test_losses_by_numpy(self, target_weight, passes_loss):
+    @pytest.mark.parametrize("weights", [(), (0.5, 2.0, 3.0)])
+    def test_losses_by_numpy(self, target_weight, passes_loss, weights):
         """The first pass learns from the labels, the others from it and the labels."""
         fractions = (1.0, 0.5, 0.25)
         network, _, state, batch, step = step_parts(
@@ -34,6 +35,7 @@ class TestDistillation:
             matryoshka(*fractions),
             teacher=full_teacher(target_weight),
             passes_loss=passes_loss,
+            pass_weights=weights,
         )
         logs_of = [
             log_softmax(logits_at(network, f, batch["image"])) for f in fractions
@@ -48,8 +50,9 @@ class TestDistillation:
         _, metrics = step(state, batch)
         found = [float(metrics[f"loss_pass_{n}"]) for n in range(3)]
         np.testing.assert_allclose(found, [hard[0], *others], rtol=1e-5)
-        added = np.mean(others) if passes_loss == "mean" else np.sum(others)
-        np.testing.assert_allclose(metrics["loss"], hard[0] + added, rtol=1e-5)
+        first, *weighed = np.multiply([hard[0], *others], weights or (1, 1, 1))
+        added = np.mean(weighed) if passes_loss == "mean" else np.sum(weighed)
+        np.testing.assert_allclose(metrics["loss"], first + added, rtol=1e-5)
 
     def test_the_teacher_gets_no_gradient(self):
         """The gradient is that of the formula with the targets as constants."""
