@@ -24,6 +24,7 @@ DATA = {
     "batch_size": int,
     "eval_batch_size": int,
     "validation_examples": int,
+    "train_examples": int,
 }
 
 CONFIG = {
@@ -68,6 +69,7 @@ LEAST = {
     "data.batch_size": 1,
     "data.eval_batch_size": 1,
     "data.validation_examples": 0,
+    "data.train_examples": 0,
 }
 """The least value of each number."""
 

@@ -116,6 +116,22 @@ def test_validation_is_disjoint_from_train_and_free_of_the_seed(dataset):
     assert held_out == {i for b in again.eval_batches("validation", 5) for i in ids(b)}
 
 
+def test_fewer_examples_to_learn_from_are_some_of_them():
+    """The same validation split, and always the same ones."""
+    few = load_dataset(coloured_squares, validation_examples=10, train_examples=16)
+    assert few.sizes == {"train": 16, "validation": 10, "test": 7}
+    some = {
+        i for b in itertools.islice(few.train_batches(8, seed=1), 2) for i in ids(b)
+    }
+    again = {
+        i for b in itertools.islice(few.train_batches(4, seed=2), 4) for i in ids(b)
+    }
+    held_out = {i for b in few.eval_batches("validation", 10) for i in ids(b)}
+    whole = load_dataset(coloured_squares, validation_examples=10)
+    assert held_out == {i for b in whole.eval_batches("validation", 5) for i in ids(b)}
+    assert some == again and len(some) == 16 and not some & held_out
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
 def test_padding_rows_weigh_nothing(dataset, batch_size):
     batches = list(dataset.eval_batches("test", batch_size))
@@ -154,6 +170,12 @@ def test_digits_are_the_real_ones():
         (
             lambda d: load_dataset(coloured_squares, validation_examples=50),
             r"\[0, 49\]",
+        ),
+        (
+            lambda d: load_dataset(
+                coloured_squares, validation_examples=10, train_examples=41
+            ),
+            r"train_examples must be in \[0, 40\].*got 41",
         ),
         (lambda d: load_dataset("digits", args={"a": 1}), "only a function"),
         (lambda d: load_dataset("my_package.data:build"), "resolved"),

@@ -169,6 +169,7 @@ def load_dataset(
     *,
     data_dir: str = "",
     validation_examples: int = 0,
+    train_examples: int = 0,
     args: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Opens a data set and holds a validation split out of its training examples.
@@ -187,6 +188,8 @@ def load_dataset(
         ~/tensorflow_datasets.
       validation_examples: size of the validation split; which examples it holds
         depends on this number and the data set alone.
+      train_examples: how many of the others to learn from, the same ones in every run;
+        0 for all.
       args: keyword arguments of the function, or of one of `DATASETS`.
 
     Raises:
@@ -195,7 +198,22 @@ def load_dataset(
         labels, or nothing left to train on.
     """
     raw = sources.open_dataset(name, data_dir=data_dir, args=args)
-    size = len(raw.train)
+    train, validation = _split(raw, validation_examples, train_examples)
+    splits = {
+        "train": Subset(raw.train, train),
+        "validation": Subset(raw.train, validation),
+        "test": _whole(raw.test),
+    }
+    if raw.validation is not None:
+        splits["validation"] = _whole(raw.validation)
+    return Dataset(raw.name, raw.facts, splits)
+
+
+def _split(
+    raw: sources.RawDataset, validation_examples: int, train_examples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which rows to learn from, and which are held out of them."""
+    size, left = len(raw.train), len(raw.train) - validation_examples
     if raw.validation is not None and validation_examples:
         raise UserError(
             f"{raw.name}: validation_examples must be 0, as the set has a validation"
@@ -206,18 +224,16 @@ def load_dataset(
             f"{raw.name}: validation_examples must be in [0, {size - 1}], got "
             f"{validation_examples}. It is taken out of the {size} training examples."
         )
+    if not 0 <= train_examples <= left:
+        raise UserError(
+            f"{raw.name}: train_examples must be in [0, {left}], the training examples"
+            f" less those of validation, got {train_examples}. Use 0 for all of them."
+        )
     order = np.random.default_rng(_VALIDATION_SEED).permutation(size)
     # Sorted rows read neighbouring records when a set is streamed.
     validation = np.sort(order[:validation_examples])
-    train = np.sort(order[validation_examples:])
-    splits = {
-        "train": Subset(raw.train, train),
-        "validation": Subset(raw.train, validation),
-        "test": _whole(raw.test),
-    }
-    if raw.validation is not None:
-        splits["validation"] = _whole(raw.validation)
-    return Dataset(raw.name, raw.facts, splits)
+    train = np.sort(order[validation_examples:][: train_examples or left])
+    return train, validation
 
 
 def complete(
@@ -266,6 +282,7 @@ def load_data(
         name,
         data_dir=spec["data_dir"],
         validation_examples=spec["validation_examples"],
+        train_examples=spec["train_examples"],
         args=spec["args"],
     )
 
