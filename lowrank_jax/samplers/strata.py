@@ -1,6 +1,7 @@
 """The full model and one size of each stratum, so that sizes of all kinds are trained
 in every step."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -34,14 +35,57 @@ def strata(
     Args:
       fractions: Of the ranks, by stratum: each gives a pass, at one of its rungs, all
         equally likely; a fraction that comes twice is twice as likely.
-      between: "nothing": the ranks are those of the rung. "common": between the next
-        lower rung, without it, and this one, all layers at the same place of theirs.
-        "layers": each layer anywhere between them. The lowest rung is always just that.
+      between: "nothing": the ranks are those of the rung. "common": from the next lower
+        rung to this one, all layers at the same place between theirs. "layers": each
+        layer at its own place, so that every way to round a fraction between them is
+        trained. The lowest rung is always just that.
 
     Raises:
       UserError: No fraction, or one outside (0, 1); an unknown `between`.
     """
-    flat = [fraction for stratum in fractions for fraction in stratum]
+    _check(fractions, between)
+    rungs = sorted({1.0, *itertools.chain(*fractions)}, reverse=True)
+    strata_rungs = [[rungs.index(x) for x in stratum] for stratum in fractions]
+
+    def choose(state: TableState, key: PRNGKeyArray) -> list[Choice]:
+        keys = jax.random.split(key, len(fractions))
+        choices = [Choice((0,))]
+        for among, key in zip(strata_rungs, keys, strict=True):
+            choice = any_of(among, key)
+            if between != "nothing":
+                choice = choice._replace(
+                    ranks=_ranks_below(choice, state, key, common=between == "common")
+                )
+            choices.append(choice)
+        return choices
+
+    return of_rungs(
+        lambda model: levels_at(rungs, model),
+        choose,
+        passes=1 + len(fractions),
+        full_first=True,
+    )
+
+
+def _ranks_below(
+    choice: Choice, state: TableState, key: PRNGKeyArray, *, common: bool
+) -> SampledRanks:
+    """Draws ranks from those of the next lower rung to those of the chosen one."""
+    key = jax.random.fold_in(key, 1)
+    keys = layer_keys(key, state.tables)
+    rung, ranks = jnp.asarray(choice.among)[choice.drawn], {}
+    for path, table in state.tables.items():
+        high, low = table[rung], table[jnp.minimum(rung + 1, len(table) - 1)]
+        place = jax.random.uniform(
+            key if common else keys[path], () if common else high.shape
+        )
+        drawn = low + jnp.floor(place * (high - low + 1)).astype(jnp.int32)
+        ranks[path] = jnp.minimum(drawn, high)
+    return ranks
+
+
+def _check(fractions: Sequence[Sequence[float]], between: str) -> None:
+    flat = [*itertools.chain(*fractions)]
     if not flat or not all(fractions) or not all(0 < x < 1 for x in flat):
         raise UserError(
             "strata: fractions must hold at least one stratum, and each fractions in"
@@ -51,39 +95,3 @@ def strata(
         raise UserError(
             f"strata: between must be one of {BETWEEN}, got {between!r}. Choose one."
         )
-    rungs = sorted({1.0, *flat}, reverse=True)
-    strata_rungs = [[rungs.index(x) for x in stratum] for stratum in fractions]
-
-    def choose(state: TableState, key: PRNGKeyArray) -> list[Choice]:
-        keys = jax.random.split(key, len(fractions))
-        choices = [Choice((0,))]
-        for among, key in zip(strata_rungs, keys, strict=True):
-            choice = any_of(among, key)
-            if between != "nothing":
-                choice = choice._replace(ranks=ranks_below(choice, state, key))
-            choices.append(choice)
-        return choices
-
-    def ranks_below(
-        choice: Choice, state: TableState, key: PRNGKeyArray
-    ) -> SampledRanks:
-        key = jax.random.fold_in(key, 1)
-        keys = layer_keys(key, state.tables)
-        rung = jnp.asarray(choice.among)[choice.drawn]
-        next_lower = jnp.minimum(rung + 1, len(rungs) - 1)
-        ranks = {}
-        for path, table in state.tables.items():
-            high, low = table[rung], table[next_lower]
-            common = between == "common"
-            place = jax.random.uniform(
-                key if common else keys[path], () if common else high.shape
-            )
-            ranks[path] = high - jnp.floor(place * (high - low)).astype(jnp.int32)
-        return ranks
-
-    return of_rungs(
-        lambda model: levels_at(rungs, model),
-        choose,
-        passes=1 + len(fractions),
-        full_first=True,
-    )

@@ -1,5 +1,6 @@
 """Workdirs that are there already: gone on with, or refused and left unchanged."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -7,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config_mistakes import make_config
+from config_mistakes import make_config, named
 from support import assert_same_checkpoints, contents, put
 
 from lowrank_jax import checkpoint
 from lowrank_jax.errors import UserError
 from train import folders, loop
+from train.config import to_json
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,19 @@ def test_a_run_of_another_config(finished):
     assert "learning_rate" in message and "0.1" in message and "0.2" in message
     assert "batch_size" not in message  # what does not differ
     assert contents(finished) == before
+
+
+def test_a_sampler_that_changed_its_rungs(tmp_path):
+    """The rung is named, before anything runs."""
+    theirs, ours = make_config(), make_config()
+    for config, rung in ((theirs, 0.25), (ours, 0.125)):
+        put(config, "phases/0/sampler", named("strata", fractions=[[0.5, rung]]))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(to_json(theirs)))
+    with pytest.raises(UserError) as caught:
+        loop.train_and_evaluate(ours, tmp_path / "run")
+    rung = "sampler.args.fractions: [[0.5, 0.25]] there, [[0.5, 0.125]] here"
+    assert rung in str(caught.value)
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
