@@ -3,14 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from configs import common
+from configs import common, sizes
 from lowrank_jax.errors import UserError
 
-FRACTIONS = (1.0, 0.5, 0.25, 0.125)
-DRAWN = (0.5, 0.25, 0.125, 0.125, 0.125)
-"""Of which nested training draws one a step, beside the whole model; the smallest most
-often, as it is the farthest from a model trained for its size alone."""
-METHODS = ("dense", "maestro", "alone")
 DENSE_SHARE = 0.5
 """Of the steps, before the layers are factorized."""
 _SHRINKS = 8
@@ -27,24 +22,10 @@ def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
     Raises:
       UserError: As `common.options`, more than one method, or a number out of bounds.
     """
-    options = common.options(
-        arg, dense=False, maestro=False, lasso=float, alone=float, **known
-    )
-    alone = options["alone"]
-    chosen = [method for method in METHODS if options[method] not in (None, False)]
-    if len(chosen) > 1:
-        raise UserError(
-            f"config argument: must name at most one of {METHODS}, got {arg!r}. Remove"
-            " the others."
-        )
+    options = sizes.options(arg, dense=False, maestro=False, lasso=float, **known)
     if options["lasso"] is not None and not options["maestro"]:
         raise UserError(
             f"config argument: 'lasso' needs 'maestro' beside it, got {arg!r}. Add it."
-        )
-    if alone is not None and not 0 < alone <= 1:
-        raise UserError(
-            f"config argument: alone must be in (0, 1], got {arg!r}. It is the fraction"
-            " of the ranks to train at."
         )
     return options
 
@@ -81,14 +62,13 @@ def phases(
                 optimizer={**optimizer, "schedule": whole},
             ),
         )
-    rank = {"rank_fraction": options["alone"]} if options["alone"] else "full"
     dense_steps = int(DENSE_SHARE * steps)
     constant = common.named("constant", warmup_steps=warm_up)
     first = common.phase(
         name="warm_up",
         until={"steps": dense_steps},
         optimizer={**optimizer, "schedule": constant},
-        on_end=(common.named("factorize", rules=rank_rules(rank)),),
+        on_end=(common.named("factorize", rules=rank_rules(sizes.rank(options))),),
     )
     rest = steps - dense_steps
     slower = {
@@ -125,15 +105,11 @@ def _low_rank(options: Mapping[str, Any], steps: int, lasso: float) -> dict[str,
         }
     if options["alone"]:
         return {"name": "alone"}
-    return {
-        "name": "nested",
-        "sampler": common.named("uniform_fraction", fractions=DRAWN),
-        "teacher": common.named("full", target_weight=0.0),
-    }
+    return {"name": "nested", **sizes.nested(options, "one")}
 
 
 def by_steps(config: Any, every: int) -> None:
     """Evaluates and saves by the step: an epoch of a text is long or means little."""
     config.eval_every_epochs = config.checkpoint_every_epochs = 0
     config.eval_every_steps = config.checkpoint_every_steps = every
-    config.eval_fractions = FRACTIONS
+    config.eval_fractions = sizes.FRACTIONS

@@ -17,7 +17,7 @@ from train.run import Run
 from train.stopping import StopRequest
 
 FOLDER = Path(__file__).parents[1] / "configs"
-SHARED = ("common", "text")
+SHARED = ("common", "sizes", "text")
 """Modules that are no configs themselves."""
 NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in SHARED)
 TEXTS = ("multi30k", "shakespeare")
@@ -86,8 +86,14 @@ VARIANTS = [(name, "") for name in NAMES] + [
     ("maestro", "cifar10,vgg"),
     ("maestro", "compare"),
     ("maestro", "dense"),
+    ("nested", "alone=0.5"),
+    ("nested", "any"),
     ("nested", "compare"),
+    ("nested", "halves,smallest=3"),
+    ("nested", "masked"),
     ("pufferfish", "cifar10"),
+    ("resnet8", "batch"),
+    ("resnet8", "dense"),
     ("sequential_freezing", "cifar10"),
     ("svd_training", "cifar10"),
     ("svd_training", "cifar10,l1,spatial"),
@@ -100,6 +106,8 @@ VARIANTS = [(name, "") for name in NAMES] + [
     ),
     ("multi30k", "small"),
     ("shakespeare", "cpu"),
+    ("shakespeare", "cpu,all"),
+    ("shakespeare", "cpu,any,smallest=4"),
 ]
 
 
@@ -111,6 +119,12 @@ SHALLOWER = {
     **{("encoder_decoder", depth): 1 for depth in (3, 6)},
 }
 """Depths of the same kind of blocks."""
+
+
+def costly(name: str, arg: str) -> bool:
+    """Whether to trace a variant takes long, and another one says nearly as much."""
+    words = {name, *arg.split(",")}
+    return not words.isdisjoint({"cifar10", "resnet8", "any", "all"})
 
 
 def joined(*words: str) -> str:
@@ -136,9 +150,7 @@ def test_it_is_valid(name, arg):
 @pytest.mark.parametrize(
     "name, arg",
     [
-        pytest.param(
-            *variant, marks=pytest.mark.slow if "cifar10" in variant[1] else ()
-        )
+        pytest.param(*variant, marks=pytest.mark.slow if costly(*variant) else ())
         for variant in VARIANTS
     ],
 )
@@ -193,7 +205,9 @@ def test_a_lambda_is_the_one_that_is_given(name, weight):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.parametrize("arg", ["dense,maestro", "alone=0.5,dense", "lasso=1e-4"])
+@pytest.mark.parametrize(
+    "arg", ["dense,maestro", "alone=0.5,dense", "all,parts", "lasso=1e-4"]
+)
 def test_methods_that_exclude_each_other(name, arg):
     with pytest.raises(ValueError, match=f"config argument: .*'{arg}'"):
         plain(name, arg)

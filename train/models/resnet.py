@@ -7,6 +7,7 @@ convolution ("v1.5"), and where the shape changes the shortcut is a 1x1 convolut
 
 | depth | stem | images, classes | parameters | MACs |
 |---|---|---|---|---|
+| 8 | 3x3 | 32x32x3, 10 | 78,042 | 12.50 M |
 | 18 | 3x3 | 32x32x3, 10 | 11,173,962 | 555.42 M |
 | 20 | 3x3 | 32x32x3, 10 | 272,474 | 40.81 M |
 | 32 | 3x3 | 32x32x3, 10 | 466,906 | 69.12 M |
@@ -136,6 +137,7 @@ class Bottleneck(nnx.Module):
 
 # By depth: the block, the width of each stage, the blocks of each stage.
 DEPTHS: dict[int, tuple[type[nnx.Module], tuple[int, ...], tuple[int, ...]]] = {
+    8: (BasicBlock, (16, 32, 64), (1, 1, 1)),
     18: (BasicBlock, (64, 128, 256, 512), (2, 2, 2, 2)),
     20: (BasicBlock, (16, 32, 64), (3, 3, 3)),
     32: (BasicBlock, (16, 32, 64), (5, 5, 5)),
@@ -153,7 +155,7 @@ class ResNet(nnx.Module):
     Args:
       in_features: Channels of the images.
       num_classes: Number of logits.
-      depth: 18, 20, 32, 50 or 56.
+      depth: 8, 18, 20, 32, 50 or 56.
       stem: "3x3", or "7x7" with stride 2 and then a 3x3 max pool with stride 2.
       norm: "batch", or "group", which holds no batch statistics.
       groups: Groups of each group normalization, or its channels if they are fewer.

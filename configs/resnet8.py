@@ -1,0 +1,47 @@
+"""ResNet-8 on 10,000 images of CIFAR-10: four nested models from one run, where data is
+short and the network is small.
+
+Command:  python -m train.main --config=configs/resnet8.py --workdir=runs/resnet8
+Variants: :batch for BatchNorm in the place of GroupNorm; :dense; :alone=0.5 for
+          training at half of the ranks alone; the words of configs/sizes.py for other
+          steps
+Hardware: 2 CPU cores
+Time:     24 minutes nested, on one core
+Result:   not measured yet
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, sizes
+
+EPOCHS = 20
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Makes the config; "smoke" for a run of a minute."""
+    options = sizes.options(arg, batch=False, dense=False)
+    config = common.base(seed=0)
+    common.cifar10(config, batch_size=64)
+    config.data.train_examples = 10_000
+    norm = {"norm": "batch"} if options["batch"] else {"norm": "group", "groups": 8}
+    config.model = common.named("resnet", depth=8, **norm)
+    config.rank_rules = ((".*", sizes.rank(options)),)
+    config.eval_every_epochs = config.checkpoint_every_epochs = 5
+    config.eval_fractions = (1.0,) if options["alone"] else sizes.FRACTIONS
+    config.recalibration_batches = 20 if options["batch"] else 0
+    smoke = options["smoke"]
+    config.phases = (
+        common.phase(
+            name="train",
+            until=common.length(EPOCHS, smoke=smoke),
+            optimizer=common.optimizer(
+                "adam",
+                learning_rate=4e-3,
+                schedule=common.cosine(
+                    warmup_steps=common.SMOKE_STEPS // 5 if smoke else 300
+                ),
+            ),
+            **sizes.nested(options, "parts"),
+        ),
+    )
+    return config
