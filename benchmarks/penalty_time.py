@@ -15,11 +15,10 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from benchmarks import step_time
+from benchmarks import subjects, timing
 from lowrank_jax import factorize, find_factors
 from lowrank_jax.penalties import PENALTIES, stateful
 from train import binary
-from train.models import resnet
 from train.report import logs
 
 FLAGS = flags.FLAGS
@@ -66,14 +65,12 @@ def make_timer(
 
 
 def _main() -> None:
-    dense = resnet.build(image_shape=(32, 32, 3), num_classes=10, rngs=nnx.Rngs(0))
-    models = {s: factorize(dense, [(".*", {"with_s": s})]) for s in (False, True)}
-    rng, size = np.random.default_rng(0), FLAGS.batch_size
-    batch = {
-        "image": rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8),
-        "label": rng.integers(0, 10, size).astype(np.int32),
+    subject, size = subjects.make("resnet18", FLAGS.batch_size), FLAGS.batch_size
+    models = {
+        s: factorize(subject.dense, [(".*", {"with_s": s})]) for s in (False, True)
     }
-    step = step_time.make_timer(models[False], "full", jax.device_put(batch))
+    batch = jax.device_put(subject.batch)
+    step = timing.make_timer(models[False], {}, subject.task, batch).timed
     on_s = ("orthogonality", "l1", "hoyer", "hoyer_square")
     timers = {
         name: make_timer(models[name in on_s], name, args)

@@ -2,14 +2,19 @@
 
 import contextlib
 
-import jax
-import jax.numpy as jnp
 import loop_configs
 import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import input_share, penalty_time, step_time
+from benchmarks import (
+    host_time,
+    inference,
+    input_share,
+    penalty_time,
+    step_time,
+    subjects,
+)
 from lowrank_jax import factorize
 from lowrank_jax.penalties import PENALTIES
 from train import start
@@ -31,18 +36,31 @@ def test_every_penalty_is_timed(dense, name):
     assert penalty_time.make_timer(model, name, arguments[name])() > 0
 
 
-def test_every_variant_of_the_step_is_timed(dense):
+def test_variants_of_the_step_are_timed(dense):
     """Dense, at full rank and shrunk; the ratio of the first to itself is 1."""
-    task, batch = step_time.images((4, 4, 1), 5)
-    timers = {
-        name: step_time.make_timer(
-            jax.tree.map(jnp.copy, model), sampler, task, jax.device_put(batch)
-        )
-        for name, (model, sampler) in step_time.variants(dense).items()
-    }
-    figures = step_time.measure(timers, rounds=2, count=1)
-    assert figures["dense"]["ratio_to_dense"] == 1
-    assert all(np.isfinite(row["ms"]) for row in figures.values())
+    subject = subjects.Subject(dense, *subjects.images((4, 4, 1), 8))
+    rows = step_time.measure(subject, "^full|parts|shrunk", rounds=2, count=1)
+    assert len(rows) == 5
+    assert rows["dense"]["ratio"] == rows["dense"]["flops_ratio"] == 1
+    assert all(np.isfinite(row["ms"]) and row["mib"] > 0 for row in rows.values())
+
+
+def test_models_that_are_cut_are_timed(dense):
+    """At batch 1 and at the whole one; dense is its own measure."""
+    subject = subjects.Subject(dense, *subjects.images((4, 4, 1), 8))
+    figures = inference.measure(subject, rounds=2, calls=1)
+    assert figures.keys() == {1, 8}
+    for rows in figures.values():
+        assert rows["dense"]["of_promise"] == rows["dense"]["macs"] == 1
+        macs = [row["macs"] for row in rows.values()]
+        assert macs == sorted(macs, reverse=True) and macs[-1] < 0.5
+
+
+def test_the_time_on_the_host_is_what_calls_take_longer():
+    figures = host_time.measure(leaves=20, steps=3, rounds=1)
+    assert figures["leaves"] >= 20
+    between = figures["called_ms"] - figures["compiled_ms"]
+    assert figures["host_ms"] == pytest.approx(between)
 
 
 def test_the_wait_for_batches_is_a_share(tmp_path):
