@@ -39,7 +39,7 @@ def convolve(
 ) -> Float[Array, "b *t f"]:
     """Returns `lax.conv_general_dilated`, for first derivatives by reverse mode."""
     if not _is_plain(inputs.ndim, **options):
-        return conv.convolve(inputs, kernel, strides, padding, **options)
+        return jax.lax.conv_general_dilated(inputs, kernel, strides, padding, **options)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(
             inputs.shape[1:-1], kernel.shape[:-2], strides, padding
@@ -62,21 +62,23 @@ def convolve(
 def _is_plain(
     ndim: int,
     *,
-    dimension_numbers: Any,
-    lhs_dilation: Sequence[int],
-    rhs_dilation: Sequence[int],
-    feature_group_count: int,
-    precision: Any,
-    **options: Any,
+    dimension_numbers: Any = None,
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    feature_group_count: int = 1,
+    **asked: Any,
 ) -> bool:
     """Whether channels are last, and nothing is dilated, grouped or asked for."""
+    if not isinstance(dimension_numbers, jax.lax.ConvDimensionNumbers):
+        return False
     spatial, numbers = range(1, ndim - 1), dimension_numbers
     last, kernel = (0, ndim - 1, *spatial), (ndim - 1, ndim - 2, *range(ndim - 2))
-    asked = [precision, *options.values()]
+    dilations = {*(lhs_dilation or ()), *(rhs_dilation or ())}
     return (
         (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec) == (last, kernel, last)
-        and {*lhs_dilation, *rhs_dilation, feature_group_count} == {1}
-        and all(value is None for value in asked)
+        and dilations <= {1}
+        and feature_group_count == 1
+        and all(value is None for value in asked.values())
     )
 
 

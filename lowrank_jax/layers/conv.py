@@ -248,7 +248,7 @@ def convolve(
     strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     *,
-    lhs_dilation: Sequence[int],
+    lhs_dilation: Sequence[int] | None = None,
     out_sharding: Any = None,
     precision: Any = None,
     preferred_element_type: Any = None,
@@ -262,7 +262,7 @@ def convolve(
     """
     one_place = math.prod(kernel.shape[:-2]) == 1 and feature_group_count == 1
     moved = not isinstance(padding, str) and any(any(pair) for pair in padding)
-    if one_place and not moved and {*strides, *lhs_dilation} == {1}:
+    if one_place and not moved and {*strides, *(lhs_dilation or ())} == {1}:
         return jax.lax.dot_general(
             inputs,
             kernel.reshape(kernel.shape[-2:]),

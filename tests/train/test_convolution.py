@@ -88,6 +88,23 @@ def test_gradients_have_the_form_that_is_fast():
     assert len(found) == 3 and all(form == fast for form in found)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}]
+)
+def test_code_of_somebody_calls_it_as_it_likes(options):
+    """Channels first, and no keywords but its own, also where the kernel has one
+    place."""
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.normal(size=(2, 3, 5, 4)), jnp.float32)
+    for place in ((1, 1), (3, 2)):
+        kernel = jnp.asarray(rng.normal(size=(6, 3, *place)), jnp.float32)
+        given = (inputs, kernel, (1, 1), "SAME")
+        np.testing.assert_array_equal(
+            convolution.convolve(*given, **options),
+            jax.lax.conv_general_dilated(*given, **options),
+        )
+
+
 def test_what_somebody_chose_is_left_alone():
     def own(*args, **options):
         return jax.lax.conv_general_dilated(*args, **options)
