@@ -70,7 +70,7 @@ def write_texts(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-QUICK = ("digits_mlp", "maestro", "multi30k", "shakespeare")
+QUICK = ("digits_mlp", "maestro", "shakespeare")
 """Configs of few phases, which train in every run of the tests; `slow` has them all."""
 
 VARIANTS = [(name, "") for name in NAMES] + [

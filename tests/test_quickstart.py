@@ -51,6 +51,7 @@ def test_what_no_quickstart_wrote_stays(tmp_path: Path, mark):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_it_takes_a_task_on_text(tmp_path: Path, capsys):
     """Whose layers are too many to tell each one's rank."""
     config = text_configs.make_config(text_configs.write(tmp_path / "a.txt"))

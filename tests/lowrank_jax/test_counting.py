@@ -243,7 +243,7 @@ def test_xla_reports_the_same():
     model, example = abstract(Plain), image(8, 9, 3)
     dense = count(model, example)
     assert flops(model, example) == 2 * dense.dense_macs
-    ranks = {"conv": 1, "strided": 2, "grouped": [1, 1], "head": 2}
+    ranks = {"conv": 2, "strided": 2, "grouped": [1, 1], "head": 2}
     low = nnx.eval_shape(lambda model: truncate(factorize(model), ranks), model)
     cost = count(low, example)
     assert cost.macs(ranks) < cost.dense_macs

@@ -140,7 +140,7 @@ def nine_images():
 
 def test_a_function_is_imported_by_its_path_with_consent():
     own = {"name": f"{__name__}:nine_images", "args": {}, "data_dir": ""}
-    own["validation_examples"] = 5
+    own |= {"validation_examples": 5, "train_examples": 0}
     with pytest.raises(UserError, match="allow_imports"):
         load_data(own, allow_imports=[])
     assert load_data(own, allow_imports=None).sizes["validation"] == 5
