@@ -46,6 +46,23 @@ class TestMeshes:
         assert_same_run(tmp_path / "run", one_device)
 
 
+class TestSizes:
+    @pytest.mark.slow
+    def test_cut_passes_on_parts_of_a_batch(self, tmp_path):
+        """Sizes that are drawn, each on its own half, any ranks below them."""
+        config = short_run()
+        drawn = {"fractions": ((0.5, 0.25), (0.125,)), "between": "layers"}
+        sampler = {"name": "strata", "args": drawn}
+        first, second = config["phases"]
+        second |= {"sampler": sampler, "sizes": "static", "pass_parts": 2}
+        config["phases"] = (first, second)
+        loop.train_and_evaluate(config, tmp_path / "one")
+        with support.all_devices():
+            mesh = MESHES["all"]
+            loop.train_and_evaluate(config | {"mesh": mesh}, tmp_path / "all")
+        assert_same_run(tmp_path / "all", tmp_path / "one")
+
+
 class TestAccumulation:
     @pytest.mark.slow
     def test_parts_of_a_batch_add_up(self, one_device, tmp_path):
