@@ -94,14 +94,8 @@ def _main() -> None:
         subject = subjects.make(name)
         every[name] = measure(subject, flags.FLAGS.rounds, flags.FLAGS.calls)
         for size, rows in every[name].items():
-            device = jax.devices()[0].device_kind
-            print(f"\n{name}, batch {size}, {device}, jax {jax.__version__}\n")
-            cells = [
-                [n, r["ms"], r["ratio"], r["spread"], r["macs"], r["of_promise"]]
-                for n, r in rows.items()
-            ]
-            titles = ["model", "ms", "ratio", "+-", "MACs", "of promise"]
-            print(logs.table(titles, cells))
+            more = {"MACs": "macs", "of promise": "of_promise"}
+            timing.show(f"{name}, batch {size}", "model", rows, more)
     logs.emit(every)
 
 

@@ -4,8 +4,7 @@
 (`train.step`), optimizer and all, on random batches. Variants run in turn, round by
 round, so that a machine that slows down slows all of them; the ratio is the median over
 rounds, the spread half the distance of its quartiles. `--variants` takes a regular
-expression of their names. Prints tables as they stand in docs/results.md, and one line
-of JSON at the end.
+expression of their names. Ends with one line of JSON.
 """
 
 import re
@@ -111,14 +110,8 @@ def _main() -> None:
         rows = measure(subject, given.variants, given.rounds, given.steps)
         figures[name] = rows
         size = len(next(iter(subject.batch.values())))
-        device = jax.devices()[0].device_kind
-        print(f"\n{name}, batch {size}, {device}, jax {jax.__version__}\n")
-        cells = [
-            [step, r["ms"], r["ratio"], r["spread"], r["flops_ratio"], r["mib"]]
-            for step, r in rows.items()
-        ]
-        titles = ["step", "ms", "ratio", "+-", "operations", "MiB"]
-        print(logs.table(titles, cells))
+        more = {"operations": "flops_ratio", "MiB": "mib"}
+        timing.show(f"{name}, batch {size}", "step", rows, more)
     logs.emit(figures)
 
 
