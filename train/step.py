@@ -15,7 +15,7 @@ from lowrank_jax import penalties, projections, samplers
 from lowrank_jax.paths import find_factors
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.samplers import Choice, RankSampler, SampledRanks
-from train import convolution
+from train import convolution, products
 from train import passes as one_pass
 from train.phases import Running
 from train.sharding import Layout
@@ -234,6 +234,7 @@ class _TrainStep:
         model = place(self.structure.merge(params, model_state, key))
         if self.layout is None or self.layout.placement.mesh.size == 1:
             convolution.use_in(model)
+            products.use_in(model)
         outputs = model(*inputs)
         return self.task.loss(outputs, batch), (outputs, model_state_of(model))
 

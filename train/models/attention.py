@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 _LONGEST_WAVE = 10_000.0
 """Of both kinds of positions made of waves (Vaswani et al., 2017, section 3.5)."""
@@ -162,6 +162,18 @@ def rotate(
     first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
     turned = (first * cosines - second * sines, second * cosines + first * sines)
     return jnp.concatenate(turned, axis=-1).astype(heads.dtype)
+
+
+def logits(
+    hidden: Float[Array, "b t i"], embedding: nnx.Embed, head: nnx.Module | None
+) -> Float32[Array, "b t o"]:
+    """Returns the head's logits of each token, the embedding's without a head.
+
+    All tokens are rows of one matrix, for the sake of its gradient (`train.products`).
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    outputs = embedding.attend(rows) if head is None else head(rows)
+    return outputs.reshape(*hidden.shape[:2], -1).astype(jnp.float32)
 
 
 def invalid_past(

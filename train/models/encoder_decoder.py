@@ -23,6 +23,7 @@ from train.models.attention import (
     Memory,
     empty_memory,
     invalid_past,
+    logits,
     waves,
 )
 from train.models.sizes import block_problems, check_length, size_problems
@@ -299,8 +300,8 @@ class EncoderDecoder(nnx.Module):
             hidden, memory = block.decode(hidden, memory, source, mask, position)
             memories.append(memory)
         position = position + length
-        logits = invalid_past(self.target_length, position, self._logits(hidden))
-        return logits, cache._replace(memory=tuple(memories), position=position)
+        outputs = invalid_past(self.target_length, position, self._logits(hidden))
+        return outputs, cache._replace(memory=tuple(memories), position=position)
 
     def _encode(
         self, source: Int[Array, "b s"], segment: Integer[Array, "b s"]
@@ -324,8 +325,7 @@ class EncoderDecoder(nnx.Module):
         return self.dropout(hidden)
 
     def _logits(self, hidden: Float[Array, "b t i"]) -> Float32[Array, "b t o"]:
-        head = self.embedding.attend if self.head is None else self.head
-        return head(hidden).astype(jnp.float32)
+        return logits(hidden, self.embedding, self.head)
 
 
 def positions_in(segments: Integer[Array, "b t"]) -> Int[Array, "b t"]:

@@ -12,7 +12,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from lowrank_jax.errors import raise_all
-from train.models.attention import Attention, Memory, empty_memory, invalid_past
+from train.models.attention import (
+    Attention,
+    Memory,
+    empty_memory,
+    invalid_past,
+    logits,
+)
 from train.models.sizes import block_problems, check_length, size_problems
 
 POSITIONS = ("learned", "rotary")
@@ -229,8 +235,8 @@ class Transformer(nnx.Module):
             cache.memory,
         )
         position = position + tokens.shape[1]
-        logits = invalid_past(self.context, position, self._logits(hidden))
-        return logits, Cache(memory, position)
+        outputs = invalid_past(self.context, position, self._logits(hidden))
+        return outputs, Cache(memory, position)
 
     @property
     def scanned(self) -> bool:
@@ -290,8 +296,7 @@ class Transformer(nnx.Module):
         return hidden, outputs
 
     def _logits(self, hidden: Float[Array, "b t i"]) -> Float32[Array, "b t o"]:
-        head = self.embedding.attend if self.head is None else self.head
-        return head(self.norm(hidden)).astype(jnp.float32)
+        return logits(self.norm(hidden), self.embedding, self.head)
 
 
 def _check(
