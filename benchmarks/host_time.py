@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from benchmarks import subjects
+from benchmarks import report, subjects
 from configs import common
 from lowrank_jax import factorize
 from train import binary
@@ -71,6 +71,7 @@ def measure(leaves: int, steps: int, rounds: int) -> dict[str, float]:
 
 
 def _define_flags() -> None:
+    report.define_flags()
     flags.DEFINE_integer("leaves", 400, "Arrays of the state, at least.", 1)
     flags.DEFINE_integer("steps", 200, "Steps to time.", 1)
     flags.DEFINE_integer("rounds", 5, "How often; the median counts.", 1)
@@ -79,7 +80,7 @@ def _define_flags() -> None:
 def _main() -> None:
     given = flags.FLAGS
     figures = measure(given.leaves, given.steps, given.rounds)
-    print(logs.table(["figure", "value"], [[k, v] for k, v in figures.items()]))
+    report.show_figures("A step of a deep, narrow MLP", figures)
     logs.emit(figures)
 
 

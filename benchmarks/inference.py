@@ -15,7 +15,7 @@ import jax
 from absl import flags
 from flax import nnx
 
-from benchmarks import subjects, timing
+from benchmarks import report, subjects, timing
 from configs import sizes
 from lowrank_jax import count, factorize, merge, truncate
 from lowrank_jax.active import max_ranks
@@ -83,6 +83,7 @@ def measure(
 
 
 def _define_flags() -> None:
+    report.define_flags()
     flags.DEFINE_list("subjects", ["resnet18", "shakespeare:cpu"], "What to time.")
     flags.DEFINE_integer("rounds", 7, "Rounds; each variant runs once in each.")
     flags.DEFINE_integer("calls", 5, "Calls of each variant in a round.")
@@ -95,7 +96,7 @@ def _main() -> None:
         every[name] = measure(subject, flags.FLAGS.rounds, flags.FLAGS.calls)
         for size, rows in every[name].items():
             more = {"MACs": "macs", "of promise": "of_promise"}
-            timing.show(f"{name}, batch {size}", "model", rows, more)
+            report.show_ratios(f"{name}, batch {size}", "model", rows, more)
     logs.emit(every)
 
 

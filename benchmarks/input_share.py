@@ -18,6 +18,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from benchmarks import report
 from train import binary, start
 from train.report import logs
 from train.run import Run
@@ -57,6 +58,7 @@ def batch_alone(run: Run, steps: int) -> float:
 
 def _define_flags() -> None:
     """Not when imported: other binaries have a flag of this name."""
+    report.define_flags()
     config_flags.DEFINE_config_file("config", None, "Config of the run.")
     flags.DEFINE_integer("steps", 100, "Steps to time.", 1)
     flags.mark_flag_as_required("config")
@@ -72,7 +74,7 @@ def _main() -> None:
         figures = share_of(session, batches, steps)
         batches.close()
         figures["batch_alone_ms"] = batch_alone(session.run, steps)
-    print(logs.table(["figure", "value"], [[k, v] for k, v in figures.items()]))
+    report.show_figures("A run's batches", figures)
     logs.emit(figures)
 
 

@@ -15,13 +15,12 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from benchmarks import subjects, timing
+from benchmarks import report, subjects, timing
 from lowrank_jax import factorize, find_factors
 from lowrank_jax.penalties import PENALTIES, stateful
 from train import binary
 from train.report import logs
 
-FLAGS = flags.FLAGS
 EVERY = {"stable_rank": 20, "modified_stable_rank": 20}
 """How many steps the spectral penalties are spread over; 1 for the others."""
 
@@ -64,8 +63,16 @@ def make_timer(
     return timed
 
 
+def _define_flags() -> None:
+    report.define_flags()
+    flags.DEFINE_integer("rounds", 3, "Rounds; each penalty runs once in each.", 1)
+    flags.DEFINE_integer("steps", 1, "Training steps in a round.", 1)
+    flags.DEFINE_integer("batch_size", 128, "Examples of a training step.", 1)
+
+
 def _main() -> None:
-    subject, size = subjects.make("resnet18", FLAGS.batch_size), FLAGS.batch_size
+    given, size = flags.FLAGS, flags.FLAGS.batch_size
+    subject = subjects.make("resnet18", size)
     models = {
         s: factorize(subject.dense, [(".*", {"with_s": s})]) for s in (False, True)
     }
@@ -77,8 +84,8 @@ def _main() -> None:
         for name, args in arguments(models[False]).items()
     }
     times = {name: [] for name in ["step", *timers]}
-    for _ in range(FLAGS.rounds):
-        times["step"].append(step(FLAGS.steps))
+    for _ in range(given.rounds):
+        times["step"].append(step(given.steps))
         for name, timed in timers.items():
             times[name].append(timed())
     steps = np.asarray(times["step"])
@@ -93,10 +100,11 @@ def _main() -> None:
     rows = [
         [k, v["ms"], v["every_steps"], v["share_of_step"]] for k, v in figures.items()
     ]
-    print(f"\nResNet-18, batch {size}, {jax.devices()[0].device_kind}")
-    print(logs.table(["penalty", "ms", "every steps", "share of the step"], rows))
+    headers = ["penalty", "ms", "every steps", "share of the step"]
+    report.show(f"ResNet-18, batch {size}", headers, rows)
     logs.emit(figures)
 
 
 if __name__ == "__main__":
+    _define_flags()
     binary.run(_main)

@@ -1,233 +1,106 @@
-"""Weak scaling of a training step over simulated devices, and what they send.
+"""Time and memory of a training step against width and depth, beside the formula.
 
-`python -m benchmarks.scaling`: an MLP, dense and at 1/2, 1/4 and 1/8 of its ranks, on
-1, 2, 4 and 8 simulated devices along each axis of the mesh, examples per device fixed.
-The devices share this machine's cores, so time falls nowhere; what can be read is the
-overhead of splitting, time(n) / (n time(1)), and the collectives of the compiled
-program, in bytes that a device sends (rings), beside the formulas of `communication`.
-Ends with one line of JSON.
+`python -m benchmarks.scaling`: MLPs of square layers, dense and at fractions of their
+ranks, ever wider and then ever deeper; the training loop's own step on random batches,
+all forms of a size in turn. By the law a layer i x o takes, for each of B examples, i o
+MACs if dense and r (i + o) at rank r; or, merged first, i o (1 + r / B), if that is
+less. "of promise" is (law / dense law) / (time / dense time): 1 where a form is as
+much faster as the law says. Memory is that of the compiled step. Ends with one line of
+JSON.
 """
 
-import math
-import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
-from jax.sharding import AxisType
 
-from benchmarks import communication
-from configs import common
+from benchmarks import report, subjects, timing
 from lowrank_jax import factorize
+from lowrank_jax.active import max_ranks
+from train import binary
 from train.models import mlp
-from train.phases import build_phases
 from train.report import logs
-from train.sharding import Placement
-from train.state import new_state
-from train.step import make_train_step
-from train.tasks.classification import classification
 
-AXES = ("data", "fsdp", "tensor")
-DEVICES = (1, 2, 4, 8)
-SIDE, CLASSES = 16, 16
-HIDDEN = (512, 512, 512)
-ROWS = 64
-"""Examples of a device; of all of them along `tensor`, where rows are not split."""
-
-BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "u8": 1, "s8": 1}
-SENT = {
-    "all-reduce": lambda size, n: 2 * (n - 1) / n * size,
-    "all-gather": lambda size, n: (n - 1) / n * size,
-    "reduce-scatter": lambda size, n: (n - 1) * size,
-    "all-to-all": lambda size, n: (n - 1) / n * size,
-    "collective-permute": lambda size, n: size,
+FORMS: Mapping[str, Any] = {
+    "dense": "dense",
+    "1": "full",
+    "0.5": {"rank_fraction": 0.5},
+    "0.25": {"rank_fraction": 0.25},
+    "0.125": {"rank_fraction": 0.125},
 }
-"""Bytes that a device sends for a result of some size, in a ring of n."""
-
-_COLLECTIVE = re.compile(
-    rf"= (.*?) ({'|'.join(SENT)})(?:-start)?\(.*?"
-    r"(?:replica_groups=(\{\{.*?\}\}|\[[\d,]*\]|mesh\[.*?\] ?\{.*?\})"
-    r"|source_target_pairs|$)",
-    re.MULTILINE,
-)
+"""By name the rank rule of all layers but the head."""
+_SIDE, _CLASSES = 16, 10
 
 
-def collectives(text: str) -> dict[str, tuple[int, float]]:
-    """Counts the collectives of a compiled program: how many, bytes that one sends.
+def law(width: int, depth: int, examples: int, ranks: Mapping[str, int]) -> float:
+    """Returns the MACs of one example in a forward pass; layers without a rank are
+    dense.
 
-    Those in a loop count once.
-
-    >>> collectives("x = f32[8,4]{1,0} all-reduce(y), replica_groups={{0,1,2,3}}, z")
-    {'all-reduce': (1, 192.0)}
+    >>> law(64, 1, 32, {"hidden/0": 8}) == 8 * (256 + 64) + 64 * 10
+    True
     """
-    found: dict[str, tuple[int, float]] = {}
-    for shapes, kind, groups in _COLLECTIVE.findall(text):
-        size = sum(
-            BYTES[dtype] * math.prod(map(int, filter(None, sizes.split(","))))
-            for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        )
-        count, sent = found.get(kind, (0, 0.0))
-        found[kind] = (count + 1, sent + SENT[kind](size, _ring(groups)))
-    return found
-
-
-def _ring(groups: str) -> int:
-    """Devices of a group: `{{0,1},{2,3}}` are two of two, so is `[2,2]`, and so is
-    `mesh['a'=2,'b'=2] {'b'}`, whose groups lie along b."""
-    if groups.startswith("mesh"):
-        sizes, _, along = groups.partition("]")
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", sizes))
-        return math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", along))
-    if groups.startswith("["):
-        return int(groups.strip("[]").split(",")[-1])
-    return len(groups.strip("{}").split("}")[0].split(",")) if groups else 1
-
-
-def make_step(
-    fraction: float | None, axis: str, devices: int
-) -> tuple[Any, Any, dict[str, jax.Array]]:
-    """Makes a step of the training loop on a mesh of one axis, its state, a batch.
-
-    Args:
-      fraction: Of the ranks of the hidden layers; None for dense.
-      axis: Of the mesh.
-      devices: Along it.
-    """
-    model = mlp.build(
-        image_shape=(SIDE, SIDE, 1),
-        num_classes=CLASSES,
-        rngs=nnx.Rngs(0),
-        hidden=HIDDEN,
-    )
-    rule = "dense" if fraction is None else {"rank_fraction": fraction}
-    model = factorize(model, [("head", "dense"), (".*", rule)])
-    sizes = [devices if name == axis else 1 for name in AXES]
-    mesh = jax.make_mesh(
-        sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:devices]
-    )
-    placement = Placement(mesh)
-    model = placement.put_model(model)
-    spec = common.phase(
-        name="timed",
-        until={"steps": 1_000_000},
-        optimizer=common.optimizer("sgd", learning_rate=0.01, args={"momentum": 0.9}),
-    )
-    (phase,) = build_phases([spec])
-    running = phase.begin(0, 1_000_000, None)
-    structure, state = new_state(model, running, 0)
-    layout = placement.layout(model)
-    state = layout.put(state)
-    image = {"shape": [SIDE, SIDE, 1], "dtype": "uint8"}
-    arrays = {"image": image, "label": {"shape": [], "dtype": "int32"}}
-    facts = {"arrays": arrays, "num_classes": CLASSES}
-    task = classification(facts, mean=[33.3], std=[78.6], augment=[])
-    step = make_train_step(structure, running, task, jax.random.key(0), layout=layout)
-    rows, rng = ROWS * placement.batch_shards, np.random.default_rng(0)
-    batch = {
-        "image": rng.integers(0, 256, (rows, SIDE, SIDE, 1), dtype=np.uint8),
-        "label": rng.integers(0, CLASSES, rows).astype(np.int32),
-    }
-    return step, state, placement.batch(batch, rows)
-
-
-def by_formula(fraction: float | None, axis: str, devices: int) -> float:
-    """Returns what a device should send for the hidden layers, in float32."""
-    sizes = (SIDE * SIDE, *HIDDEN)
-    matrices = [
-        communication.Matrix(
-            i, o, None if fraction is None else math.ceil(fraction * min(i, o))
-        )
-        for i, o in zip(sizes, sizes[1:], strict=False)
-    ]
-    if axis == "data":
-        return communication.data_parallel(matrices, devices)
-    if axis == "fsdp":
-        return communication.fully_sharded(matrices, devices)
-    if fraction is None:  # by hand: a pair, and a layer without a partner
-        pairs = [HIDDEN[0]] * (len(HIDDEN) // 2)
-        return communication.tensor_parallel_pairs(pairs, ROWS, devices, number=4)
-    return communication.tensor_parallel(matrices, ROWS, devices, number=4)
-
-
-def seconds(
-    run: Callable[[Any], Any], state: Any, *, rounds: int, count: int
-) -> tuple[float, Any]:
-    """Returns the median time of a step over rounds, and the last state."""
-    times = []
-    for _ in range(rounds + 1):  # the first one warms up
-        began = time.perf_counter()
-        for _ in range(count):
-            state = run(state)
-        jax.block_until_ready(state)
-        times.append((time.perf_counter() - began) / count)
-    return float(np.median(times[1:])), state
+    sizes = [_SIDE * _SIDE, *[width] * depth]
+    macs = float(width * _CLASSES)
+    for index, (i, o) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        rank = ranks.get(f"hidden/{index}")
+        merged = i * o * (1 + (rank or 0) / examples)
+        macs += merged if rank is None else min(merged, rank * (i + o))
+    return macs
 
 
 def measure(
-    fractions: dict[str, float | None],
-    devices: Sequence[int],
-    *,
-    rounds: int,
-    count: int,
-) -> list[dict[str, Any]]:
-    """Times and counts a step for each form, axis and number of devices."""
-    rows = []
-    for name, fraction in fractions.items():
-        for axis in AXES:
-            alone = None
-            for number in devices:
-                step, state, batch = make_step(fraction, axis, number)
-                compiled = step.lower(state, batch).compile()
-                sent = collectives(compiled.as_text())
-                spent, _ = seconds(
-                    lambda state, run=compiled, batch=batch: run(state, batch)[0],
-                    state,
-                    rounds=rounds,
-                    count=count,
-                )
-                alone = spent if alone is None else alone
-                work = 1 if axis == "tensor" else number
-                rows.append(
-                    {
-                        "form": name,
-                        "axis": axis,
-                        "devices": number,
-                        "ms": 1e3 * spent,
-                        "overhead": spent / (work * alone),
-                        "collectives": {k: count for k, (count, _) in sent.items()},
-                        "sent": sum(size for _, size in sent.values()),
-                        "formula": by_formula(fraction, axis, number),
-                    }
-                )
+    width: int, depth: int, examples: int, *, rounds: int, steps: int
+) -> dict[str, dict[str, float]]:
+    """Returns the rows of all forms of an MLP with so many hidden layers, by name."""
+    task, batch = subjects.images((_SIDE, _SIDE, 1), examples)
+    dense = mlp.build(
+        image_shape=(_SIDE, _SIDE, 1),
+        num_classes=_CLASSES,
+        rngs=nnx.Rngs(0),
+        hidden=(width,) * depth,
+    )
+    timers, laws = {}, {}
+    for name, rule in FORMS.items():
+        model = factorize(dense, [("head", "dense"), (".*", rule)])
+        laws[name] = law(width, depth, examples, max_ranks(model))
+        model = jax.tree.map(jax.numpy.copy, model)  # the step donates its state
+        timers[name] = timing.make_timer(model, {}, task, jax.device_put(batch))
+    times = timing.in_turn({n: t.timed for n, t in timers.items()}, rounds, steps)
+    rows = timing.ratios(times, "dense")
+    for name, row in rows.items():
+        row["law"] = laws[name] / laws["dense"]
+        row["of_promise"] = row["law"] / row["ratio"]
+        row["mib"] = timers[name].memory / 2**20
+        row["memory"] = timers[name].memory / timers["dense"].memory
     return rows
 
 
-def _main(argv: Sequence[str]) -> None:
-    del argv
-    found = measure(
-        communication.FRACTIONS,
-        DEVICES,
-        rounds=flags.FLAGS.rounds,
-        count=flags.FLAGS.steps,
-    )
-    lines = [
-        [row["form"], row["axis"], row["devices"], f"{row['ms']:.1f}"]
-        + [f"{row['overhead']:.2f}", f"{row['sent'] / 1e6:.2f}"]
-        + [f"{row['formula'] / 1e6:.2f}"]
-        + [", ".join(f"{n} {kind}" for kind, n in row["collectives"].items())]
-        for row in found
-    ]
-    headers = ["form", "axis", "devices", "ms", "overhead", "sent MB", "formula MB"]
-    print(logs.table([*headers, "collectives"], lines))
-    logs.emit(found)
+def _define_flags() -> None:
+    report.define_flags()
+    flags.DEFINE_list("widths", [256, 512, 1024, 2048, 4096], "Of two hidden layers.")
+    flags.DEFINE_list("depths", [2, 4, 8, 16], "Hidden layers of 1024 features.")
+    flags.DEFINE_integer("batch_size", 256, "Examples of a step.", 1)
+    flags.DEFINE_integer("rounds", 5, "Rounds; each form runs once in each.", 1)
+    flags.DEFINE_integer("steps", 2, "Steps of each form in a round.", 1)
+
+
+def _main() -> None:
+    given, figures = flags.FLAGS, {}
+    sizes = [(int(width), 2) for width in given.widths]
+    sizes += [(1024, int(depth)) for depth in given.depths]
+    for width, depth in dict.fromkeys(sizes):
+        rows = measure(
+            width, depth, given.batch_size, rounds=given.rounds, steps=given.steps
+        )
+        figures[f"{width}x{depth}"] = rows
+        more = {"law": "law", "of promise": "of_promise", "MiB": "mib", "of": "memory"}
+        title = f"Width {width}, {depth} hidden layers, batch {given.batch_size}"
+        report.show_ratios(title, "form", rows, more)
+    logs.emit(figures)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("rounds", 7, "Rounds; the median counts.")
-    flags.DEFINE_integer("steps", 3, "Steps in a round.")
-    jax.config.update("jax_num_cpu_devices", max(DEVICES))
-    app.run(_main)
+    _define_flags()
+    binary.run(_main)

@@ -16,7 +16,7 @@ import optax
 from absl import flags
 from flax import nnx
 
-from benchmarks import subjects, timing
+from benchmarks import report, subjects, timing
 from configs import common, sizes
 from lowrank_jax import factorize
 from lowrank_jax.active import max_ranks
@@ -92,6 +92,7 @@ def measure(
 
 
 def _define_flags() -> None:
+    report.define_flags()
     flags.DEFINE_list(
         "subjects",
         ["lenet", "resnet18", "vit", "shakespeare:cpu"],
@@ -111,7 +112,7 @@ def _main() -> None:
         figures[name] = rows
         size = len(next(iter(subject.batch.values())))
         more = {"operations": "flops_ratio", "MiB": "mib"}
-        timing.show(f"{name}, batch {size}", "step", rows, more)
+        report.show_ratios(f"{name}, batch {size}", "step", rows, more)
     logs.emit(figures)
 
 

@@ -11,7 +11,6 @@ from flax import nnx
 
 from configs import common
 from train.phases import build_phases
-from train.report import logs
 from train.state import new_state
 from train.step import make_train_step
 from train.tasks.base import Task
@@ -95,25 +94,3 @@ def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, f
             "spread": float(high - low) / 2,
         }
     return rows
-
-
-def show(
-    what: str,
-    variant: str,
-    rows: Mapping[str, Mapping[str, float]],
-    more: Mapping[str, str],
-) -> None:
-    """Prints what was timed, on what, and the rows of `ratios`.
-
-    Args:
-      what: The subject.
-      variant: The title of the first column.
-      rows: By the name of the variant.
-      more: Further columns: the key in the rows by the title.
-    """
-    device = jax.devices()[0].device_kind
-    print(f"\n{what}, {device}, jax {jax.__version__}\n")
-    columns = {"ms": "ms", "ratio": "ratio", "+-": "spread", **more}
-    keys = columns.values()
-    cells = [[name, *(row[key] for key in keys)] for name, row in rows.items()]
-    print(logs.table([variant, *columns], cells))

@@ -25,7 +25,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.train_examples = 10_000
     norm = {"norm": "batch"} if options["batch"] else {"norm": "group", "groups": 8}
     config.model = common.named("resnet", depth=8, **norm)
-    config.rank_rules = ((".*", sizes.rank(options)),)
+    # ten classes do not fit through two dimensions
+    config.rank_rules = (("head", "dense"), (".*", sizes.rank(options)))
     config.eval_every_epochs = config.checkpoint_every_epochs = 5
     config.eval_fractions = (1.0,) if options["alone"] else sizes.FRACTIONS
     config.recalibration_batches = 20 if options["batch"] else 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import communication, scaling
+from benchmarks import communication, mesh_scaling
 from benchmarks.communication import Decoder, Matrix
 
 
@@ -69,19 +69,19 @@ def test_collectives_are_counted_in_a_program():
       %d = f32[3]{0} reduce-scatter(%z), replica_groups={{0,1,2,3}}, dimensions={0}
       %e = f32[16]{0} add(%b, %c)
     """
-    assert scaling.collectives(text) == {
+    assert mesh_scaling.collectives(text) == {
         "all-reduce": (1, 8 * 4 * 4 + 2 * 2),
         "all-gather": (2, 2 * 3 / 4 * 64),
         "reduce-scatter": (1, 3 * 12),
     }
 
 
-@pytest.mark.parametrize("axis", scaling.AXES)
+@pytest.mark.parametrize("axis", mesh_scaling.AXES)
 def test_a_compiled_step_sends_what_the_formula_says(axis, monkeypatch):
     """At least that, and not far more: the dense head, biases, fsdp's whole sums."""
-    monkeypatch.setattr(scaling, "HIDDEN", (64, 64))
-    step, state, batch = scaling.make_step(1 / 4, axis, 4)
-    found = scaling.collectives(step.lower(state, batch).compile().as_text())
+    monkeypatch.setattr(mesh_scaling, "HIDDEN", (64, 64))
+    step, state, batch = mesh_scaling.make_step(1 / 4, axis, 4)
+    found = mesh_scaling.collectives(step.lower(state, batch).compile().as_text())
     sent = sum(size for _, size in found.values())
-    formula = scaling.by_formula(1 / 4, axis, 4)
+    formula = mesh_scaling.by_formula(1 / 4, axis, 4)
     assert formula <= sent <= 3.5 * formula
