@@ -5,6 +5,8 @@
 # test-fast  for every save: no training, no binaries, no comparison with references
 # test-slow  whole recipes, minutes each, and the rest of the tables
 # faults     206 small runs, killed and damaged, until all are done; half an hour
+# benchmark  every table of benchmarks/ into docs/results.md, on an idle machine; an hour
+# peers      the one against PyTorch, which it installs into .venv-peers
 #
 # What the tests compile is kept in ~/.cache/lowrank_jax: the second run is faster.
 
@@ -12,9 +14,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+PEERS := .venv-peers
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: quickstart test test-fast test-slow faults lint benchmark clean
+.PHONY: quickstart test test-fast test-slow faults lint benchmark peers clean
 
 quickstart: $(READY)
 	$(BIN)/python -m train.quickstart --config=configs/digits_mlp.py \
@@ -38,7 +41,17 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 benchmark: $(READY)
-	$(BIN)/python -m benchmarks.step_time
+	for name in step_time inference scaling host_time penalty_time; do \
+	  $(BIN)/python -m benchmarks.$$name --docs=docs/results.md || exit 1; done
+	$(MAKE) peers
+
+peers: $(READY) $(PEERS)/ready
+	$(BIN)/python -m benchmarks.peers --docs=docs/results.md
+
+$(PEERS)/ready: benchmarks/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
+	touch $@
 
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " \
@@ -50,4 +63,4 @@ $(READY): requirements.txt pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)

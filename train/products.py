@@ -1,9 +1,9 @@
-"""Linear layers on tokens whose gradients are fast, on CPUs.
+"""Linear layers on inputs of three and more axes whose gradients are fast, on CPUs.
 
-The gradient by a kernel sums over all axes of the inputs but the last ones. Where these
-are several (examples and tokens), XLA (jax 0.10.2) first copies the outputs' gradient
-into another order, together with all that it fuses with it: that of a gelu takes 18 ms
-instead of 2 at 2,048 tokens of 512 features. Here the axes are made one beforehand.
+The gradient by a kernel sums over all axes of the inputs but those it multiplies. Where
+these are several, XLA (jax 0.10.2) first copies the outputs' gradient into another
+order, together with all that it fuses with it: that of a gelu takes 18 ms instead of 2
+for 32 x 64 x 512 numbers. Here these axes are made one beforehand.
 """
 
 import math
