@@ -24,6 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     options = sizes.options(arg, compare=False, epochs=12)
     smoke, compare = options["smoke"], options["compare"]
     config = common.mnist_lenet()
+    config.steps_per_call = 10
     config.rank_rules = ((".*", sizes.rank(options)),)
     step = sizes.nested(options, "all")
     if compare:  # ten classes do not fit through one dimension

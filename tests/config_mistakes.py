@@ -78,6 +78,7 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
         ("validation_examples", "1436", "1437"),
     ),
     "never logged": ("log_every_steps", 0, ("config.log_every_steps", "got 0")),
+    "no step at all": ("steps_per_call", 0, ("config.steps_per_call", "got 0")),
     "negative epochs": ("eval_every_epochs", -1, ("config.eval_every_epochs", "-1")),
     "negative steps": ("eval_every_steps", -1, ("config.eval_every_steps", "-1")),
     "nothing kept": ("keep_checkpoints", 0, ("config.keep_checkpoints", "got 0")),

@@ -88,8 +88,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Sends a real SIGTERM to this process once the step is done."""
     add = logs.StepMetrics.add
 
-    def add_and_stop(self, done: int, metrics: Any) -> None:
-        add(self, done, metrics)
+    def add_and_stop(self, done: int, *metrics: Any) -> None:
+        add(self, done, *metrics)
         if done == step:
             signal.raise_signal(signal.SIGTERM)
 

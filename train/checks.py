@@ -15,7 +15,7 @@ from lowrank_jax.samplers import RankSampler
 from train import context, distributed, evaluation, phases
 from train.run import Run
 from train.state import fill_state, split_model
-from train.step import make_train_step
+from train.step import make_train_step, make_train_steps
 
 
 def check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> None:
@@ -177,7 +177,13 @@ def _trace(run: Run, running: phases.Running, model: nnx.Module) -> None:
             accumulation_steps=run.config["accumulation_steps"],
             layout=run.placement.layout(model),
         )
-        jax.eval_shape(step, state, _abstract_batch(run, run.batch_size))
+        batch, count = (
+            _abstract_batch(run, run.batch_size),
+            run.config["steps_per_call"],
+        )
+        jax.eval_shape(step, state, batch)
+        if count > 1:  # a state whose types change is refused
+            jax.eval_shape(make_train_steps(step), state, [batch] * 2)
 
 
 def _abstract_batch(run: Run, size: int) -> dict[str, jax.ShapeDtypeStruct]:

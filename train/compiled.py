@@ -18,18 +18,20 @@ from train.evaluation import (
 from train.phases import Running
 from train.run import Run
 from train.state import Structure, TrainState
-from train.step import Step, make_train_step
+from train.step import Step, Steps, make_train_step, make_train_steps
 
 
 class Compiled(NamedTuple):
     """Steps and evaluation of a phase.
 
     Args:
-      train_steps: One for each pattern of what is trained, in turn by epoch.
+      train_step: One for each pattern of what is trained, in turn by epoch.
+      train_steps: The same, several in one call.
       evaluator: Judges the model on the validation split.
     """
 
-    train_steps: tuple[Step, ...]
+    train_step: tuple[Step, ...]
+    train_steps: tuple[Steps, ...]
     evaluator: Evaluator
 
     def frontier(
@@ -83,4 +85,4 @@ def compile_phase(
         lambda: run.eval_batches("validation"),
         structure.limits,
     )
-    return Compiled(steps, evaluator)
+    return Compiled(steps, tuple(map(make_train_steps, steps)), evaluator)

@@ -37,6 +37,7 @@ CONFIG = {
     "init_from": str,
     "phases": list,
     "accumulation_steps": int,
+    "steps_per_call": int,
     "log_every_steps": int,
     "eval_every_epochs": int,
     "eval_every_steps": int,
@@ -56,6 +57,7 @@ MOST_EXAMPLES = 2**20
 LEAST = {
     "seed": 0,
     "accumulation_steps": 1,
+    "steps_per_call": 1,
     "log_every_steps": 1,
     "eval_every_epochs": 0,
     "eval_every_steps": 0,

@@ -30,7 +30,7 @@ step that was last "evaluated", and whether "changes_due" are still to be made."
 class Session:
     """Trains one phase after the other.
 
-    `run` is what it is about; `compiles` is true before a step that is compiled first.
+    `run` is what it is about.
 
     Args:
       run: What it is about.
@@ -106,14 +106,29 @@ class Session:
             end = phase.until.end(end, self.steps_per_epoch)
         return end
 
-    def train_step(self, step: int, batch: Any) -> dict[str, Any]:
-        """Trains on one batch; returns metrics that are still on the device."""
+    def compiles(self, count: int) -> bool:
+        """Returns whether so many steps at once are compiled when they are called."""
+        return count not in self._called
+
+    def train_step(self, step: int, *batches: Any) -> dict[str, Any]:
+        """Trains on one batch, or on several in one call, nothing being due between
+        them; returns metrics that are still on the device, with an axis of several."""
+        compiled, count = self._compiled, len(batches)
         epoch = (step - self.running.start) // self.steps_per_epoch
-        train_steps = self._compiled.train_steps
-        train_step = train_steps[epoch % len(train_steps)]
-        self.state, metrics = train_step(self.state, batch)
-        self.compiles = False
+        number = epoch % len(compiled.train_step)
+        if count == 1:
+            train_step = compiled.train_step[number]
+            self.state, metrics = train_step(self.state, *batches)
+        else:
+            train_steps = compiled.train_steps[number]
+            self.state, metrics = train_steps(self.state, batches)
+        self._called.add(count)
         return metrics
+
+    def switches(self, step: int) -> bool:
+        """Returns whether other parameters are trained from a step on."""
+        elapsed = step - self.running.start
+        return len(self._compiled.train_step) > 1 and not elapsed % self.steps_per_epoch
 
     def changes(self, step: int) -> bool:
         """Returns whether `change` has something to do after this step."""
@@ -176,7 +191,7 @@ class Session:
         self._layout = run.placement.layout(model)
         self.structure, self.state = structure, self._layout.put(state)
         self._compiled = compile_phase(run, running, structure, model)
-        self.compiles = True  # when it is called next
+        self._called: set[int] = set()
 
     def _shrinks(self, step: int) -> bool:
         shrink = self.running.phase.shrink

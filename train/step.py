@@ -25,6 +25,7 @@ from train.tasks.base import Task
 Batch = Mapping[str, Array]
 Passes = Sequence[Choice]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+Steps = Callable[[TrainState, Sequence[Batch]], tuple[TrainState, dict[str, Array]]]
 
 
 def make_train_step(
@@ -65,6 +66,17 @@ def make_train_step(
         running.phase.rungs(ranks),
     )
     return jax.jit(step.apply, donate_argnums=0)
+
+
+def make_train_steps(step: Step) -> Steps:
+    """Makes several steps, one after the other in one call of the device; their metrics
+    have a leading axis."""
+
+    def apply(state: TrainState, batches: Sequence[Batch]) -> Any:
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *batches)
+        return jax.lax.scan(step, state, stacked)
+
+    return jax.jit(apply, donate_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

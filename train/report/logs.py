@@ -228,20 +228,21 @@ class StepMetrics:
     ):
         self._writer, self._batch_size = writer, batch_size
         self.saved_step, self.names = saved_step, names
-        self._pending: list[tuple[int, Mapping[str, Any]]] = []
+        self._pending: list[tuple[range, Mapping[str, Any]]] = []
         self._timed, self._began = 0, None
 
     def compiling(self) -> None:
         """Leaves the next step, which is compiled first, out of the rate."""
         self._timed, self._began = 0, None
 
-    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Notes the metrics of a step without waiting for them."""
-        self._pending.append((step, metrics))
+    def add(self, step: int, metrics: Mapping[str, Any], count: int = 1) -> None:
+        """Notes the metrics of a step without waiting for them, or of so many up to it,
+        with a leading axis."""
+        self._pending.append((range(step - count + 1, step + 1), metrics))
         if self._began is None:
             self._timed, self._began = 0, time.perf_counter()
         else:
-            self._timed += 1
+            self._timed += count
 
     def flush(self) -> str:
         """Writes the means since the last call; returns a short summary.
@@ -252,8 +253,15 @@ class StepMetrics:
         """
         if not self._pending:
             return ""
-        steps = [step for step, _ in self._pending]
-        values = jax.device_get([metrics for _, metrics in self._pending])
+        steps = [step for at_once, _ in self._pending for step in at_once]
+        fetched = jax.device_get([metrics for _, metrics in self._pending])
+        values = []
+        for (at_once, _), metrics in zip(self._pending, fetched, strict=True):
+            if len(at_once) == 1:
+                values.append(dict(metrics))
+            else:
+                several = range(len(at_once))
+                values += [{k: x[n] for k, x in metrics.items()} for n in several]
         self._pending = []
         bad = [n for n, metrics in enumerate(values) if not _finite(metrics)]
         if bad:
