@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
+from train.models import norms
 from train.models.sizes import check_sizes
 
 
@@ -35,7 +36,7 @@ class ConvBlock(nnx.Module):
             rngs=rngs,
         )
         # Flax's momentum of 0.99 needs several hundred steps to forget its start.
-        self.norm = nnx.BatchNorm(out_features, momentum=0.9, rngs=rngs)
+        self.norm = norms.BatchNorm(out_features, momentum=0.9, rngs=rngs)
 
     def __call__(self, images: Float[Array, "b x y c"]) -> Float[Array, "b _ _ _"]:
         """Returns the feature maps of the next width."""
