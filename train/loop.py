@@ -19,7 +19,6 @@ from train import distributed
 from train.report import logs, trackers
 from train.report.status import StatusFile
 from train.saving import Saver
-from train.session import Session
 from train.start import start_run
 from train.stopping import Interrupted, StopRequested
 
@@ -103,7 +102,7 @@ def train_and_evaluate(
             if stopping:
                 raise Interrupted(f"stopped at step {step}; run it again to go on.")
 
-            count = _steps_at_once(session, saver, step)
+            count = session.steps_at_once(step, saver.due)
             if session.compiles(count):
                 metrics_log.names = session.param_names()
                 status.write(**session.about())
@@ -118,27 +117,6 @@ def train_and_evaluate(
             session.done["changes_due"] = session.changes(step)
 
     return {"step": step, "frontier": frontier}
-
-
-def _steps_at_once(session: Session, saver: Saver, step: int) -> int:
-    """How many steps the next call takes: `steps_per_call` from a multiple of it on,
-    where nothing is due before its end; else one.
-
-    It depends on the step alone, so that a run that starts again takes the same.
-    """
-    config = session.run.config
-    count, logged = config["steps_per_call"], config["log_every_steps"]
-
-    def due(step: int) -> bool:
-        return (
-            not step % logged
-            or session.changes(step)
-            or session.evaluates(step)
-            or session.switches(step)
-            or saver.due(step)
-        )
-
-    return 1 if step % count or any(map(due, range(step + 1, step + count))) else count
 
 
 def _by_fraction(frontier: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 shrinking, the end of a phase, the beginning of the next."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -125,10 +125,30 @@ class Session:
         self._called.add(count)
         return metrics
 
-    def switches(self, step: int) -> bool:
-        """Returns whether other parameters are trained from a step on."""
-        elapsed = step - self.running.start
-        return len(self._compiled.train_step) > 1 and not elapsed % self.steps_per_epoch
+    def steps_at_once(self, step: int, saves: Callable[[int], bool]) -> int:
+        """Returns how many steps the next call takes: the config's `steps_per_call`
+        from a multiple of it on, where nothing is due before its end; else one.
+
+        It depends on the step alone: a run that starts again takes the same.
+
+        Args:
+          step: The first of them.
+          saves: Whether a checkpoint is due at a step.
+        """
+        config = self.run.config
+        count, logged = config["steps_per_call"], config["log_every_steps"]
+
+        def due(step: int) -> bool:
+            return (
+                not step % logged
+                or self.changes(step)
+                or self.evaluates(step)
+                or self._switches(step)
+                or saves(step)
+            )
+
+        inner = range(step + 1, step + count)
+        return 1 if step % count or any(map(due, inner)) else count
 
     def changes(self, step: int) -> bool:
         """Returns whether `change` has something to do after this step."""
@@ -192,6 +212,11 @@ class Session:
         self.structure, self.state = structure, self._layout.put(state)
         self._compiled = compile_phase(run, running, structure, model)
         self._called: set[int] = set()
+
+    def _switches(self, step: int) -> bool:
+        """Whether other parameters are trained from a step on."""
+        elapsed = step - self.running.start
+        return len(self._compiled.train_step) > 1 and not elapsed % self.steps_per_epoch
 
     def _shrinks(self, step: int) -> bool:
         shrink = self.running.phase.shrink

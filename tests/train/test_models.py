@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from train.models import MODELS, convnet, lenet, mlp, resnet, vgg, vit
+from train.models import MODELS, convnet, lenet, mlp, norms, resnet, vgg, vit
 from train.models.pooling import max_pool_2x2
 from train.registry import resolve
 
@@ -104,7 +104,7 @@ def test_paths():
     assert paths(model, nnx.Linear) == {"fc1", "fc2", "fc3"}
     model = convnet.build(**kwargs, **OPTIONS["convnet"])
     assert paths(model, nnx.Conv) == {"blocks/0/conv", "blocks/1/conv"}
-    assert paths(model, nnx.BatchNorm) == {"blocks/0/norm", "blocks/1/norm"}
+    assert paths(model, norms.BatchNorm) == {"blocks/0/norm", "blocks/1/norm"}
     assert paths(model, nnx.Linear) == {"head"}
     model = nnx.eval_shape(
         lambda: resnet.build(**(kwargs | {"rngs": nnx.Rngs(0), "depth": 50}))
@@ -116,7 +116,9 @@ def test_paths():
     kwargs["image_shape"] = (32, 32, 1)
     model = vgg.build(**kwargs, **OPTIONS["vgg"])
     assert paths(model, nnx.Conv) == {f"blocks/{block}/conv" for block in range(8)}
-    assert paths(model, nnx.BatchNorm) == {f"blocks/{block}/norm" for block in range(8)}
+    assert paths(model, norms.BatchNorm) == {
+        f"blocks/{block}/norm" for block in range(8)
+    }
     assert paths(model, nnx.Linear) == {"head"}
     model = vit.build(**kwargs, **(OPTIONS["vit"] | {"depth": 1}))
     assert paths(model, nnx.Conv) == {"patch_embedding"}
@@ -167,7 +169,7 @@ def test_group_normalization_holds_no_batch_statistics(name):
         groups=2,
         **OPTIONS[name],
     )
-    assert paths(model, nnx.GroupNorm) and not paths(model, nnx.BatchNorm)
+    assert paths(model, nnx.GroupNorm) and not paths(model, norms.BatchNorm)
     assert not jax.tree.leaves(nnx.state(model, nnx.BatchStat))
     call = nnx.jit(lambda model, images: model(images))
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
