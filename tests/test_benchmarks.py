@@ -1,6 +1,8 @@
 """The benchmarks run, on models of a few numbers."""
 
 import contextlib
+import pathlib
+import sys
 
 import loop_configs
 import numpy as np
@@ -8,16 +10,21 @@ import pytest
 from flax import nnx
 
 from benchmarks import (
+    any_rank,
     host_time,
     inference,
     input_share,
+    peers,
     penalty_time,
+    report,
+    scaling,
     step_time,
     subjects,
 )
 from lowrank_jax import factorize
+from lowrank_jax.errors import UserError
 from lowrank_jax.penalties import PENALTIES
-from train import start
+from train import loop, opening, start
 from train.models import mlp
 
 
@@ -75,3 +82,75 @@ def test_the_wait_for_batches_is_a_share(tmp_path):
     assert 0 <= figures["waiting"] < 1
     assert figures["step_ms"] > 0
     assert input_share.batch_alone(session.run, 2) > 0
+
+
+def test_ranks_between_the_trained_ones_are_judged(tmp_path):
+    """The trained fractions lose nothing to the line between them, and full ranks are
+    an upper bound of the drawn ones."""
+    config = loop_configs.make_config(loop_configs.phase(3))
+    loop.train_and_evaluate(config, tmp_path / "run")
+    opened = opening.open_model(tmp_path / "run")
+    found = any_rank.measure(
+        opened, "validation", trained=(1.0, 0.5, 0.25), count=5, vectors=3
+    )
+    rows = {row["fraction"]: row for row in found["fractions"]}
+    assert list(rows) == [1.0, 0.7071, 0.5, 0.3536, 0.25]
+    assert all(rows[f]["loss_lost"] == 0 for f in (1.0, 0.5, 0.25))
+    line = (
+        rows[0.5]["accuracy"] + (rows[1.0]["accuracy"] - rows[0.5]["accuracy"]) * 0.4142
+    )
+    lost = line - rows[0.7071]["accuracy"]
+    assert rows[0.7071]["accuracy_lost"] == pytest.approx(lost, abs=1e-6)
+    assert all(row["macs"] <= rows[1.0]["macs"] for row in found["vectors"])
+    ((name, *_), _) = any_rank.quartiles(found["vectors"])
+    assert name == "loss"
+
+
+def test_forms_are_timed_against_width_and_depth():
+    """Beside a law that counts an eighth of the ranks as less than a half."""
+    rows = scaling.measure(32, 2, 8, rounds=2, steps=1)
+    assert rows.keys() == scaling.FORMS.keys()
+    assert rows["dense"]["ratio"] == rows["dense"]["law"] == 1
+    squares = {f"hidden/{n}": 4 for n in (0, 1)}
+    macs = 4 * (256 + 32) + 4 * (32 + 32) + 32 * 10
+    assert scaling.law(32, 2, 8, squares) == macs
+    assert rows["0.125"]["law"] < rows["0.5"]["law"]
+
+
+def test_tables_are_put_in_their_places():
+    """Where one of this name stands, else at the end; the rest of the page stays."""
+    page = "# Title\n"
+    for name, text in (("a", "first"), ("b", "second"), ("a", "third")):
+        page = report.placed(page, name, text)
+    assert page == (
+        "# Title\n\n<!-- a -->\nthird\n<!-- end -->\n"
+        "\n<!-- b -->\nsecond\n<!-- end -->\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lenet", "resnet18", "shakespeare:cpu"])
+def test_pytorch_takes_the_same_steps(name):
+    """Its networks have as many parameters as ours, dense and factored."""
+    python = pathlib.Path(__file__).parents[1] / ".venv-peers/bin/python"
+    if not python.exists():
+        pytest.skip("needs PyTorch in .venv-peers: run `make peers`")
+    with peers.started(str(python), name, 2) as peer:
+        rows = peers.measure(subjects.make(name, 2), peer, rounds=1, steps=1)
+    assert [row["step"] for row in rows] == list(peers.OURS)
+    assert all(row["pytorch_ms"] > 0 for row in rows)
+
+
+def test_a_peer_that_is_not_there_is_named():
+    with pytest.raises(UserError, match="--python: must be an interpreter"):
+        with peers.started("no/python", "lenet", 2):
+            pass
+
+
+def test_a_peer_that_cannot_run_is_named():
+    """This interpreter has no PyTorch."""
+    with pytest.raises(
+        UserError, match="--python: must run peers_torch.py, got status"
+    ):
+        with peers.started(sys.executable, "lenet", 2):
+            pass
