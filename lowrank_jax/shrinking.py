@@ -10,6 +10,7 @@ them, `optax.adaptive_grad_clip`, `clip_by_block_rms`, `centralize` and Fromage:
 norm or mean of a weight is another one without its tail.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Array
 
 from lowrank_jax import linalg, placement
 from lowrank_jax.active import check_ranks
@@ -179,13 +181,10 @@ def tail_ranks(
       UserError: There are NaN among the active columns; all such layers are named.
     """
     ranks, problems = {}, []
+    importances = _tail_importances(*nnx.split(model))
     for path, factors in find_factors(model).items():
         active = np.asarray(factors.limits().active)
-        left, right = linalg.column_norms(
-            factors.active_u(None), None, factors.active_v(None)
-        )
-        right = jnp.where(np.arange(factors.max_rank) < active[..., None], right, 0)
-        tails = placement.to_host(linalg.tail_norms(left) * linalg.tail_norms(right))
+        tails = placement.to_host(importances[path])
         if np.isnan(tails).any():
             problems.append(
                 f"{name_of(path)}: factors must be numbers to be shrunk, got NaN. Lower"
@@ -196,6 +195,19 @@ def tail_ranks(
         ranks[path] = lowest(rounded, active)
     raise_all(problems)
     return ranks
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tail_importances(graph: nnx.GraphDef, state: Any) -> dict[str, Array]:
+    """Of each layer's tails, by path; compiled once for all layers of some shapes."""
+    importances = {}
+    for path, factors in find_factors(nnx.merge(graph, state)).items():
+        left, right = linalg.column_norms(
+            factors.active_u(None), None, factors.active_v(None)
+        )
+        right = jnp.where(factors.mask(), right, 0)
+        importances[path] = linalg.tail_norms(left) * linalg.tail_norms(right)
+    return importances
 
 
 def _is_variable(node: Any) -> bool:
