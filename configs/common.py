@@ -66,6 +66,7 @@ def base(*, seed: int) -> ConfigDict:
     config.phases = ()
     config.accumulation_steps = 1
     config.steps_per_call = 1
+    config.compute_dtype = "float32"
     config.log_every_steps = 50
     config.eval_every_epochs = 1
     config.eval_every_steps = 0

@@ -78,6 +78,11 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
         ("validation_examples", "1436", "1437"),
     ),
     "never logged": ("log_every_steps", 0, ("config.log_every_steps", "got 0")),
+    "no such precision": (
+        "compute_dtype",
+        "float16",
+        ("config.compute_dtype", "bfloat16", "got 'float16'"),
+    ),
     "no step at all": ("steps_per_call", 0, ("config.steps_per_call", "got 0")),
     "negative epochs": ("eval_every_epochs", -1, ("config.eval_every_epochs", "-1")),
     "negative steps": ("eval_every_steps", -1, ("config.eval_every_steps", "-1")),

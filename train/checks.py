@@ -175,6 +175,7 @@ def _trace(run: Run, running: phases.Running, model: nnx.Module) -> None:
             jax.random.key(0),
             epoch=epoch,
             accumulation_steps=run.config["accumulation_steps"],
+            compute_dtype=run.config["compute_dtype"],
             layout=run.placement.layout(model),
         )
         batch, count = (

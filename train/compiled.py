@@ -68,6 +68,7 @@ def compile_phase(
             root_key,
             epoch=epoch,
             accumulation_steps=run.config["accumulation_steps"],
+            compute_dtype=run.config["compute_dtype"],
             layout=layout,
         )
         for epoch in range(len(running.phase.trainable))

@@ -13,7 +13,7 @@ from typing import Any
 
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
-from train import phases, registry, sharding
+from train import computing, phases, registry, sharding
 from train.schema import NAMED, compare, difference, foreign, is_number
 from train.tasks import TASKS
 
@@ -38,6 +38,7 @@ CONFIG = {
     "phases": list,
     "accumulation_steps": int,
     "steps_per_call": int,
+    "compute_dtype": str,
     "log_every_steps": int,
     "eval_every_epochs": int,
     "eval_every_steps": int,
@@ -135,6 +136,11 @@ def _bounds(config: Mapping[str, Any]) -> list[str]:
                 f"config.data.{key}: must be at most {MOST_EXAMPLES:,}, got"
                 f" {config['data'][key]:,}. Lower it."
             )
+    if (dtype := config["compute_dtype"]) not in computing.DTYPES:
+        problems.append(
+            f"config.compute_dtype: must be one of {computing.DTYPES}, got {dtype!r}."
+            " Choose one."
+        )
     if not config["phases"]:
         problems.append(
             "config.phases: must hold at least one phase, got none. Add one."

@@ -15,7 +15,7 @@ from lowrank_jax import penalties, projections, samplers
 from lowrank_jax.paths import find_factors
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.samplers import Choice, RankSampler, SampledRanks
-from train import convolution, products
+from train import computing
 from train import passes as one_pass
 from train.phases import Running
 from train.sharding import Layout
@@ -36,6 +36,7 @@ def make_train_step(
     *,
     epoch: int = 0,
     accumulation_steps: int = 1,
+    compute_dtype: str = "float32",
     layout: Layout | None = None,
 ) -> Step:
     """Makes the jitted step of a phase.
@@ -50,6 +51,7 @@ def make_train_step(
       accumulation_steps: Parts of the batch whose gradients are added, one part after
         the other, so that one part's activations are in memory. All are at the ranks of
         the step; BatchNorm sees part after part.
+      compute_dtype: Of products (`train.computing`).
       layout: How the state lies on a mesh; None on one device.
     """
     patterns = running.phase.trainable
@@ -62,6 +64,7 @@ def make_train_step(
         root_key,
         pattern,
         accumulation_steps,
+        compute_dtype,
         layout,
         running.phase.rungs(ranks),
     )
@@ -90,6 +93,7 @@ class _TrainStep:
     root_key: PRNGKeyArray
     pattern: re.Pattern[str]
     accumulation_steps: int
+    compute_dtype: str
     layout: Layout | None
     rungs: Sequence[Ranks]
 
@@ -244,9 +248,8 @@ class _TrainStep:
         model_state, key, inputs, batch, _ = operands
         params = self._freeze(params, jax.lax.stop_gradient)
         model = place(self.structure.merge(params, model_state, key))
-        if self.layout is None or self.layout.placement.mesh.size == 1:
-            convolution.use_in(model)
-            products.use_in(model)
+        one_device = self.layout is None or self.layout.placement.mesh.size == 1
+        computing.prepare(model, self.compute_dtype, one_device=one_device)
         outputs = model(*inputs)
         return self.task.loss(outputs, batch), (outputs, model_state_of(model))
 
