@@ -8,6 +8,7 @@ import loop_configs
 import numpy as np
 import pytest
 from flax import nnx
+from support import compiled_anew
 
 from benchmarks import (
     any_rank,
@@ -16,11 +17,13 @@ from benchmarks import (
     input_share,
     peers,
     penalty_time,
+    recompilation,
     report,
     scaling,
     step_time,
     subjects,
 )
+from configs import common
 from lowrank_jax import factorize
 from lowrank_jax.errors import UserError
 from lowrank_jax.penalties import PENALTIES
@@ -115,6 +118,26 @@ def test_forms_are_timed_against_width_and_depth():
     macs = 4 * (256 + 32) + 4 * (32 + 32) + 32 * 10
     assert scaling.law(32, 2, 8, squares) == macs
     assert rows["0.125"]["law"] < rows["0.5"]["law"]
+
+
+def test_what_is_compiled_after_the_first_step_is_lost(tmp_path):
+    """The step once more where layers shrink, whatever else is compiled with it."""
+    shrinking = loop_configs.phase(
+        8,
+        sampler=common.named("single_layer"),
+        penalties=(loop_configs.lasso(0.05),),
+        shrink={"every_epochs": 1, "every_steps": 0, "threshold": 0.3, "multiple": 1},
+    )
+    config = loop_configs.make_config(shrinking)
+
+    def train():
+        with compiled_anew():
+            loop.train_and_evaluate(config, tmp_path / "run")
+
+    figures = recompilation.measure(train)
+    assert figures["steps_compiled"] == 2
+    assert figures["compiling_before"] > 0 < figures["compiling_after"]
+    assert 0 < figures["lost"] < 1
 
 
 def test_tables_are_put_in_their_places():
