@@ -1,7 +1,7 @@
 # Every target sets itself up: a virtual environment in .venv with this project in it.
 # Needs Python >= 3.11 (make PYTHON=python3.12 for another one) and make.
 #
-# test       all but the slow ones, a seventh of the contract tables; 2 workers, 5 GiB each
+# test       all but the slow ones, a fourteenth of the contract tables; 2 workers, 5 GiB each
 # test-fast  for every save: no training, no binaries, no comparison with references
 # test-slow  whole recipes, minutes each, and the rest of the tables
 # faults     206 small runs, killed and damaged, until all are done; half an hour

@@ -109,6 +109,7 @@ def test_ranks_between_the_trained_ones_are_judged(tmp_path):
     assert name == "loss"
 
 
+@pytest.mark.slow
 def test_forms_are_timed_against_width_and_depth():
     """Beside a law that counts an eighth of the ranks as less than a half."""
     rows = scaling.measure(32, 2, 8, rounds=2, steps=1)
@@ -120,6 +121,7 @@ def test_forms_are_timed_against_width_and_depth():
     assert rows["0.125"]["law"] < rows["0.5"]["law"]
 
 
+@pytest.mark.slow
 def test_what_is_compiled_after_the_first_step_is_lost(tmp_path):
     """The step once more where layers shrink, whatever else is compiled with it."""
     shrinking = loop_configs.phase(

@@ -18,6 +18,11 @@ from train.state import new_state
 from train.step import make_train_step
 
 DTYPES = ("float32", "bfloat16")
+MODELS = [
+    "mlp",
+    pytest.param("convnet", marks=pytest.mark.slow),
+    pytest.param("vit", marks=pytest.mark.slow),
+]
 NESTED = {
     "sampler": common.named("sandwich", passes=3),
     "teacher": common.named("full", target_weight=0.5),
@@ -36,7 +41,7 @@ def make_step(model: str, dtype: str, **changes):
     return step, state, next(run.data.train_batches(65, seed=0))
 
 
-@pytest.mark.parametrize("model", ["mlp", "convnet", "vit"])
+@pytest.mark.parametrize("model", MODELS)
 def test_a_step_in_bfloat16_is_near_that_in_float32(model):
     """As near as eight bits are; the state keeps its dtypes."""
     results = []
@@ -52,7 +57,7 @@ def test_a_step_in_bfloat16_is_near_that_in_float32(model):
     assert loss_16 != loss
 
 
-@pytest.mark.parametrize("model", ["mlp", "convnet", "vit"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_are_of_this_dtype(model, dtype):
     """All that have a weight; what normalization sums has none."""

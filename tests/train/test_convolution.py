@@ -27,7 +27,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize(
+    "low_rank", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_flax(case, low_rank):
     """By the inputs and all parameters, dense and low-rank; outside of a branch and in

@@ -51,7 +51,9 @@ def assert_alike(found, expected, tolerance=2e-5):
     )
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 2, 4), (6, 7, 4)])
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 2, 4), pytest.param((6, 7, 4), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_values_gradients_and_statistics_are_those_of_flax(pair, shape):
     own, flax, sizes = PAIRS[pair]
