@@ -5,7 +5,7 @@
 # test-fast  for every save: no training, no binaries, no comparison with references
 # test-slow  whole recipes, minutes each, and the rest of the tables
 # faults     206 small runs, killed and damaged, until all are done; half an hour
-# benchmark  every table of benchmarks/ into docs/results.md, on an idle machine; an hour
+# benchmark  every table of benchmarks/ into docs/results.md, on an idle machine; long
 # peers      the one against PyTorch, which it installs into .venv-peers
 #
 # What the tests compile is kept in ~/.cache/lowrank_jax: the second run is faster.
