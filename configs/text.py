@@ -101,6 +101,7 @@ def _low_rank(options: Mapping[str, Any], steps: int, lasso: float) -> dict[str,
                 "every_steps": max(1, steps // _SHRINKS),
                 "threshold": 1e-5,
                 "multiple": 1,
+                "least_share": 0.0,
             },
         }
     if options["alone"]:

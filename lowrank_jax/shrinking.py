@@ -11,6 +11,7 @@ norm or mean of a weight is another one without its tail.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -195,6 +196,26 @@ def tail_ranks(
         ranks[path] = lowest(rounded, active)
     raise_all(problems)
     return ranks
+
+
+def share_cut(model: nnx.Module, ranks: Ranks) -> float:
+    """Returns what share of a model's parameters a cut to these ranks takes away.
+
+    Args:
+      model: A low-rank model.
+      ranks: As of `shrink`.
+
+    >>> from lowrank_jax import factorize
+    >>> dense = nnx.Linear(8, 8, use_bias=False, rngs=nnx.Rngs(0))
+    >>> share_cut(factorize(dense), {"": 2})
+    0.75
+    """
+    small = nnx.eval_shape(lambda model: truncate(model, ranks), model)
+    before, after = (
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(m, nnx.Param)))
+        for m in (model, small)
+    )
+    return 1 - after / before
 
 
 @functools.partial(jax.jit, static_argnums=0)

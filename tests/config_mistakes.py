@@ -24,7 +24,13 @@ def named(name: str, **args: Any) -> dict[str, Any]:
     return {"name": name, "args": args}
 
 
-SHRINK = {"every_epochs": 1, "every_steps": 0, "threshold": 1e-3, "multiple": 1}
+SHRINK = {
+    "every_epochs": 1,
+    "every_steps": 0,
+    "threshold": 1e-3,
+    "multiple": 1,
+    "least_share": 0.0,
+}
 RANKS = {"head": 4, "hidden/0": 4}
 
 # what is wrong: place, value (or several of them), parts of the message
@@ -163,6 +169,11 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
         "phases/0/shrink",
         {**SHRINK, "threshold": "small"},
         ("config.phases[0] (only)", "shrink", "'small'"),
+    ),
+    "shrink that waits for all": (
+        "phases/0/shrink",
+        {**SHRINK, "least_share": 1.0},
+        ("config.phases[0] (only)", "least_share must be in [0, 1)", "1.0"),
     ),
     "shrink every half epoch": (
         "phases/0/shrink",

@@ -82,7 +82,13 @@ def lasso(weight: float) -> dict[str, Any]:
 
 
 def two_phases(weight: float = 0.05) -> Any:
-    shrink = {"every_epochs": 1, "every_steps": 0, "threshold": 0.3, "multiple": 1}
+    shrink = {
+        "every_epochs": 1,
+        "every_steps": 0,
+        "threshold": 0.3,
+        "multiple": 1,
+        "least_share": 0.0,
+    }
     adam = common.optimizer(
         "adamw",
         learning_rate=1e-2,

@@ -108,16 +108,33 @@ class Shrink(NamedTuple):
       every_steps: The same in steps; one of the two is above 0.
       threshold: Of `lowrank_jax.tail_ranks`.
       multiple: Of `lowrank_jax.tail_ranks`.
+      least_share: Of the model's parameters, that a cut must take: new shapes are
+        compiled anew, so that smaller ones wait for more; 0 for none that waits. The
+        last cut in a phase never does.
     """
 
     every_epochs: int
     every_steps: int
     threshold: float
     multiple: int
+    least_share: float
 
     def due(self, step: int, steps_per_epoch: int) -> bool:
         """Returns whether ranks are cut at a step."""
-        return not step % (self.every_steps or self.every_epochs * steps_per_epoch)
+        return not step % self._steps(steps_per_epoch)
+
+    def waits(self, share: float, left: int, steps_per_epoch: int) -> bool:
+        """Returns whether a cut is left for later.
+
+        Args:
+          share: Of the parameters, that it takes.
+          left: Steps to the end of the phase.
+          steps_per_epoch: Of the run.
+        """
+        return share < self.least_share and left >= self._steps(steps_per_epoch)
+
+    def _steps(self, steps_per_epoch: int) -> int:
+        return self.every_steps or self.every_epochs * steps_per_epoch
 
 
 def _build_shrink(spec: Mapping[str, Any]) -> Shrink | None:
@@ -134,6 +151,11 @@ def _build_shrink(spec: Mapping[str, Any]) -> Shrink | None:
         raise UserError(
             "multiple must be at least 1, threshold at least 0, got"
             f" {dict(spec)}. Correct them; {{}} is for never."
+        )
+    if not 0 <= spec["least_share"] < 1:
+        raise UserError(
+            f"least_share must be in [0, 1), got {spec['least_share']}. Use 0 for every"
+            " cut as soon as it is due."
         )
     return Shrink(**spec)
 

@@ -163,7 +163,7 @@ class Session:
         before = {**vars(self), "memory": copy.deepcopy(self.memory)}
         try:
             if self._shrinks(step):
-                self._shrink()
+                self._shrink(step)
             self._measure(step)
             if step >= self._end:
                 self._finish(step)
@@ -222,14 +222,17 @@ class Session:
         shrink = self.running.phase.shrink
         return bool(shrink) and shrink.due(step, self.steps_per_epoch)
 
-    def _shrink(self) -> None:
-        """Cuts the state by the phase's rule, if a rank falls."""
+    def _shrink(self, step: int) -> None:
+        """Cuts the state by the phase's rule, if a rank falls and it is worth it."""
         model, rule = self.model(), self.running.phase.shrink
         old = active.get_ranks(model)
         new = shrinking.tail_ranks(
             model, threshold=rule.threshold, multiple=rule.multiple
         )
         if new == old:
+            return
+        share, left = shrinking.share_cut(model, new), self._end - step
+        if rule.waits(share, left, self.steps_per_epoch):
             return
         shrunk = shrinking.shrink(
             model, new, self.state.opt_state, self.running.optimizer

@@ -37,7 +37,13 @@ def get_config(arg: str = "") -> ConfigDict:
         sampler=named("single_layer"),
         penalties=(named("hierarchical_group_lasso", weight=0.05),),
         optimizer=common.optimizer("sgd", learning_rate=0.1, args={"momentum": 0.5}),
-        shrink={"every_epochs": 1, "every_steps": 0, "threshold": 0.3, "multiple": 1},
+        shrink={
+            "every_epochs": 1,
+            "every_steps": 0,
+            "threshold": 0.3,
+            "multiple": 1,
+            "least_share": 0.0,
+        },
         on_end=(
             named("canonicalize"),
             named("truncate", selector=named("energy", value=0.95)),

@@ -95,6 +95,7 @@ def every_part() -> dict[str, Any]:
                 "every_steps": 0,
                 "threshold": 1e-3,
                 "multiple": 2,
+                "least_share": 0.1,
             },
             on_end=()
             if index >= len(ends)

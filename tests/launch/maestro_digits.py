@@ -25,6 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "every_steps": 0,
                 "threshold": 1e-5,
                 "multiple": 1,
+                "least_share": 0.0,
             },
         ),
     )

@@ -251,6 +251,7 @@ def finished_run(tmp_path_factory) -> Run:
                 "every_steps": 0,
                 "threshold": 0.3,
                 "multiple": 1,
+                "least_share": 0.0,
             },
         ),
     )

@@ -34,7 +34,13 @@ FULL = {"head": 10, "hidden/0": 16}
 PLAIN = common.optimizer("sgd", learning_rate=0.1)
 SGD = common.optimizer("sgd", learning_rate=0.1, args={"momentum": 0.5})
 LASSO = named("hierarchical_group_lasso", weight=0.05)
-SHRINK = {"every_epochs": 1, "every_steps": 0, "threshold": 0.3, "multiple": 1}
+SHRINK = {
+    "every_epochs": 1,
+    "every_steps": 0,
+    "threshold": 0.3,
+    "multiple": 1,
+    "least_share": 0.0,
+}
 
 
 def phase(steps: int, **changes: Any) -> dict[str, Any]:
@@ -159,6 +165,26 @@ def test_a_family_is_lowered_where_the_run_shrinks(tmp_path):
     for path, rank in ranks.items():
         expected = [min(rank, profile[path]) for profile in FAMILY]
         assert arrays[f"sampler/tables/{path}"].tolist() == expected
+
+
+@pytest.mark.parametrize("least_share, cut_at", [(0.0, {4, 8, 12}), (0.95, {12})])
+def test_a_cut_waits_until_it_takes_its_share(tmp_path, least_share, cut_at):
+    """New shapes are compiled anew; the last cut of a phase never waits."""
+    rule = {**SHRINK, "least_share": least_share}
+    lasso = {**LASSO, "args": {"weight": 0.1}}
+    config = make_config(
+        phase(12, sampler=named("single_layer"), penalties=(lasso,), shrink=rule)
+    )
+    workdir, before, found = tmp_path / "run", FULL, set()
+    for step in (4, 8, 12):
+        if step < 12:
+            interrupt(config, workdir, step)
+        else:
+            train(config, workdir)
+        ranks = at_step(workdir, step).metadata["ranks"]
+        found |= {step} if ranks != before else set()
+        before = ranks
+    assert found == cut_at
 
 
 # Weight decay and masked columns.
