@@ -14,8 +14,9 @@ from absl import flags
 
 from benchmarks import report
 from configs import sizes
-from lowrank_jax import active
-from lowrank_jax.ranks import Ranks, at_fraction
+from lowrank_jax import active, families
+from lowrank_jax.families import Family
+from lowrank_jax.ranks import Ranks
 from train import binary, opening
 from train.report import logs
 from train.state import split_model
@@ -32,11 +33,13 @@ def fractions(count: int, smallest: float) -> list[float]:
     return [float(x) for x in np.round(np.geomspace(1.0, smallest, count), 4)]
 
 
-def draw(ranks: Ranks, smallest: float, rng: np.random.Generator) -> Ranks:
-    """Draws a fraction for each layer, its logarithm uniform, down to the smallest."""
+def draw(
+    family: Family, ranks: Ranks, smallest: float, rng: np.random.Generator
+) -> Ranks:
+    """Draws a size for each layer, its logarithm uniform, down to the smallest."""
     least = np.log(smallest)
-    each = {path: float(np.exp(rng.uniform(least, 0.0))) for path in ranks}
-    return {path: at_fraction({path: r}, each[path])[path] for path, r in ranks.items()}
+    sizes = {path: float(np.exp(rng.uniform(least, 0.0))) for path in ranks}
+    return {p: families.member(family, ranks, sizes[p])[p] for p in ranks}
 
 
 def losses(rows: Rows, known: Rows, by: str, figure: str) -> list[float]:
@@ -90,12 +93,15 @@ def measure(
         found = evaluator.at(params, state, ranks)
         return {**more, "macs": found["macs"], **{name: found[name] for name in names}}
 
-    at_trained = [judged(at_fraction(ranks, f), fraction=f) for f in trained]
-    rows = [
-        judged(at_fraction(ranks, f), fraction=f) for f in fractions(count, smallest)
-    ]
+    def at(fraction: float) -> dict[str, float]:
+        lower = families.member(opened.family, ranks, fraction)
+        return judged(lower, fraction=fraction)
+
+    at_trained = [at(fraction) for fraction in trained]
+    rows = [at(fraction) for fraction in fractions(count, smallest)]
     rng = np.random.default_rng(seed)
-    drawn = [judged(draw(ranks, smallest, rng)) for _ in range(vectors)]
+    given = (opened.family, ranks, smallest)
+    drawn = [judged(draw(*given, rng)) for _ in range(vectors)]
     for name in names:
         sign = -1 if name == task.headline and task.higher_is_better else 1
         for each, known, by in ((rows, at_trained, "fraction"), (drawn, rows, "macs")):

@@ -25,10 +25,10 @@ def get_config(arg: str = "") -> ConfigDict:
     smoke, compare = options["smoke"], options["compare"]
     config = common.mnist_lenet()
     config.steps_per_call = 10
-    config.rank_rules = ((".*", sizes.rank(options)),)
-    step = sizes.nested(options, "all")
-    if compare:  # ten classes do not fit through one dimension
-        config.rank_rules = (("fc3", "dense"), (".*", "full"))
+    # ten classes do not fit through two dimensions
+    config.rank_rules = (("fc3", "dense"), (".*", sizes.rank(options)))
+    step = sizes.nested(options, "all" if compare else "any")
+    if compare:
         step["sampler"] = common.named("matryoshka", fractions=COMPARED)
         epochs, optimizer = common.LENET_EPOCHS, common.lenet_optimizer()
     else:

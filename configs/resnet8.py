@@ -11,39 +11,61 @@ Result:   `parts`, one seed, held out: 48 / 46 / 42 / 40 % at 1 / 0.5 / 0.25 / 0
           the ranks; alone 51 at a quarter, 45 at an eighth: 3,120 steps are too few
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import common, sizes
 
 EPOCHS = 20
+DENSE_SHARE = 0.5
+"""Of the epochs, before the layers are factorized."""
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; "smoke" for a run of a minute."""
     options = sizes.options(arg, batch=False, dense=False)
+    smoke = options["smoke"]
     config = common.base(seed=0)
     common.cifar10(config, batch_size=64)
     config.data.train_examples = 10_000
     norm = {"norm": "batch"} if options["batch"] else {"norm": "group", "groups": 8}
     config.model = common.named("resnet", depth=8, **norm)
-    # ten classes do not fit through two dimensions
-    config.rank_rules = (("head", "dense"), (".*", sizes.rank(options)))
+    config.rank_rules = ((".*", "dense"),)
     config.eval_every_epochs = config.checkpoint_every_epochs = 5
-    config.eval_fractions = (1.0,) if options["alone"] else sizes.FRACTIONS
+    config.eval_fractions = sizes.FRACTIONS if sizes.is_nested(options) else (1.0,)
     config.recalibration_batches = 20 if options["batch"] else 0
-    smoke = options["smoke"]
+    warmup_steps = common.SMOKE_STEPS // 5 if smoke else 300
+    cosine = common.cosine(warmup_steps=warmup_steps)
+    if options["dense"]:
+        config.phases = (
+            common.phase(
+                name="train",
+                until=common.length(EPOCHS, smoke=smoke),
+                optimizer=_adam(4e-3, cosine),
+            ),
+        )
+        return config
+    first = round(DENSE_SHARE * EPOCHS)
+    # ten classes do not fit through two dimensions
+    rules = (("head", "dense"), (".*", sizes.rank(options)))
     config.phases = (
         common.phase(
-            name="train",
-            until=common.length(EPOCHS, smoke=smoke),
-            optimizer=common.optimizer(
-                "adam",
-                learning_rate=4e-3,
-                schedule=common.cosine(
-                    warmup_steps=common.SMOKE_STEPS // 5 if smoke else 300
-                ),
-            ),
-            **sizes.nested(options, "parts"),
+            name="warm_up",
+            until=common.length(first, smoke=smoke),
+            optimizer=_adam(4e-3, common.named("constant", warmup_steps=warmup_steps)),
+            on_end=sizes.factorized(options, rules),
+        ),
+        common.phase(
+            name="low_rank",
+            until=common.length(EPOCHS - first, smoke=smoke),
+            optimizer=_adam(2e-3, cosine),
+            **sizes.nested(options, "parts", by_energy=not options["uniform"]),
         ),
     )
     return config
+
+
+def _adam(learning_rate: float, schedule: Mapping[str, Any]) -> dict[str, Any]:
+    return common.optimizer("adam", learning_rate=learning_rate, schedule=schedule)

@@ -4,7 +4,7 @@ The first pass is always the whole model on the whole batch; the others learn fr
 outputs. What each costs and reaches stands in docs/results.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs import common
@@ -49,13 +49,15 @@ STEPS: dict[str, dict[str, Any]] = {
 def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
     """Reads a config's argument with the words of the steps; `alone=0.5` trains at this
     fraction of the ranks alone, `dense` and `maestro`, where a config takes them, as
-    they say; `smallest=3` weighs the smallest size three times in the loss.
+    they say; `smallest=3` weighs the smallest size three times in the loss, `uniform`
+    takes one fraction of every rank where the config would choose ranks by layer.
 
     Raises:
       UserError: As `common.options`, more than one method, or a fraction out of bounds.
     """
     words = dict.fromkeys(STEPS, False)
-    options = common.options(arg, **words, alone=float, smallest=float, **known)
+    further = {"alone": float, "smallest": float, "uniform": False}
+    options = common.options(arg, **words, **further, **known)
     methods = ("dense", "maestro", "alone", *STEPS)
     chosen = [word for word in methods if options.get(word) not in (None, False)]
     if len(chosen) > 1:
@@ -72,19 +74,53 @@ def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
     return options
 
 
-def nested(options: Mapping[str, Any], default: str) -> dict[str, Any]:
-    """Returns the keys of the phase: of the step that the argument names, or of the
-    default; none where one size is trained alone."""
-    if options["alone"] is not None or options.get("dense"):
+def is_nested(options: Mapping[str, Any]) -> bool:
+    """Returns whether several sizes are trained."""
+    others = ("dense", "maestro")
+    return options["alone"] is None and not any(map(options.get, others))
+
+
+def nested(
+    options: Mapping[str, Any], default: str, *, by_energy: bool = False
+) -> dict[str, Any]:
+    """Returns the keys of a phase that trains several sizes; none where one is trained
+    alone.
+
+    Args:
+      options: Of the config's argument; it may name the step.
+      default: The step where it does not.
+      by_energy: Whether the sizes are those of `factorized`.
+    """
+    if not is_nested(options):
         return {}
     (*_, word) = [default, *(word for word in STEPS if options[word])]
     taught = common.named("full", target_weight=0.0)
     step = {"teacher": taught, **STEPS[word]}
+    if by_energy:
+        sampler = step["sampler"]
+        args = {**sampler["args"], "family": "selected"}
+        step["sampler"] = common.named(sampler["name"], **args)
     if options["smallest"] is not None:
         sampler = step["sampler"]
         passes = SAMPLERS[sampler["name"]](**sampler["args"]).passes
         step["pass_weights"] = (*[1.0] * (passes - 1), options["smallest"])
     return step
+
+
+def factorized(
+    options: Mapping[str, Any], rules: Sequence[tuple[str, Any]]
+) -> tuple[dict[str, Any], ...]:
+    """Returns the actions that end a dense phase: layers become low-rank, and sizes get
+    the ranks that keep one share of energy in all of them.
+
+    Args:
+      options: Of the config's argument.
+      rules: Rank rules.
+    """
+    actions = (common.named("factorize", rules=rules),)
+    if not is_nested(options) or options["uniform"]:
+        return actions
+    return *actions, common.named("select_family", fractions=FRACTIONS[1:])
 
 
 def rank(options: Mapping[str, Any]) -> Any:

@@ -68,7 +68,7 @@ def phases(
         name="warm_up",
         until={"steps": dense_steps},
         optimizer={**optimizer, "schedule": constant},
-        on_end=(common.named("factorize", rules=rank_rules(sizes.rank(options))),),
+        on_end=sizes.factorized(options, rank_rules(sizes.rank(options))),
     )
     rest = steps - dense_steps
     slower = {
@@ -106,7 +106,8 @@ def _low_rank(options: Mapping[str, Any], steps: int, lasso: float) -> dict[str,
         }
     if options["alone"]:
         return {"name": "alone"}
-    return {"name": "nested", **sizes.nested(options, "one")}
+    by_energy = not options["uniform"]
+    return {"name": "nested", **sizes.nested(options, "parts", by_energy=by_energy)}
 
 
 def by_steps(config: Any, every: int) -> None:

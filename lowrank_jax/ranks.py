@@ -76,11 +76,20 @@ def fraction_of(fraction: float, rank: int) -> int:
     >>> fraction_of(7 / 25, 25), fraction_of(0.25, 10), fraction_of(1e-7, 4096)
     (7, 3, 1)
     """
-    check_fraction("rank_fraction", fraction)
-    product = fractions.Fraction(float(fraction)) * rank
-    nearest = round(product)
-    exact = abs(product - nearest) <= fractions.Fraction(1, 10**9) * max(rank, 1)
-    return max(nearest if exact else math.ceil(product), min(rank, 1))
+    return rank_between(0, rank, fraction)
+
+
+def rank_between(low: int, high: int, place: float) -> int:
+    """Returns the rank at a place in (0, 1] between two, rounded up as `fraction_of`.
+
+    >>> [rank_between(4, 7, place) for place in (1 / 3, 0.5, 1.0)]
+    [5, 6, 7]
+    """
+    check_fraction("rank_fraction", place)
+    exact = low + fractions.Fraction(float(place)) * (high - low)
+    nearest = round(exact)
+    close = abs(exact - nearest) <= fractions.Fraction(1, 10**9) * max(high, 1)
+    return max(nearest if close else math.ceil(exact), min(high, 1))
 
 
 def check_fraction(where: str, fraction: float) -> None:

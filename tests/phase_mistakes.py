@@ -129,6 +129,21 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
         ends_with("truncate", selector=named("selected")),
         (FIRST, "on_end (truncate)", "'select'"),
     ),
+    "a family that nobody selected": (
+        "phases/0/sampler",
+        named("matryoshka", fractions=(1.0, 0.5), family="selected"),
+        (FIRST, "sampler", "'select_family'"),
+    ),
+    "a family by another name": (
+        "phases/0/sampler",
+        named("matryoshka", fractions=(1.0, 0.5), family="chosen"),
+        (FIRST, "sampler", "family", "'chosen'"),
+    ),
+    "a family of the whole": (
+        "phases/0/on_end",
+        ends_with("select_family", fractions=(1.0, 0.5)),
+        (FIRST, "on_end", "fractions", "1.0"),
+    ),
     "a search without held-out images": (
         {
             "phases/0/on_end": ends_with("select", selector=BEAM),

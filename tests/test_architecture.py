@@ -17,7 +17,7 @@ LAYERS = (
     {"errors", "placement", "version"},
     {"linalg", "rules", "ranks", "folds", "optimizer_state", "purity", "pieces"}
     | {"nnx_internals"},
-    {"cost", "ranked", "storage", "metadata"},
+    {"cost", "ranked", "storage", "metadata", "families"},
     {"factors"},
     {"forms"},
     {"layers"},

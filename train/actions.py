@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from lowrank_jax import active, counting, errors, factorization, paths, surgery
+from lowrank_jax import (
+    active,
+    counting,
+    errors,
+    factorization,
+    families,
+    paths,
+    surgery,
+)
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks, lowest
 from lowrank_jax.selection import solvers
@@ -66,14 +74,14 @@ class Action(NamedTuple):
       kind: How the parameters relate.
       largest: From an abstract model and a choice made on it to the choice with the
         largest model that is possible once values are known.
-      selects: Whether the choice is the target ranks of later phases.
+      selects: Which field of `phases.Selected` the choice is, "" for none.
     """
 
     choose: Callable[[nnx.Module, Context], Any]
     apply: Callable[[nnx.Module, Any], nnx.Module]
     kind: Kind
     largest: Callable[[nnx.Module, Any], Any] = _only_choice
-    selects: bool = False
+    selects: str = ""
 
 
 def canonicalize() -> Action:
@@ -186,8 +194,41 @@ def select(*, selector: Mapping[str, Any]) -> Action:
       selector: Name and arguments, of `lowrank_jax.selection`.
     """
     return Action(
-        _chooser(selector), lambda model, choice: model, Kind.SAME, selects=True
+        _chooser(selector),
+        lambda model, choice: model,
+        Kind.SAME,
+        selects="target_ranks",
     )
+
+
+def select_family(*, fractions: Sequence[float]) -> Action:
+    """Chooses which ranks a size has from here on; the model stays.
+
+    At each of the fractions one share of energy in all layers, at no more MACs than
+    this fraction of every rank has: `energy_fraction`, of a model whose columns are in
+    their order, as after `factorize` and `canonicalize`. Samplers take the family by
+    the name "selected", and evaluation, truncation and generation for a fraction of the
+    ranks.
+
+    Args:
+      fractions: In (0, 1).
+    """
+    ordered = sorted(fractions, reverse=True)
+    if not ordered or not all(0 < x < 1 for x in ordered):
+        raise UserError(
+            f"fractions: must hold numbers in (0, 1), got {fractions}. The whole model"
+            " is always there."
+        )
+
+    def choose(model: nnx.Module, context: Context) -> list[list[Any]]:
+        def spec(fraction: float) -> dict[str, Any]:
+            return {"name": "energy_fraction", "args": {"value": fraction}}
+
+        family = [[x, context.select(model, spec(x))] for x in ordered]
+        families.check(family, active.rank_limits(model))
+        return family
+
+    return Action(choose, lambda model, choice: model, Kind.SAME, selects="family")
 
 
 def recalibrate(*, batches: int) -> Action:
@@ -216,6 +257,7 @@ ACTIONS: dict[str, Callable[..., Action]] = {
         factorize_at_stable_rank,
         truncate,
         select,
+        select_family,
         recalibrate,
     )
 }

@@ -23,6 +23,7 @@ from train import context, selecting
 from train.model import (
     abstract_checkpoint_model,
     checkpoint_task,
+    family_of,
     model_cost,
 )
 from train.opening import first_whole
@@ -137,6 +138,7 @@ def _about(
         lambda: curves.column_importances(paths.find_factors(whole())),
         lambda candidates: scorer()(candidates),
         paths.find_aliases(abstract),
+        family_of(saved),
     )
 
 

@@ -42,22 +42,21 @@ def check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> N
 
 def _check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> None:
     model = _without_values(model)
-    asked = context.before_run(run)
+    selected = phases.Selected()
     spans = phases.spans(plan, run.steps_per_epoch)
     for index, (phase, (start, end)) in enumerate(zip(plan, spans, strict=True)):
         place = phases.place_of(index, phase.name)
         with _in(place):
             run.placement.check(model)
-            running = phase.begin(start, end, asked.target_ranks)
+            running = phase.begin(start, end, selected)
             sampler = run.config["phases"][index]["sampler"]["name"]
             _check_fit(running, sampler, model)
             _check_parts(run, phase)
             _trace(run, running, model)
         for name, action in phase.on_end:
             with _in(f"{place}: on_end ({name})"):
-                choice = action.choose(model, asked)
-                if action.selects:
-                    asked = asked._replace(target_ranks=choice)
+                choice = action.choose(model, context.before_run(run, selected))
+                selected = selected.after(action, choice)
                 largest = action.largest(model, choice)
                 model = _applied(action, model, largest)
 

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from lowrank_jax import calibration
+from lowrank_jax.families import Family
 from lowrank_jax.ranks import Ranks
 from train.evaluation import (
     Evaluator,
@@ -35,7 +36,11 @@ class Compiled(NamedTuple):
     evaluator: Evaluator
 
     def frontier(
-        self, state: TrainState, ranks: Ranks, fractions: Sequence[float]
+        self,
+        state: TrainState,
+        ranks: Ranks,
+        fractions: Sequence[float],
+        family: Family,
     ) -> list[Figures]:
         """Returns figures on the validation split at each of some fractions of ranks.
 
@@ -43,8 +48,10 @@ class Compiled(NamedTuple):
           state: With the parameters.
           ranks: The model's active ranks.
           fractions: Fractions of them, in (0, 1].
+          family: As of `sweep`.
         """
-        return sweep(self.evaluator, state.params, state.model_state, ranks, fractions)
+        values = (state.params, state.model_state)
+        return sweep(self.evaluator, *values, ranks, fractions, family)
 
 
 def compile_phase(

@@ -12,7 +12,7 @@ from lowrank_jax.ranks import Ranks
 from lowrank_jax.selection import selectors
 from train import evaluation, selecting
 from train.actions import Context
-from train.phases import Phase
+from train.phases import Phase, Selected
 from train.run import Run
 from train.state import split_model
 from train.until import stable_ranks
@@ -21,19 +21,21 @@ from train.until import stable_ranks
 def in_run(
     run: Run,
     initial_stable_ranks: Mapping[str, Any] | None,
-    target_ranks: Mapping[str, Any] | None,
+    selected: Selected,
 ) -> Context:
     """Answers from the model's values and the data.
 
     Args:
       run: What it is about; a search scores on its validation split.
       initial_stable_ranks: As in `Context`.
-      target_ranks: As in `Context`.
+      selected: In earlier phases, and before.
     """
 
     def select(model: nnx.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
         score = make_score(model, run) if run.holds_out else None
-        context = selectors.context_of(model, run.cost(model), score=score)
+        context = selectors.context_of(
+            model, run.cost(model), score=score, family=selected.family or ()
+        )
         return selecting.select(spec, context)
 
     def batch_statistics(model: nnx.Module, batches: int) -> nnx.State:
@@ -49,7 +51,7 @@ def in_run(
         stable_ranks,
         batch_statistics,
         initial_stable_ranks,
-        target_ranks,
+        selected.target_ranks,
     )
 
 
@@ -66,7 +68,7 @@ def initial_stable_ranks(
     return stable_ranks(run.fresh_model() if run.config["init_from"] else model)
 
 
-def before_run(run: Run) -> Context:
+def before_run(run: Run, selected: Selected) -> Context:
     """Answers what can be known of an abstract model: shapes, and no more.
 
     Every column counts as much as every other, every choice scores the same, and the
@@ -75,6 +77,7 @@ def before_run(run: Run) -> Context:
 
     Args:
       run: What it is about.
+      selected: In earlier phases, and before, as it could be known.
     """
 
     def importances(model: nnx.Module) -> dict[str, Any]:
@@ -90,6 +93,7 @@ def before_run(run: Run) -> Context:
             functools.partial(importances, model),
             (lambda candidates: [0.0] * len(candidates)) if run.holds_out else None,
             paths.find_aliases(model),
+            selected.family or (),
         )
         return selecting.select(spec, context)
 
@@ -103,7 +107,7 @@ def before_run(run: Run) -> Context:
         ones,
         lambda model, batches: nnx.state(model, nnx.BatchStat),
         _Ones(),
-        None,
+        selected.target_ranks,
     )
 
 

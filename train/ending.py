@@ -8,7 +8,7 @@ from flax import nnx
 
 from lowrank_jax import active, errors, optimizer_state, paths, shrinking, surgery
 from train.actions import Context, Kind
-from train.phases import Running
+from train.phases import Running, Selected
 from train.report import logs
 
 REASONS = {
@@ -26,12 +26,12 @@ class Ended(NamedTuple):
     Args:
       model: After its actions.
       opt_state: The optimizer state that goes with it, where it is kept.
-      target_ranks: Ranks for later phases, the last that were selected.
+      selected: For later phases.
     """
 
     model: nnx.Module
     opt_state: optax.OptState
-    target_ranks: dict[str, Any] | None
+    selected: Selected
 
 
 def end_phase(
@@ -39,8 +39,8 @@ def end_phase(
     place: str,
     model: nnx.Module,
     opt_state: optax.OptState,
-    context: Callable[[dict[str, Any] | None], Context],
-    target_ranks: dict[str, Any] | None,
+    context: Callable[[Selected], Context],
+    selected: Selected,
     *,
     keep: bool,
 ) -> Ended:
@@ -51,17 +51,17 @@ def end_phase(
       place: How messages name it.
       model: After its last step.
       opt_state: After its last step.
-      context: What actions may ask, given the target ranks so far.
-      target_ranks: What was selected before.
+      context: What actions may ask, given what was selected so far.
+      selected: What was selected before.
       keep: Whether the next phase goes on with the optimizer state.
     """
     for name, action in running.phase.on_end:
         with errors.at(f"{place}: on_end ({name})"):
-            choice = action.choose(model, context(target_ranks))
+            choice = action.choose(model, context(selected))
             old, model = model, action.apply(model, choice)
+        selected = selected.after(action, choice)
         if action.selects:
-            target_ranks = choice
-            logs.say(f"{name}: target ranks {choice}")
+            logs.say(f"{name}: {action.selects.replace('_', ' ')} {choice}")
         elif action.kind is not Kind.SAME:
             logs.say(f"{name}: ranks {active.get_ranks(model)}")
         if keep:
@@ -71,7 +71,7 @@ def end_phase(
             for part in restarted:
                 reason = REASONS[action.kind]
                 logs.say(f"{name}: the optimizer's {part} starts anew, as {reason}")
-    return Ended(model, opt_state, target_ranks)
+    return Ended(model, opt_state, selected)
 
 
 def carry_opt_state(

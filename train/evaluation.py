@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from lowrank_jax import active, calibration, counting
-from lowrank_jax.ranks import Limits, Ranks, at_fraction, check_lower
+from lowrank_jax import active, calibration, counting, families
+from lowrank_jax.families import Family
+from lowrank_jax.ranks import Limits, Ranks, check_lower
 from train.run import Batches
 from train.state import Structure, model_state_of
 from train.tasks.base import Task
@@ -149,17 +150,19 @@ def sweep(
     model_state: Any,
     ranks: Ranks,
     fractions: Sequence[float],
+    family: Family = (),
 ) -> list[Figures]:
-    """Returns the frontier: figures at each of some fractions of the active ranks.
+    """Returns the frontier: figures at each of some sizes of the model.
 
     Args:
       evaluator: What judges.
       params: The parameters.
       model_state: Everything else of the model, such as BatchNorm's statistics.
       ranks: The active ranks.
-      fractions: Fractions of them, in (0, 1].
+      fractions: The sizes: fractions of them, in (0, 1].
+      family: What the fractions stand for where it is not empty.
     """
-    levels = [at_fraction(ranks, fraction) for fraction in fractions]
+    levels = [families.member(family, ranks, fraction) for fraction in fractions]
     for lower in levels:  # all of them, before the first is evaluated
         check_lower(lower, evaluator.limits)
     rows: list[Figures] = []

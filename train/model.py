@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lowrank_jax import checkpoint, counting, errors, factorization
+from lowrank_jax import checkpoint, counting, errors, factorization, families
 from lowrank_jax.errors import UserError
-from lowrank_jax.ranks import Ranks
+from lowrank_jax.families import Family
+from lowrank_jax.ranks import Limits, Ranks, largest
 from train import recorded, registry, schema
 from train.models import MODELS
 from train.sharding import Placement
@@ -119,6 +120,23 @@ def about(saved: checkpoint.Saved) -> tuple[Any, Any, list[tuple[str, Any]]]:
     """
     with errors.at(f"checkpoint {saved.path}"):
         return recorded.read(saved.metadata)
+
+
+def family_of(saved: checkpoint.Saved) -> Family:
+    """Returns the family that a checkpoint's run selected, empty where it did not.
+
+    Raises:
+      UserError: It does not fit the checkpoint's layers.
+    """
+    family = recorded.family(saved.metadata)
+    limits = {
+        path: Limits(rank, largest(rank))
+        for path, rank in saved.metadata["ranks"].items()
+    }
+    lowered = [(x, families.lowered(ranks, limits)) for x, ranks in family]
+    with errors.at(f"checkpoint {saved.path}: run.selected"):
+        families.check(lowered, limits)
+    return lowered
 
 
 def check_facts(saved: checkpoint.Saved, facts: Mapping[str, Any]) -> None:

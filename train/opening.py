@@ -8,8 +8,9 @@ from flax import nnx
 
 from lowrank_jax import active, calibration, checkpoint, errors
 from lowrank_jax.errors import DamagedCheckpoint
+from lowrank_jax.families import Family
 from train import evaluation, translating
-from train.model import about, load_model
+from train.model import about, family_of, load_model
 from train.report import logs
 from train.run import Run, open_checkpoint_run
 from train.sharding import Placement, any_devices
@@ -24,10 +25,12 @@ class Opened(NamedTuple):
     Args:
       run: Its config, task and data.
       model: The model, with its arrays.
+      family: What fractions of its ranks stand for where it is not empty.
     """
 
     run: Run
     model: nnx.Module
+    family: Family = ()
 
     def figures(
         self, split: str = "test", *, translate: bool = True
@@ -63,7 +66,8 @@ class Opened(NamedTuple):
         _, params, model_state = split_model(self.model)
         evaluator = self.evaluator(split, recalibration_batches, translate=translate)
         ranks = active.get_ranks(self.model)
-        return evaluation.sweep(evaluator, params, model_state, ranks, fractions)
+        values = (params, model_state)
+        return evaluation.sweep(evaluator, *values, ranks, fractions, self.family)
 
     def evaluator(
         self, split: str, batches: int = 0, *, translate: bool = True
@@ -113,7 +117,7 @@ def open_model(
     with errors.at("--checkpoint"):
         saved, model = load_latest(path, allow_imports=allowed)
     run = open_checkpoint_run(saved, data_dir=data_dir, allow_imports=allowed)
-    return Opened(run, model)
+    return Opened(run, model, family_of(saved))
 
 
 def load_latest(

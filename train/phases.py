@@ -16,12 +16,14 @@ import optax
 
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
+from lowrank_jax.families import Family
 from lowrank_jax.penalties import PENALTIES
 from lowrank_jax.projections import PROJECTIONS
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.rules import compile_pattern
 from lowrank_jax.samplers import SAMPLERS, RankSampler
 from train import actions, optim, registry, schema
+from train.shrinks import Shrink, build_shrink
 from train.teachers import TEACHERS, Teacher
 from train.until import Until, build_until, complete_until
 
@@ -100,64 +102,32 @@ def _key(field: Field) -> Any:
     return dataclasses.field(metadata={"field": field})
 
 
-class Shrink(NamedTuple):
-    """When and how ranks are cut while a phase runs.
+class Selected(NamedTuple):
+    """What actions at the ends of phases chose for later ones.
 
     Args:
-      every_epochs: How often, counted over the run; 0 for no epoch.
-      every_steps: The same in steps; one of the two is above 0.
-      threshold: Of `lowrank_jax.tail_ranks`.
-      multiple: Of `lowrank_jax.tail_ranks`.
-      least_share: Of the model's parameters, that a cut must take: new shapes are
-        compiled anew, so that smaller ones wait for more; 0 for none that waits. The
-        last cut in a phase never does.
+      target_ranks: What "selected" stands for in penalties and selectors; None before
+        `select`.
+      family: What it stands for in samplers, and which ranks a size has in evaluation;
+        None before `select_family`.
     """
 
-    every_epochs: int
-    every_steps: int
-    threshold: float
-    multiple: int
-    least_share: float
+    target_ranks: Ranks | None = None
+    family: Family | None = None
 
-    def due(self, step: int, steps_per_epoch: int) -> bool:
-        """Returns whether ranks are cut at a step."""
-        return not step % self._steps(steps_per_epoch)
-
-    def waits(self, share: float, left: int, steps_per_epoch: int) -> bool:
-        """Returns whether a cut is left for later.
+    def after(self, action: actions.Action, choice: Any) -> "Selected":
+        """Returns what is selected after an action: its choice, or no family any more
+        where the layers have become others.
 
         Args:
-          share: Of the parameters, that it takes.
-          left: Steps to the end of the phase.
-          steps_per_epoch: Of the run.
+          action: At the end of a phase.
+          choice: What it chose.
         """
-        return share < self.least_share and left >= self._steps(steps_per_epoch)
-
-    def _steps(self, steps_per_epoch: int) -> int:
-        return self.every_steps or self.every_epochs * steps_per_epoch
-
-
-def _build_shrink(spec: Mapping[str, Any]) -> Shrink | None:
-    if not spec:
-        return None
-    errors.raise_all(schema.compare(spec, Shrink.__annotations__, "a rule"))
-    often = (spec["every_epochs"], spec["every_steps"])
-    if min(often) != 0 or max(often) < 1:
-        raise UserError(
-            "one of every_epochs and every_steps must be 0 and the other at least 1,"
-            f" got {dict(spec)}. Correct them; {{}} is for never."
-        )
-    if spec["multiple"] < 1 or not spec["threshold"] >= 0:
-        raise UserError(
-            "multiple must be at least 1, threshold at least 0, got"
-            f" {dict(spec)}. Correct them; {{}} is for never."
-        )
-    if not 0 <= spec["least_share"] < 1:
-        raise UserError(
-            f"least_share must be in [0, 1), got {spec['least_share']}. Use 0 for every"
-            " cut as soon as it is due."
-        )
-    return Shrink(**spec)
+        if action.selects:
+            return self._replace(**{action.selects: choice})
+        if action.kind in (actions.Kind.FACTORIZED, actions.Kind.MERGED):
+            return self._replace(family=None)
+        return self
 
 
 def _build_patterns(texts: Sequence[str]) -> tuple[re.Pattern[str], ...]:
@@ -225,7 +195,7 @@ class Phase:
         Field(optim.SCHEMA, optim.Optimizer.build, optim.complete)
     )
     optimizer_state: str = _key(_one_of("new", "kept"))
-    shrink: Shrink | None = _key(Field(dict, _build_shrink))
+    shrink: Shrink | None = _key(Field(dict, build_shrink))
     on_end: tuple[tuple[str, actions.Action], ...] = _key(
         _choices(actions.ACTIONS, _has(actions.Action), actions.complete)
     )
@@ -245,26 +215,37 @@ class Phase:
         taught = teacher is not None and teacher.full_pass and not sampler.full_first
         return sampler.passes + taught
 
-    def begin(
-        self, start: int, end: int, target_ranks: Mapping[str, Any] | None
-    ) -> "Running":
+    def begin(self, start: int, end: int, selected: Selected) -> "Running":
         """Binds the phase to the run.
 
         Args:
           start: Step at which it begins.
           end: Step after the last; with a condition, the latest that is possible.
-          target_ranks: What "selected" stands for in penalties; None before `select`.
+          selected: In earlier phases.
         """
         with errors.at("penalties"):
             penalties = tuple(
                 registry.build_checked(
-                    _with_targets(spec, target_ranks), PENALTIES, _acts
+                    _with_targets(spec, selected.target_ranks), PENALTIES, _acts
                 )
                 for spec in self.penalties
             )
         with errors.at("optimizer"):
             optimizer = self.optimizer.make(end - start)
-        return Running(self, start, end, penalties, optimizer)
+        with errors.at("sampler"):
+            phase = self._bound(selected.family)
+        return Running(phase, start, end, penalties, optimizer)
+
+    def _bound(self, family: Family | None) -> "Phase":
+        """The phase with the family in its sampler, where that asks for it."""
+        if self.sampler.bind is None:
+            return self
+        if family is None:
+            raise UserError(
+                "family 'selected' needs an action 'select_family' at the end of an"
+                " earlier phase, got none. Add one, or give ranks by fraction."
+            )
+        return dataclasses.replace(self, sampler=self.sampler.bind(family))
 
 
 class Running(NamedTuple):

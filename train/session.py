@@ -12,7 +12,7 @@ from lowrank_jax import active, checkpoint, optimizer_state, shrinking
 from lowrank_jax.errors import UserError
 from train import context, ending
 from train.compiled import compile_phase
-from train.phases import Phase, place_of
+from train.phases import Phase, Selected, place_of
 from train.report import logs
 from train.run import Run
 from train.state import Structure, TrainState, carried_state, new_state
@@ -20,7 +20,7 @@ from train.state import Structure, TrainState, carried_state, new_state
 Memory = dict[str, Any]
 """What a run remembers beside its arrays, as JSON values in the checkpoint: "phase" and
 "phase_start", "history" of the phase's condition and the step at which it "ended" the
-phase, "target_ranks" that were selected, "initial_stable_ranks"."""
+phase, what was "selected" (`train.phases`), "initial_stable_ranks"."""
 
 Done = dict[str, Any]
 """How far the work between two steps has come, for a run that was stopped in it: the
@@ -54,7 +54,7 @@ class Session:
                 "phase_start": 0,
                 "history": [],
                 "ended": None,
-                "target_ranks": None,
+                "selected": Selected()._asdict(),
                 "initial_stable_ranks": context.initial_stable_ranks(
                     run, phases, model
                 ),
@@ -188,7 +188,8 @@ class Session:
             return []
         ranks = active.get_ranks(self.model())
         fractions = self.run.config["eval_fractions"]
-        return self._compiled.frontier(self.state, ranks, fractions)
+        family = self._selected().family or ()
+        return self._compiled.frontier(self.state, ranks, fractions, family)
 
     @property
     def _is_last(self) -> bool:
@@ -198,7 +199,7 @@ class Session:
         """Starts the memory's phase, with a new optimizer state."""
         phase, start = self._phases[self.memory["phase"]], self.memory["phase_start"]
         end = phase.until.end(start, self.steps_per_epoch)
-        self.running = phase.begin(start, end, self.memory["target_ranks"])
+        self.running = phase.begin(start, end, self._selected())
         ended = self.memory["ended"]
         self._end = end if ended is None else ended
         self._adopt(model, *new_state(model, self.running, step))
@@ -276,10 +277,10 @@ class Session:
             self.model(),
             self.state.opt_state,
             self._context,
-            self.memory["target_ranks"],
+            self._selected(),
             keep=kept,
         )
-        self.memory["target_ranks"] = ended.target_ranks
+        self.memory["selected"] = ended.selected._asdict()
         if over:
             if self.running.phase.on_end:
                 state = new_state(ended.model, self.running, step)
@@ -302,6 +303,9 @@ class Session:
         logs.say(f"phase {self.running.phase.name} at step {step}; the optimizer {how}")
         self._measure(step)
 
-    def _context(self, target_ranks: dict[str, Any] | None) -> Any:
+    def _selected(self) -> Selected:
+        return Selected(**self.memory["selected"])
+
+    def _context(self, selected: Selected) -> Any:
         initial = self.memory["initial_stable_ranks"]
-        return context.in_run(self.run, initial, target_ranks)
+        return context.in_run(self.run, initial, selected)

@@ -11,7 +11,7 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.selection import selectors
 from train import opening, selecting
 from train.generation import generate
-from train.model import about, checkpoint_task, model_cost
+from train.model import about, checkpoint_task, family_of, model_cost
 from train.tasks.base import Generation
 
 
@@ -85,7 +85,8 @@ def open_writer(
             )
     before = active.get_ranks(model)
     if selector is not None:
-        context = selectors.context_of(model, model_cost(model, task))
+        cost, family = model_cost(model, task), family_of(saved)
+        context = selectors.context_of(model, cost, family=family)
         ranks = selecting.select(selector, context)
         if ranks != before:
             model = surgery.truncate(model, ranks)

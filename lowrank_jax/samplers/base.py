@@ -9,10 +9,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from lowrank_jax import families
 from lowrank_jax.active import rank_limits
 from lowrank_jax.errors import UserError
+from lowrank_jax.families import Family
 from lowrank_jax.paths import find_factors
-from lowrank_jax.ranks import Limits, Ranks, at_fraction, largest, name_of
+from lowrank_jax.ranks import Limits, Ranks, largest, name_of
 
 SampledRanks: TypeAlias = dict[str, Int[Array, "..."]]
 
@@ -54,6 +56,8 @@ class RankSampler(NamedTuple):
         model or its ranks. None for a sampler whose ranks are known in the step alone.
       choose: As `sample`, but returns a `Choice` for each pass; the numbers are places
         among the rungs. So a pass can run on factors that are cut, not masked.
+      bind: Makes the sampler of a family that is known later, for one whose family is
+        `SELECTED`; until then its sizes are fractions of every rank. Else None.
     """
 
     init: Callable[[ModelOrRanks], Any]
@@ -70,6 +74,11 @@ class RankSampler(NamedTuple):
         Callable[[Any, PRNGKeyArray, Int[Array, ""] | int], tuple[list[Choice], Any]]
         | None
     ) = None
+    bind: Callable[[Family], Any] | None = None
+
+
+SELECTED = "selected"
+"""In the place of a family: the one that an action has chosen."""
 
 
 class LimitsState(NamedTuple):
@@ -119,10 +128,12 @@ def init_limits(model: ModelOrRanks) -> LimitsState:
     )
 
 
-def levels_at(fractions: Sequence[float], model: ModelOrRanks) -> list[Ranks]:
+def levels_at(
+    fractions: Sequence[float], model: ModelOrRanks, family: Family = ()
+) -> list[Ranks]:
     """Lists the exact ranks at each fraction: no rounding happens in jit."""
     ranks = {path: limits.active for path, limits in limits_of(model).items()}
-    return [at_fraction(ranks, fraction) for fraction in fractions]
+    return [families.member(family, ranks, fraction) for fraction in fractions]
 
 
 def table_of(levels: Sequence[Ranks]) -> TableState:
@@ -188,6 +199,45 @@ def of_rungs(
         rungs=rungs,
         choose=choices,
     )
+
+
+def of_fractions(
+    fractions: Sequence[float],
+    choose: Callable[[TableState, PRNGKeyArray], list[Choice]],
+    *,
+    family: Family | str,
+    passes: int,
+) -> RankSampler:
+    """Makes a sampler whose rungs are sizes, the whole model first.
+
+    Args:
+      fractions: The sizes.
+      choose: As of `of_rungs`.
+      family: What the fractions stand for: see `families`, or `SELECTED`.
+      passes: As of `RankSampler`.
+    """
+
+    def make(family: Family) -> RankSampler:
+        sampler = of_rungs(
+            lambda model: levels_at(fractions, model, family),
+            choose,
+            passes=passes,
+            full_first=True,
+        )
+        if not family:
+            return sampler
+        return sampler._replace(
+            check=lambda model: families.check(family, limits_of(model))
+        )
+
+    if isinstance(family, str):
+        if family != SELECTED:
+            raise UserError(
+                f"family: must be {SELECTED!r}, or pairs of a fraction and ranks, got"
+                f" {family!r}. Use () for one fraction of every rank."
+            )
+        return make(())._replace(bind=make)
+    return make([(float(fraction), ranks) for fraction, ranks in family])
 
 
 def is_cut(

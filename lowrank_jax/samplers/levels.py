@@ -1,22 +1,15 @@
 """Samplers over levels that are fixed when they are made for a model."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from lowrank_jax import errors
+from lowrank_jax import families
 from lowrank_jax.errors import UserError
-from lowrank_jax.ranks import (
-    Limits,
-    Ranks,
-    RankValue,
-    check_lower,
-    fraction_of,
-    lowest,
-)
+from lowrank_jax.families import Family
+from lowrank_jax.ranks import Limits, Ranks, fraction_of
 from lowrank_jax.samplers.base import (
     Choice,
     ModelOrRanks,
@@ -25,6 +18,7 @@ from lowrank_jax.samplers.base import (
     any_of,
     levels_at,
     limits_of,
+    of_fractions,
     of_rungs,
     ranks_at,
 )
@@ -73,11 +67,14 @@ def sandwich(
     )
 
 
-def matryoshka(*, fractions: Sequence[float]) -> RankSampler:
+def matryoshka(*, fractions: Sequence[float], family: Family | str = ()) -> RankSampler:
     """Takes all levels in every step, the full one first (Kusupati et al., 2022).
 
     Args:
       fractions: Fractions of the ranks, one pass each; 1 and at least one more.
+      family: What they stand for: pairs of a fraction and ranks, see `families`, or
+        "selected", the family that an action chose; empty for one fraction of every
+        rank.
     """
     levels = sorted(set(fractions), reverse=True)
     if len(levels) < 2 or levels[0] != 1:
@@ -85,11 +82,11 @@ def matryoshka(*, fractions: Sequence[float]) -> RankSampler:
             "matryoshka: fractions must hold 1 and a smaller one, got"
             f" {tuple(fractions)}. Use the sampler full for one level."
         )
-    return of_rungs(
-        lambda model: levels_at(levels, model),
+    return of_fractions(
+        levels,
         lambda state, key: [Choice((number,)) for number in range(len(levels))],
+        family=family,
         passes=len(levels),
-        full_first=True,
     )
 
 
@@ -112,10 +109,7 @@ def family(*, profiles: Sequence[Ranks]) -> RankSampler:
 
     def rungs(model: ModelOrRanks) -> list[Ranks]:
         limits = limits_of(model)
-        lowered = [
-            {path: _lowered(rank, limits.get(path)) for path, rank in profile.items()}
-            for profile in profiles
-        ]
+        lowered = [families.lowered(profile, limits) for profile in profiles]
         _check_profiles(lowered, limits)
         return [
             {
@@ -134,36 +128,10 @@ def _any_rung(state: TableState, key: PRNGKeyArray) -> list[Choice]:
     return [any_of(range(rungs), key)]
 
 
-def _lowered(rank: RankValue, limits: Limits | None) -> RankValue:
-    """Caps a rank at the active one; what is no rank stays, for the check to name."""
-    if limits is None:
-        return rank
-    try:
-        return lowest(rank, limits.active) if _fits(rank, limits) else rank
-    except (TypeError, ValueError):  # no numbers, or lists of unequal length
-        return rank
-
-
-def _fits(rank: RankValue, limits: Limits) -> bool:
-    return np.shape(rank) in ((), limits.stack)
-
-
 def _check_profiles(profiles: Sequence[Ranks], limits: Mapping[str, Limits]) -> None:
-    for number, profile in enumerate(profiles):
-        with errors.at(f"family.profiles[{number}]"):
-            check_lower(profile, limits)
-            if missing := [path for path in limits if path not in profile]:
-                raise UserError(
-                    f"must name all low-rank layers, got none of {missing}. Complete"
-                    " it."
-                )
-    ordered = sorted(profiles, key=lambda p: sum(np.sum(rank) for rank in p.values()))
-    for small, large in itertools.pairwise(ordered):
-        higher = [
-            path for path in limits if np.any(np.greater(small[path], large[path]))
-        ]
-        if higher:
-            raise UserError(
-                "family: profiles must be nested, got a smaller one with a higher"
-                f" rank at {higher}. Lower it there."
-            )
+    """Checks profiles in either order."""
+    named = {f"family.profiles[{n}]": profile for n, profile in enumerate(profiles)}
+    families.check_profiles(named, limits)
+    families.check_nested(
+        sorted(profiles, key=lambda p: sum(np.sum(rank) for rank in p.values()))
+    )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from lowrank_jax.errors import UserError
+from lowrank_jax.families import Family
 from lowrank_jax.samplers.base import (
     Choice,
     RankSampler,
@@ -16,15 +17,17 @@ from lowrank_jax.samplers.base import (
     TableState,
     any_of,
     layer_keys,
-    levels_at,
-    of_rungs,
+    of_fractions,
 )
 
 BETWEEN = ("nothing", "common", "layers")
 
 
 def strata(
-    *, fractions: Sequence[Sequence[float]], between: str = "nothing"
+    *,
+    fractions: Sequence[Sequence[float]],
+    between: str = "nothing",
+    family: Family | str = (),
 ) -> RankSampler:
     """Takes the full model, then one size of each stratum, drawn anew each step.
 
@@ -39,6 +42,7 @@ def strata(
         rung to this one, all layers at the same place between theirs. "layers": each
         layer at its own place, so that every way to round a fraction between them is
         trained. The lowest rung is always just that.
+      family: As of `matryoshka`.
 
     Raises:
       UserError: No fraction, or one outside (0, 1); an unknown `between`.
@@ -59,12 +63,7 @@ def strata(
             choices.append(choice)
         return choices
 
-    return of_rungs(
-        lambda model: levels_at(rungs, model),
-        choose,
-        passes=1 + len(fractions),
-        full_first=True,
-    )
+    return of_fractions(rungs, choose, family=family, passes=1 + len(fractions))
 
 
 def _ranks_below(

@@ -13,15 +13,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from lowrank_jax import errors
+from lowrank_jax import errors, families
 from lowrank_jax.active import check_ranks, get_ranks
 from lowrank_jax.counting import ModelCost, count
 from lowrank_jax.errors import UserError
+from lowrank_jax.families import Family
 from lowrank_jax.paths import find_aliases, find_factors
 from lowrank_jax.ranks import (
     Limits,
     Ranks,
-    at_fraction,
     at_most,
     check_lower,
     largest,
@@ -42,6 +42,7 @@ class Context(NamedTuple):
       importances: Reads the weights: importance of each column by path.
       score: Scores rank vectors; None where there is nothing to score on.
       aliases: Further paths of shared factors, as of `find_aliases`.
+      family: Ranks of sizes that the model was trained at, see `lowrank_jax.families`.
     """
 
     ranks: Ranks
@@ -49,10 +50,15 @@ class Context(NamedTuple):
     importances: Callable[[], Mapping[str, Float[np.ndarray, "*stack r"]]]
     score: Score | None = None
     aliases: Mapping[str, str] = {}
+    family: Family = ()
 
 
 def context_of(
-    model: nnx.Module, cost: ModelCost, *, score: Score | None = None
+    model: nnx.Module,
+    cost: ModelCost,
+    *,
+    score: Score | None = None,
+    family: Family = (),
 ) -> Context:
     """Makes the context of a model whose arrays are there."""
     return Context(
@@ -61,6 +67,7 @@ def context_of(
         lambda: curves.column_importances(find_factors(model)),
         score,
         find_aliases(model),
+        family,
     )
 
 
@@ -70,8 +77,8 @@ def rank(context: Context, *, value: int) -> Ranks:
 
 
 def rank_fraction(context: Context, *, value: float) -> Ranks:
-    """Keeps this fraction of each layer's rank, rounded up."""
-    return at_fraction(context.ranks, value)
+    """Keeps this fraction of each layer's rank, or this size of a trained family."""
+    return families.member(context.family, context.ranks, value)
 
 
 def ranks(context: Context, *, value: Ranks) -> Ranks:
@@ -83,6 +90,13 @@ def ranks(context: Context, *, value: Ranks) -> Ranks:
 def energy(context: Context, *, value: float) -> Ranks:
     """Keeps the least prefix of each layer with this share of squared importances."""
     return solvers.by_energy(context.importances(), value)
+
+
+def energy_fraction(context: Context, *, value: float) -> Ranks:
+    """Keeps one share of energy in all layers, at this fraction of all ranks' MACs."""
+    return solvers.by_energy_at_fraction(
+        context.cost.layers, context.ranks, context.importances(), value
+    )
 
 
 def params_fraction(context: Context, *, value: float) -> Ranks:
@@ -168,6 +182,7 @@ SELECTORS: dict[str, Selector] = {
         rank_fraction,
         ranks,
         energy,
+        energy_fraction,
         params_fraction,
         macs_fraction,
         energy_budget,

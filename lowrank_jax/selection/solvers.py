@@ -86,9 +86,42 @@ def by_energy_budget(
       fraction: Budget as a share, in (0, 1], of what the layers cost when dense.
       measure: "params" or "macs".
     """
+    budget = check_budget(costs, max_ranks, fraction, measure)
+    return _by_energy_within(costs, max_ranks, importances, budget, measure)
+
+
+def by_energy_at_fraction(
+    costs: Mapping[str, LayerCost],
+    max_ranks: Ranks,
+    importances: Mapping[str, Float[np.ndarray, "*stack r"]],
+    fraction: float,
+) -> dict[str, Any]:
+    """Keeps one share of energy in all layers, at no more MACs than a fraction of every
+    rank has.
+
+    Smaller fractions give lower ranks, none higher: what they choose is nested.
+
+    Args:
+      costs: As of `by_energy_budget`.
+      max_ranks: As of `by_energy_budget`.
+      importances: As of `by_energy_budget`.
+      fraction: Of every rank, in (0, 1].
+    """
+    _check_run(costs, max_ranks, "macs")
+    budget = total_cost(costs, at_fraction(max_ranks, fraction), "macs")
+    return _by_energy_within(costs, max_ranks, importances, budget, "macs")
+
+
+def _by_energy_within(
+    costs: Mapping[str, LayerCost],
+    max_ranks: Ranks,
+    importances: Mapping[str, Float[np.ndarray, "*stack r"]],
+    budget: float,
+    measure: str,
+) -> dict[str, Any]:
+    """The lowest threshold of energy whose ranks cost no more than the budget."""
     _check_finite(importances)
     removed = {path: _removed_energy(columns) for path, columns in importances.items()}
-    budget = check_budget(costs, max_ranks, fraction, measure)
 
     def ranks_at(threshold: float) -> dict[str, Any]:
         return {
@@ -135,16 +168,7 @@ def check_budget(
         )
     fraction = float(fraction)
     dense = sum(getattr(costs[path], f"dense_{measure}") for path in max_ranks)
-    if (
-        measure == "macs"
-        and max_ranks
-        and not any(_was_run(costs[p]) for p in max_ranks)
-    ):
-        raise UserError(
-            "macs_fraction: needs an example input that runs the low-rank layers, to"
-            " count their MACs on, got none. Give the model's inputs for a batch of"
-            " one."
-        )
+    _check_run(costs, max_ranks, measure)
     # A lookup in a dense table costs no MACs, so that the full ranks may cost less.
     least = min(
         total_cost(costs, ranks, measure)
@@ -272,6 +296,17 @@ def _costs_at(
             table[rank] = getattr(costs[path], measure)(int(rank))
         total = total + table[ranks].sum(axis=-1) // max(ranks.shape[-1], 1)
     return total
+
+
+def _check_run(costs: Mapping[str, LayerCost], max_ranks: Ranks, measure: str) -> None:
+    if measure != "macs" or not max_ranks:
+        return
+    if not any(_was_run(costs[path]) for path in max_ranks):
+        raise UserError(
+            "macs_fraction: needs an example input that runs the low-rank layers, to"
+            " count their MACs on, got none. Give the model's inputs for a batch of"
+            " one."
+        )
 
 
 def _was_run(cost: LayerCost) -> bool:

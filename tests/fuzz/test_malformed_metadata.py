@@ -53,6 +53,10 @@ KNOWN: list[tuple[str, mutations.Edits]] = [
     ("open", [(("arrays", "params", "hidden/0/bias"), [[8]])]),
     ("open", [(("arrays", "params", "head/factors/v", 1), "8\x90§\x15)°")]),
     ("truncate", [(("arrays", "model_state"), "merge")]),
+    ("open", [(("run",), [5])]),
+    ("truncate", [(("run",), {"selected": {"family": [[0.5]]}})]),
+    ("open", [(("run",), {"selected": {"family": [[2.0, {"head": 1}]]}})]),
+    ("truncate", [(("run",), {"selected": {"family": [[0.5, {"head": "a"}]]}})]),
 ]
 """What once ended in an error from inside a library."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from drawing import draws
 from flax import nnx
-from sampler_rows import BATCH, MAX_RANKS, ROWS, SMALL
+from sampler_rows import BATCH, MAX_RANKS, OF_LAYERS, ROWS, SMALL
 
 from lowrank_jax import factorization, samplers
 from lowrank_jax.active import get_ranks, set_ranks
@@ -113,8 +113,8 @@ def test_nothing_to_sample_is_no_error(name):
     """A model without low-rank layers, or one that has been cut to nothing."""
     for max_ranks in ({}, {"a": 0}):
         sampler = ROWS[name]
-        if name == "family":
-            sampler = samplers.family(profiles=[max_ranks])
+        if name in OF_LAYERS:
+            sampler = OF_LAYERS[name](max_ranks, max_ranks)
         ranks, state = sampler.sample(sampler.init(max_ranks), jax.random.key(0), 0)
         assert list(ranks) == list(max_ranks)
         assert not any(np.any(rank) for rank in ranks.values())
@@ -146,22 +146,23 @@ def cut_model() -> nnx.Module:
 MODELS = {"full": small_model, "masked": masked_model, "cut": cut_model}
 
 
-def fitted(sampler: RankSampler, model: nnx.Module) -> RankSampler:
-    """The row itself, or for the family one with profiles of this model."""
-    if sampler is not ROWS["family"]:
-        return sampler
+def fitted(name: str, model: nnx.Module) -> RankSampler:
+    """The row itself, or where it names layers one with ranks of this model."""
+    if name not in OF_LAYERS:
+        return ROWS[name]
     ranks = get_ranks(model)
-    return samplers.family(profiles=[ranks, dict.fromkeys(ranks, 1)])
+    ones = {path: np.ones_like(rank).tolist() for path, rank in ranks.items()}
+    return OF_LAYERS[name](ranks, ones)
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_ranks_fit_the_model_they_were_made_for(sampler, kind):
+def test_ranks_fit_the_model_they_were_made_for(name, kind):
     """`set_ranks` takes each pass's ranks as they are, of stacks and per example too;
     none is above the active rank, which is the full one of a masked model.
     """
     model = MODELS[kind]()
     active = get_ranks(model)
-    sampler = fitted(sampler, model)
+    sampler = fitted(name, model)
     drawn = draws(sampler, model, 20)
     for path, limit in active.items():
         limit = np.asarray(limit)[..., None] if sampler.per_example else limit
@@ -177,10 +178,10 @@ def test_ranks_fit_the_model_they_were_made_for(sampler, kind):
             assert factors.per_example == sampler.per_example
 
 
-def test_a_model_stands_for_its_active_ranks(sampler):
+def test_a_model_stands_for_its_active_ranks(name):
     """The state is the same from a masked model and from its ranks."""
     model = masked_model()
-    sampler = fitted(sampler, model)
+    sampler = fitted(name, model)
     jax.tree.map(
         np.testing.assert_array_equal,
         sampler.init(model),
@@ -188,22 +189,22 @@ def test_a_model_stands_for_its_active_ranks(sampler):
     )
 
 
-def test_a_model_with_a_rank_per_example_is_no_start(sampler):
+def test_a_model_with_a_rank_per_example_is_no_start(name):
     """A batch axis is no stack; the layer is named."""
-    model, sampler = small_model(), fitted(sampler, small_model())
+    model, sampler = small_model(), fitted(name, small_model())
     set_ranks(model, {"linear": jnp.array([1, 2, 3])})
     with pytest.raises(UserError, match="linear: .* one rank a matrix"):
         sampler.init(model)
 
 
 @pytest.mark.parametrize("kind", ["masked", "cut"])
-def test_a_state_goes_over_a_cut(sampler, kind):
+def test_a_state_goes_over_a_cut(name, kind):
     """What `carry` makes samples within the new ranks; full passes are full again.
 
     The same structure and dtypes as a new state, which is the template for loading.
     """
     before, after = small_model(), MODELS[kind]()
-    sampler = fitted(sampler, before)
+    sampler = fitted(name, before)
     state = sampler.init(before)
     _, state = sampler.sample(state, jax.random.key(1), 0)
     state = carry(sampler, state, after)
@@ -227,13 +228,13 @@ def many_layers() -> nnx.Module:
     return truncate(model, others)
 
 
-def test_ranks_are_the_same_in_jit_however_many_layers_a_list_has(sampler):
+def test_ranks_are_the_same_in_jit_however_many_layers_a_list_has(name):
     """JAX sorts paths as text, "layers/10" before "layers/2": they are numbered so.
 
     Of 64 jitted draws of `single_layer` most were above their layer's limit else.
     """
     model = many_layers()
-    limits, sampler = get_ranks(model), fitted(sampler, model)
+    limits, sampler = get_ranks(model), fitted(name, model)
     eager = jitted = sampler.init(model)
     sample = jax.jit(sampler.sample)
     for step in range(4):

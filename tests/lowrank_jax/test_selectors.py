@@ -17,8 +17,8 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.factorization import factorize
 from lowrank_jax.factors import Rank
 from lowrank_jax.paths import find_factors
-from lowrank_jax.ranks import Ranks, check_lower, flatten_rank
-from lowrank_jax.selection import curves
+from lowrank_jax.ranks import Ranks, check_lower, flatten_rank, lowest
+from lowrank_jax.selection import curves, solvers
 from lowrank_jax.selection.selectors import (
     SELECTORS,
     Context,
@@ -120,6 +120,13 @@ ROWS: dict[str, Row] = {
         *values(0.01, 0.3, 0.8, 0.99, 1.0),
         bad=[
             ({"value": bad}, r"energy: must be in \(0, 1\], got")
+            for bad in (0, 1.01, float("nan"))
+        ],
+    ),
+    "energy_fraction": Row(
+        *values(0.01, 0.3, 0.5, 0.9, 1.0),
+        bad=[
+            ({"value": bad}, r"rank_fraction: must be in \(0, 1\], got")
             for bad in (0, 1.01, float("nan"))
         ],
     ),
@@ -228,6 +235,42 @@ def test_budgets_are_kept(selector, name):
         assert getattr(cost, measure)(found) - fixed <= share * (dense - fixed)
 
 
+@pytest.mark.parametrize("name", ["full", "masked"])
+def test_energy_at_a_fraction_costs_no_more_than_the_fraction(name):
+    """In MACs, and there is no more energy to have at this price."""
+    layers, energies = context(name).cost.layers, context(name).importances()
+
+    def least_energy(ranks: Ranks) -> float:
+        """The share of the layer that keeps the least."""
+        return min(
+            float(np.min(np.cumsum(row**2)[max(rank, 1) - 1] / np.sum(row**2)))
+            for path, columns in energies.items()
+            for row, rank in zip(
+                np.reshape(columns, (-1, columns.shape[-1])),
+                flatten_rank(ranks[path]),
+                strict=True,
+            )
+        )
+
+    for args in ROWS["energy_fraction"].args:
+        found, uniform = (
+            run(x, name, args) for x in ("energy_fraction", "rank_fraction")
+        )
+        costs = [solvers.total_cost(layers, x, "macs") for x in (found, uniform)]
+        assert costs[0] <= costs[1]
+        assert least_energy(found) >= least_energy(uniform) - 1e-6
+
+
+def test_a_fraction_is_a_member_of_the_family_where_there_is_one():
+    whole = context("full")
+    half = {path: lowest(rank, 1) for path, rank in whole.ranks.items()}
+    trained = whole._replace(family=[(0.5, half)])
+    choose_half = functools.partial(choose, SELECTORS["rank_fraction"].function)
+    assert choose_half(trained, {"value": 0.5}) == half
+    assert choose_half(trained, {"value": 1.0}) == whole.ranks
+    assert choose_half(whole, {"value": 0.5}) != half
+
+
 @pytest.mark.parametrize("selector", ROWS)
 def test_bad_values_are_refused_by_name(selector):
     """Out of bounds, NaN, other types, other names."""
@@ -301,7 +344,8 @@ def test_ranks_for_is_the_selector():
             value = args["value"] if row.value_type else args
             found = ranks_for(model, example, score=score, **{name: value})
             assert found == run(name, "masked", args)
-            macs = name == "macs_fraction" or args.get("measure") == "macs"
+            by_macs = ("macs_fraction", "energy_fraction")
+            macs = name in by_macs or args.get("measure") == "macs"
             if not macs:
                 assert ranks_for(model, score=score, **{name: value}) == found
             else:

@@ -29,6 +29,7 @@ from configs import common
 from lowrank_jax import checkpoint, counting, factorization, surgery
 from lowrank_jax.active import get_ranks
 from lowrank_jax.paths import find_factors
+from lowrank_jax.ranks import at_fraction
 from lowrank_jax.selection import curves
 from train import loop, phases
 from train.config import to_json
@@ -54,6 +55,7 @@ def logits(model: nnx.Module) -> jax.Array:
 # Whole methods in miniature. Each ends low-rank.
 
 ENERGY = named("truncate", selector=named("energy", value=0.7))
+FAMILY = named("select_family", fractions=(0.25, 0.5))
 METHODS: dict[str, Callable[[], dict[str, Any]]] = {
     "svd_training": lambda: make_config(
         phase(name="full", penalties=(named("orthogonality", weight=1.0),)),
@@ -110,6 +112,15 @@ METHODS: dict[str, Callable[[], dict[str, Any]]] = {
     ),
     "freezing": lambda: make_config(
         phase(12, trainable=(r"(?!.*/u$).*", r"(?!.*/v$).*")), rule="full"
+    ),
+    "family": lambda: make_config(
+        phase(name="dense", on_end=(DENSE_TO_LOW, FAMILY)),
+        phase(
+            name="nested",
+            sampler=named("matryoshka", fractions=(1.0, 0.5, 0.25), family="selected"),
+            sizes="static",
+            teacher=named("full", target_weight=0.0),
+        ),
     ),
     "normalized": lambda: make_config(
         phase(
@@ -179,11 +190,34 @@ class TestActions:
 
     def test_the_beam_meets_its_budget_and_the_truncation_it(self, runs):
         saved = checkpoint.open_checkpoint(runs("bsr"))
-        targets = saved.metadata["run"]["target_ranks"]
+        targets = saved.metadata["run"]["selected"]["target_ranks"]
         assert saved.metadata["ranks"] == targets
         layers = cost_of(load(saved)).layers
         params = sum(layers[p].params(r) for p, r in targets.items())
         assert params <= 0.5 * sum(layer.dense_params for layer in layers.values())
+
+    def test_a_size_is_the_familys_wherever_it_is_asked_for(self, runs, tmp_path):
+        """In the sampler, in evaluation and when it is cut; not what a fraction of
+        every rank is, and of no more MACs."""
+        workdir = runs("family")
+        saved = checkpoint.open_checkpoint(workdir)
+        (half, ranks), (quarter, _) = saved.metadata["run"]["selected"]["family"]
+        assert (half, quarter) == (0.5, 0.25)
+        judged = sweep(workdir, (1.0, 0.5, 0.25))
+        tables = stored_arrays(saved)
+        for path, full in saved.metadata["ranks"].items():
+            levels = [row["ranks"][path] for row in judged]
+            assert tables[f"sampler/tables/{path}"].tolist() == levels
+            assert levels[0] == full
+        assert judged[1]["ranks"] == ranks
+        uniform = at_fraction(saved.metadata["ranks"], 0.5)
+        assert ranks != uniform and judged[1]["macs"] <= cost_of(load(saved)).macs(
+            uniform
+        )
+        cut = support.truncate(workdir, tmp_path / "half", "rank_fraction", 0.5)
+        assert cut["ranks"] == ranks
+        small = checkpoint.open_checkpoint(tmp_path / "half")
+        assert "run" not in small.metadata  # what is cut has sizes of its own
 
     def test_a_deep_product_is_multiplied_back(self, runs):
         built = fresh_model(METHODS["lorita"]())
