@@ -41,7 +41,7 @@ def measure(leaves: int, steps: int, rounds: int) -> dict[str, float]:
     until = {"steps": 1_000_000}
     sampler = common.named("single_layer")
     spec = common.phase(name="timed", until=until, optimizer=sgd, sampler=sampler)
-    running = build_phases([spec])[0].begin(0, 1_000_000, None)
+    running = build_phases([spec])[0].begin(0, 1_000_000)
     structure, state = new_state(factorize(dense, [(".*", "full")]), running, 0)
     step = make_train_step(structure, running, task, jax.random.key(0))
     ten_steps = make_train_steps(step)

@@ -117,7 +117,7 @@ def make_step(
         optimizer=common.optimizer("sgd", learning_rate=0.01, args={"momentum": 0.9}),
     )
     (phase,) = build_phases([spec])
-    running = phase.begin(0, 1_000_000, None)
+    running = phase.begin(0, 1_000_000)
     structure, state = new_state(model, running, 0)
     layout = placement.layout(model)
     state = layout.put(state)

@@ -46,7 +46,7 @@ def make_timer(
     until = {"steps": 1_000_000}
     given = {"name": "timed", "until": until, "optimizer": sgd, **spec}
     (phase,) = build_phases([common.phase(**given)])
-    running = phase.begin(0, 1_000_000, None)
+    running = phase.begin(0, 1_000_000)
     structure, first = new_state(model, running, 0)
     step = make_train_step(structure, running, task, jax.random.key(0))
     state = jax.tree.map(jnp.copy, first)

@@ -56,6 +56,29 @@ def member(family: Family, ranks: Ranks, fraction: float) -> dict[str, Any]:
     raise AssertionError("a fraction is at most 1")
 
 
+def of_pairs(pairs: Any) -> list[tuple[float, Ranks]]:
+    """Reads a family from JSON: a list of pairs of a fraction and ranks by path.
+
+    Raises:
+      UserError: It is something else; `check` says whether it fits a model.
+    """
+    pairs = list(pairs) if isinstance(pairs, Sequence) else [pairs]
+    wrong = [
+        pair
+        for pair in pairs
+        if not isinstance(pair, Sequence)
+        or len(pair) != 2
+        or not isinstance(pair[0], int | float)
+        or not isinstance(pair[1], Mapping)
+    ]
+    if wrong:
+        raise UserError(
+            "family: must hold pairs of a fraction and ranks by path, got"
+            f" {wrong[0]!r}. Write it as [[0.5, {{path: rank}}]]."
+        )
+    return [(float(fraction), ranks) for fraction, ranks in pairs]
+
+
 def check(family: Family, limits: Mapping[str, Limits]) -> None:
     """Checks a family against the layers it is for.
 

@@ -176,7 +176,7 @@ def begin(spec: Mapping[str, Any], *, steps: int = 10, **fields: Any) -> phases.
       **fields: Values of fields that no config can name, such as a forced sampler.
     """
     (phase,) = phases.build_phases([phases.complete(spec)])
-    return dataclasses.replace(phase, **fields).begin(0, steps, None)
+    return dataclasses.replace(phase, **fields).begin(0, steps)
 
 
 def evaluate(path: Path, split: str = "test", **options: Any) -> dict[str, Any]:

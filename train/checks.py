@@ -42,7 +42,7 @@ def check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> N
 
 def _check_phases(run: Run, plan: Sequence[phases.Phase], model: nnx.Module) -> None:
     model = _without_values(model)
-    selected = phases.Selected()
+    selected = phases.NOTHING_SELECTED
     spans = phases.spans(plan, run.steps_per_epoch)
     for index, (phase, (start, end)) in enumerate(zip(plan, spans, strict=True)):
         place = phases.place_of(index, phase.name)

@@ -155,6 +155,9 @@ def _build_parts(count: int) -> int:
     return count
 
 
+NOTHING_SELECTED = Selected()
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """One phase of a run.
@@ -215,7 +218,9 @@ class Phase:
         taught = teacher is not None and teacher.full_pass and not sampler.full_first
         return sampler.passes + taught
 
-    def begin(self, start: int, end: int, selected: Selected) -> "Running":
+    def begin(
+        self, start: int, end: int, selected: Selected = NOTHING_SELECTED
+    ) -> "Running":
         """Binds the phase to the run.
 
         Args:

@@ -7,11 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lowrank_jax import errors
+from lowrank_jax import errors, families
 from lowrank_jax.errors import UserError
+from lowrank_jax.families import Family
 from lowrank_jax.metadata import is_dtype
 from train.config import CONFIG, LEAST, too_small
-from train.schema import LARGEST, compare, foreign, is_number, pairs
+from train.schema import LARGEST, compare, foreign, pairs
 
 READ = ("seed", "data", "task", "model", "mesh")
 """What is read again of the config; the other keys may be those of another version."""
@@ -44,7 +45,7 @@ def read(
         return config, facts, pairs(rules)
 
 
-def family(metadata: Mapping[str, Any]) -> list[tuple[float, dict[str, Any]]]:
+def family(metadata: Mapping[str, Any]) -> Family:
     """Returns the family that a run selected, empty where it did not; whether its ranks
     are those of a model is for the caller to check.
 
@@ -57,19 +58,8 @@ def family(metadata: Mapping[str, Any]) -> list[tuple[float, dict[str, Any]]]:
     errors.raise_all(compare(selected, dict, "run.selected"))
     found = selected.get("family") or []
     errors.raise_all(foreign(found, "run.selected.family"))
-    errors.raise_all(compare(found, list, "run.selected.family"))
-    if not all(
-        isinstance(pair, list)
-        and len(pair) == 2
-        and is_number(pair[0])
-        and isinstance(pair[1], dict)
-        for pair in found
-    ):
-        raise UserError(
-            "run.selected.family: must hold pairs of a fraction and ranks, got"
-            f" {found}. Use another checkpoint."
-        )
-    return [(float(fraction), ranks) for fraction, ranks in found]
+    with errors.at("run.selected"):
+        return families.of_pairs(found)
 
 
 def _check_config(config: Any) -> None:

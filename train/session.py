@@ -12,7 +12,7 @@ from lowrank_jax import active, checkpoint, optimizer_state, shrinking
 from lowrank_jax.errors import UserError
 from train import context, ending
 from train.compiled import compile_phase
-from train.phases import Phase, Selected, place_of
+from train.phases import NOTHING_SELECTED, Phase, Selected, place_of
 from train.report import logs
 from train.run import Run
 from train.state import Structure, TrainState, carried_state, new_state
@@ -54,7 +54,7 @@ class Session:
                 "phase_start": 0,
                 "history": [],
                 "ended": None,
-                "selected": Selected()._asdict(),
+                "selected": NOTHING_SELECTED._asdict(),
                 "initial_stable_ranks": context.initial_stable_ranks(
                     run, phases, model
                 ),

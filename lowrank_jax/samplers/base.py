@@ -237,7 +237,7 @@ def of_fractions(
                 f" {family!r}. Use () for one fraction of every rank."
             )
         return make(())._replace(bind=make)
-    return make([(float(fraction), ranks) for fraction, ranks in family])
+    return make(families.of_pairs(family))
 
 
 def is_cut(

@@ -49,13 +49,14 @@ def every_part() -> dict[str, Any]:
     annealed = {"start": 1.0, "end": 0.1, "anneal_steps": 3}
     samplers = (
         named("sandwich", passes=3, smallest=0.25),
-        named("matryoshka", fractions=(1.0, 0.5)),
+        named("matryoshka", fractions=(1.0, 0.5), family=((0.5, ranks),)),
         named("family", profiles=(ranks, {"head": 2, "hidden/0": 3})),
         named("per_example", batch_size=64, common_fraction=True),
         named("ladder", fractions=(1.0, 0.5), chances=(0.5, 0.5), warmup_steps=2),
         named("geometric", decay=0.5),
         named("uniform_fraction", fractions=(0.5, 1.0)),
         named("independent"),
+        named("strata", fractions=((0.5, 0.25),), family="selected"),
     )
     penalties = (
         (named("hierarchical_group_lasso", weight=1e-3), named("l1", weight=0.1)),
@@ -103,6 +104,7 @@ def every_part() -> dict[str, Any]:
                 named("select", selector=named(ends[index][0], **ends[index][1])),
                 named("truncate", selector=named("selected")),
                 named("recalibrate", batches=1),
+                named("select_family", fractions=(0.5, 0.25)),
             ),
         )
         for index, sampler in enumerate(samplers)
@@ -150,10 +152,11 @@ def open_all(config: Any) -> None:
     ranks = {path: at.active for path, at in active.rank_limits(model).items()}
     spans = phases.spans(plan, run.steps_per_epoch)
     for phase, (first, end) in zip(plan, spans, strict=True):
-        phase.begin(first, end, ranks)
-        if phase.sampler.check is not None:
-            phase.sampler.check(ranks)
-        phase.sampler.init(ranks)
+        running = phase.begin(first, end, phases.Selected(ranks, []))
+        sampler = running.phase.sampler
+        if sampler.check is not None:
+            sampler.check(ranks)
+        sampler.init(ranks)
 
 
 HIDDEN = ("model", "args", "hidden")

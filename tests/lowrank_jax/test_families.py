@@ -66,6 +66,14 @@ def test_what_was_cut_keeps_what_it_has(size):
     assert lowered == {p: lowest(FAMILY[0][1][p], rank) for p, rank in cut.items()}
 
 
+def test_a_family_is_read_from_json_or_refused():
+    assert families.of_pairs([[0.5, {"a": 1}]]) == [(0.5, {"a": 1})]
+    assert families.of_pairs(()) == []
+    for wrong in (7, [7], [[0.5]], [["a", {}]], [[0.5, [1]]], {"a": 1}):
+        with pytest.raises(UserError, match="^family: must hold pairs of a fraction"):
+            families.of_pairs(wrong)
+
+
 def test_what_is_no_family_is_refused_by_name():
     families.check(FAMILY, LIMITS)
     families.check((), LIMITS)

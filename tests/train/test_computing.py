@@ -34,7 +34,7 @@ def make_step(model: str, dtype: str, **changes):
     config = make_config(phase(4, **changes), model=model, compute_dtype=dtype)
     run = open_run(to_json(config))
     (spec,) = phases.build_phases(run.config["phases"])
-    running = spec.begin(0, 4, None)
+    running = spec.begin(0, 4)
     structure, state = new_state(run.fresh_model(), running, 0)
     key = jax.random.key(0)
     step = make_train_step(structure, running, run.task, key, compute_dtype=dtype)

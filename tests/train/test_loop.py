@@ -179,7 +179,7 @@ class TestOrder:
     def test_checkpoint_n_holds_n_updates(self, stopped_run):
         """The one at step 3 is the initial state after steps 0, 1 and 2, by hand."""
         run = open_run(to_json(two_phases()))
-        running = phases.build_phases(run.config["phases"])[0].begin(0, 8, None)
+        running = phases.build_phases(run.config["phases"])[0].begin(0, 8)
         structure, state = new_state(run.fresh_model(), running, 0)
         root_key = jax.random.key(run.config["seed"])
         step = make_train_step(structure, running, run.task, root_key)
