@@ -87,12 +87,13 @@ VARIANTS = [(name, "") for name in NAMES] + [
     ("maestro", "compare"),
     ("maestro", "dense"),
     ("nested", "alone=0.5"),
-    ("nested", "any"),
+    ("nested", "parts"),
     ("nested", "compare"),
     ("nested", "halves,smallest=3"),
     ("nested", "masked"),
     ("pufferfish", "cifar10"),
     ("resnet8", "batch"),
+    ("resnet8", "alone=0.5"),
     ("resnet8", "dense"),
     ("sequential_freezing", "cifar10"),
     ("svd_training", "cifar10"),
@@ -108,6 +109,7 @@ VARIANTS = [(name, "") for name in NAMES] + [
     ("shakespeare", "cpu"),
     ("shakespeare", "cpu,all"),
     ("shakespeare", "cpu,any,smallest=4"),
+    ("shakespeare", "cpu,uniform"),
 ]
 
 
