@@ -55,13 +55,13 @@ def get_config(arg: str = "") -> ConfigDict:
             name="warm_up",
             until=common.length(first, smoke=smoke),
             optimizer=_adam(4e-3, common.named("constant", warmup_steps=warmup_steps)),
-            on_end=sizes.factorized(options, rules),
+            on_end=(common.named("factorize", rules=rules),),
         ),
         common.phase(
             name="low_rank",
             until=common.length(EPOCHS - first, smoke=smoke),
             optimizer=_adam(2e-3, cosine),
-            **sizes.nested(options, "parts", by_energy=not options["uniform"]),
+            **sizes.nested(options, "parts"),
         ),
     )
     return config

@@ -4,7 +4,7 @@ The first pass is always the whole model on the whole batch; the others learn fr
 outputs. What each costs and reaches stands in docs/results.md.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from configs import common
@@ -49,15 +49,13 @@ STEPS: dict[str, dict[str, Any]] = {
 def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
     """Reads a config's argument with the words of the steps; `alone=0.5` trains at this
     fraction of the ranks alone, `dense` and `maestro`, where a config takes them, as
-    they say; `smallest=3` weighs the smallest size three times in the loss, `uniform`
-    takes one fraction of every rank where the config would choose ranks by layer.
+    they say; `smallest=3` weighs the smallest size three times in the loss.
 
     Raises:
       UserError: As `common.options`, more than one method, or a fraction out of bounds.
     """
     words = dict.fromkeys(STEPS, False)
-    further = {"alone": float, "smallest": float, "uniform": False}
-    options = common.options(arg, **words, **further, **known)
+    options = common.options(arg, **words, alone=float, smallest=float, **known)
     methods = ("dense", "maestro", "alone", *STEPS)
     chosen = [word for word in methods if options.get(word) not in (None, False)]
     if len(chosen) > 1:
@@ -89,7 +87,7 @@ def nested(
     Args:
       options: Of the config's argument; it may name the step.
       default: The step where it does not.
-      by_energy: Whether the sizes are those of `factorized`.
+      by_energy: Whether the sizes are a family that an earlier phase has selected.
     """
     if not is_nested(options):
         return {}
@@ -105,22 +103,6 @@ def nested(
         passes = SAMPLERS[sampler["name"]](**sampler["args"]).passes
         step["pass_weights"] = (*[1.0] * (passes - 1), options["smallest"])
     return step
-
-
-def factorized(
-    options: Mapping[str, Any], rules: Sequence[tuple[str, Any]]
-) -> tuple[dict[str, Any], ...]:
-    """Returns the actions that end a dense phase: layers become low-rank, and sizes get
-    the ranks that keep one share of energy in all of them.
-
-    Args:
-      options: Of the config's argument.
-      rules: Rank rules.
-    """
-    actions = (common.named("factorize", rules=rules),)
-    if not is_nested(options) or options["uniform"]:
-        return actions
-    return *actions, common.named("select_family", fractions=FRACTIONS[1:])
 
 
 def rank(options: Mapping[str, Any]) -> Any:

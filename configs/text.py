@@ -15,6 +15,9 @@ _SHRINKS = 8
 def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
     """Reads a config's argument with the methods' words; nested training without one.
 
+    `uniform` takes one fraction of every rank for a size in the place of ranks by
+    layer.
+
     Args:
       arg: What stands after the colon.
       **known: Further names that the config takes, with their defaults.
@@ -22,7 +25,9 @@ def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
     Raises:
       UserError: As `common.options`, more than one method, or a number out of bounds.
     """
-    options = sizes.options(arg, dense=False, maestro=False, lasso=float, **known)
+    options = sizes.options(
+        arg, dense=False, maestro=False, uniform=False, lasso=float, **known
+    )
     if options["lasso"] is not None and not options["maestro"]:
         raise UserError(
             f"config argument: 'lasso' needs 'maestro' beside it, got {arg!r}. Add it."
@@ -68,7 +73,7 @@ def phases(
         name="warm_up",
         until={"steps": dense_steps},
         optimizer={**optimizer, "schedule": constant},
-        on_end=sizes.factorized(options, rank_rules(sizes.rank(options))),
+        on_end=_factorized(options),
     )
     rest = steps - dense_steps
     slower = {
@@ -81,6 +86,17 @@ def phases(
         optimizer=slower,
         **_low_rank(options, rest, lasso),
     )
+
+
+def _factorized(options: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The actions that make layers low-rank, and give sizes the ranks that keep one
+    share of energy in all of them."""
+    rules = rank_rules(sizes.rank(options))
+    actions = (common.named("factorize", rules=rules),)
+    if not sizes.is_nested(options) or options["uniform"]:
+        return actions
+    smaller = sizes.FRACTIONS[1:]
+    return *actions, common.named("select_family", fractions=smaller)
 
 
 def rank_rules(rank: Any) -> tuple[tuple[str, Any], ...]:
