@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
     penalty = common.named("hierarchical_group_lasso", weight=lasso)
     shrink = {"every_epochs": 1, "every_steps": 0, "threshold": 1e-5, "multiple": 1}
     # published: every cut at once; compiling a small network takes epochs of it
-    shrink["least_share"] = 0.0 if cifar10 else 0.2
+    shrink["least_share"] = 0.0 if cifar10 else 0.25
     config.phases = (
         common.phase(
             name="maestro",

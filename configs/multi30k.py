@@ -3,7 +3,8 @@
 Command:  python -m train.main --config=configs/multi30k.py --workdir=runs/multi30k
 Variants: `small` for a size that trains on two cores; :dense; :maestro, with lasso=4e-4
           for another lambda than 1e-4; :alone=0.5 for training at half of the ranks
-          alone
+          alone; :energy for sizes whose ranks keep one share of energy in all layers;
+          the words of configs/sizes.py for other steps
 Hardware: a GPU; :small 2 CPU cores
 Time:     not run at published size; :small 22 minutes dense, 45 nested, on one core
 Result:   docs/results.md, "Text"

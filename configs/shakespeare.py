@@ -3,7 +3,9 @@
 Command:  python -m train.main --config=configs/shakespeare.py --workdir=runs/text
 Variants: `cpu` for a size that trains on two cores; :dense; :maestro, with lasso=4e-4
           for another lambda than 1e-4; :alone=0.5 for training at half of the ranks
-          alone; :byte_pairs=512 for that many byte pairs instead of characters
+          alone; :uniform for sizes of one fraction of every rank; the words of
+          configs/sizes.py for other steps; :byte_pairs=512 for that many byte pairs
+          instead of characters
 Hardware: a GPU; :cpu 2 CPU cores
 Time:     not run at full size; :cpu 4 minutes dense, 8 nested, on one core
 Result:   docs/results.md, "Text"; the recipe's search in docs/LOG.md
@@ -65,5 +67,12 @@ def get_config(arg: str = "") -> ConfigDict:
         weight_decay=0.1,
         clip_norm=1.0,
     )
-    config.phases = text.phases(options, steps=steps, optimizer=optimizer, lasso=1e-4)
+    config.phases = text.phases(
+        options,
+        steps=steps,
+        optimizer=optimizer,
+        lasso=1e-4,
+        step="parts",
+        by_energy=True,
+    )
     return config

@@ -15,8 +15,8 @@ _SHRINKS = 8
 def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
     """Reads a config's argument with the methods' words; nested training without one.
 
-    `uniform` takes one fraction of every rank for a size in the place of ranks by
-    layer.
+    `energy` gives a size ranks that keep one share of energy in all layers, `uniform`
+    one fraction of every rank, where the config does the other.
 
     Args:
       arg: What stands after the colon.
@@ -26,7 +26,13 @@ def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
       UserError: As `common.options`, more than one method, or a number out of bounds.
     """
     options = sizes.options(
-        arg, dense=False, maestro=False, uniform=False, lasso=float, **known
+        arg,
+        dense=False,
+        maestro=False,
+        energy=False,
+        uniform=False,
+        lasso=float,
+        **known,
     )
     if options["lasso"] is not None and not options["maestro"]:
         raise UserError(
@@ -41,6 +47,8 @@ def phases(
     steps: int,
     optimizer: Mapping[str, Any],
     lasso: float,
+    step: str = "one",
+    by_energy: bool = False,
     warmup_share: float = 0.05,
 ) -> tuple[dict[str, Any], ...]:
     """Makes the phases of a method: dense training, and then the low-rank part.
@@ -55,6 +63,8 @@ def phases(
       optimizer: The recipe, which all methods share; its learning rate is halved where
         layers are low-rank, and its schedule is set here.
       lasso: Maestro's lambda where the argument gives none.
+      step: Of nested training, a word of `sizes.STEPS`, where the argument gives none.
+      by_energy: What a size is where the argument does not say it, see `options`.
       warmup_share: Of all steps, in which the learning rate rises.
     """
     warm_up = round(warmup_share * steps)
@@ -67,13 +77,14 @@ def phases(
                 optimizer={**optimizer, "schedule": whole},
             ),
         )
+    by_energy = options["energy"] or (by_energy and not options["uniform"])
     dense_steps = int(DENSE_SHARE * steps)
     constant = common.named("constant", warmup_steps=warm_up)
     first = common.phase(
         name="warm_up",
         until={"steps": dense_steps},
         optimizer={**optimizer, "schedule": constant},
-        on_end=_factorized(options),
+        on_end=_factorized(options, by_energy),
     )
     rest = steps - dense_steps
     slower = {
@@ -84,16 +95,17 @@ def phases(
     return first, common.phase(
         until={"steps": rest},
         optimizer=slower,
-        **_low_rank(options, rest, lasso),
+        **_low_rank(options, rest, lasso, step, by_energy),
     )
 
 
-def _factorized(options: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The actions that make layers low-rank, and give sizes the ranks that keep one
-    share of energy in all of them."""
+def _factorized(
+    options: Mapping[str, Any], by_energy: bool
+) -> tuple[dict[str, Any], ...]:
+    """The actions that make layers low-rank, and say what a size is."""
     rules = rank_rules(sizes.rank(options))
     actions = (common.named("factorize", rules=rules),)
-    if not sizes.is_nested(options) or options["uniform"]:
+    if not (by_energy and sizes.is_nested(options)):
         return actions
     smaller = sizes.FRACTIONS[1:]
     return *actions, common.named("select_family", fractions=smaller)
@@ -104,7 +116,9 @@ def rank_rules(rank: Any) -> tuple[tuple[str, Any], ...]:
     return (("embedding", "dense"), (".*", rank))
 
 
-def _low_rank(options: Mapping[str, Any], steps: int, lasso: float) -> dict[str, Any]:
+def _low_rank(
+    options: Mapping[str, Any], steps: int, lasso: float, step: str, by_energy: bool
+) -> dict[str, Any]:
     """What a method's phase of so many steps has of its own."""
     if options["maestro"]:
         weight = lasso if options["lasso"] is None else options["lasso"]
@@ -122,8 +136,7 @@ def _low_rank(options: Mapping[str, Any], steps: int, lasso: float) -> dict[str,
         }
     if options["alone"]:
         return {"name": "alone"}
-    by_energy = not options["uniform"]
-    return {"name": "nested", **sizes.nested(options, "parts", by_energy=by_energy)}
+    return {"name": "nested", **sizes.nested(options, step, by_energy=by_energy)}
 
 
 def by_steps(config: Any, every: int) -> None:

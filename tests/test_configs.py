@@ -106,6 +106,7 @@ VARIANTS = [(name, "") for name in NAMES] + [
         for method in ("alone=0.5", "dense", "maestro")
     ),
     ("multi30k", "small"),
+    ("multi30k", "small,energy"),
     ("shakespeare", "cpu"),
     ("shakespeare", "cpu,all"),
     ("shakespeare", "cpu,any,smallest=4"),
