@@ -7,7 +7,7 @@ Variants: `cpu` for a size that trains on two cores; :dense; :maestro, with lass
           configs/sizes.py for other steps; :byte_pairs=512 for that many byte pairs
           instead of characters
 Hardware: a GPU; :cpu 2 CPU cores
-Time:     not run at full size; :cpu 4 minutes dense, 8 nested, on one core
+Time:     not run at full size; :cpu 2 minutes dense, 4 nested, on one core
 Result:   docs/results.md, "Text"; the recipe's search in docs/LOG.md
 
 Model, data and recipe are nanoGPT's (Karpathy, 2022): 6 layers, width 384, 6 heads,
