@@ -63,10 +63,11 @@ class Session:
             self._begin(model, 0)
             self._measure(0)
             return
-        if not {"run", "done"} <= saved.metadata.keys():
+        remembered = saved.metadata.get("run", {})
+        if "done" not in saved.metadata or "selected" not in remembered:
             raise UserError(
                 f"--workdir: must hold a run of this version, got {saved.path}, which"
-                " does not say what phase it is in. Start a new run with"
+                " does not say all that its phases have done. Start a new run with"
                 " config.init_from."
             )
         self.memory, self.done = saved.metadata["run"], saved.metadata["done"]

@@ -149,8 +149,8 @@ def test_mistakes_are_one_line(run, tmp_path):
     no_data = "--config.data.name=no_such_package_h7:data"
     cases = {
         "flags: exactly one of --select, --rank, --rank_fraction, --ranks, --energy,"
-        " --params_fraction, --macs_fraction must be given, got ['--rank',"
-        " '--energy']": (*cut, "--rank=3", "--energy=0.5"),
+        " --energy_fraction, --params_fraction, --macs_fraction must be given, got"
+        " ['--rank', '--energy']": (*cut, "--rank=3", "--energy=0.5"),
         "flags: exactly one of --select, --rank,": cut,
         f"--output: must not exist yet, got {there}": (
             "train.truncate",

@@ -3,6 +3,7 @@
 The real loop on digits in epochs of 4 steps; a shrink comes at every epoch's end.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from support import (
 from configs import common
 from lowrank_jax import checkpoint
 from lowrank_jax.active import set_ranks
+from lowrank_jax.errors import UserError
+from lowrank_jax.pieces import seal
 from train.config import to_json
 from train.run import open_run
 from train.state import new_state
@@ -185,6 +188,22 @@ def test_a_cut_waits_until_it_takes_its_share(tmp_path, least_share, cut_at):
         found |= {step} if ranks != before else set()
         before = ranks
     assert found == cut_at
+
+
+@pytest.mark.parametrize("key", ["done", "run"])
+def test_a_run_that_remembers_too_little_is_refused(tmp_path, key):
+    """As one of an older version; before any work."""
+    config = make_config(phase(4))
+    interrupt(config, tmp_path / "run", 2)
+    saved = at_step(tmp_path / "run", 2)
+    metadata = dict(saved.metadata)
+    if key == "done":
+        del metadata["done"]
+    else:
+        metadata["run"] = {"phase": 0, "phase_start": 0}
+    (saved.path / "metadata" / "metadata").write_text(json.dumps(seal(metadata)))
+    with pytest.raises(UserError, match="^--workdir: must hold a run of this version"):
+        train(config, tmp_path / "run")
 
 
 # Weight decay and masked columns.
