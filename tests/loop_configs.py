@@ -81,14 +81,16 @@ def lasso(weight: float) -> dict[str, Any]:
     return named("hierarchical_group_lasso", weight=weight)
 
 
+SHRINK = {
+    "every_epochs": 1,
+    "every_steps": 0,
+    "threshold": 0.3,
+    "multiple": 1,
+    "least_share": 0.0,
+}
+
+
 def two_phases(weight: float = 0.05) -> Any:
-    shrink = {
-        "every_epochs": 1,
-        "every_steps": 0,
-        "threshold": 0.3,
-        "multiple": 1,
-        "least_share": 0.0,
-    }
     adam = common.optimizer(
         "adamw",
         learning_rate=1e-2,
@@ -102,7 +104,7 @@ def two_phases(weight: float = 0.05) -> Any:
             name="maestro",
             sampler=named("single_layer"),
             penalties=(lasso(weight), counter("maestro")),
-            shrink=shrink,
+            shrink=SHRINK,
         ),
         phase(
             4,

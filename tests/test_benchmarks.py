@@ -128,13 +128,7 @@ def test_what_is_compiled_after_the_first_step_is_lost(tmp_path):
         8,
         sampler=common.named("single_layer"),
         penalties=(loop_configs.lasso(0.05),),
-        shrink={
-            "every_epochs": 1,
-            "every_steps": 0,
-            "threshold": 0.3,
-            "multiple": 1,
-            "least_share": 0.0,
-        },
+        shrink=loop_configs.SHRINK,
     )
     config = loop_configs.make_config(shrinking)
 
