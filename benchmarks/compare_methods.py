@@ -23,7 +23,7 @@ from configs import common
 from lowrank_jax import active, paths
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks
-from lowrank_jax.selection import curves, solvers
+from lowrank_jax.selection import budgets, curves, solvers
 from train import binary, evaluation, loop, opening
 from train.report import logs
 from train.state import split_model
@@ -121,7 +121,7 @@ def frontier(workdir: Path) -> dict[str, dict[str, Any]]:
 def _cuts(model: Any, cost: Any, full: Ranks, share: float) -> list[Any]:
     """Rank vectors within a share of the factored layers' dense MACs; none if that is
     below rank 1."""
-    if solvers.total_cost(cost.layers, full, "macs") <= share * sum(
+    if budgets.total_cost(cost.layers, full, "macs") <= share * sum(
         layer.dense_macs for layer in cost.layers.values()
     ):
         return [full]
@@ -129,9 +129,7 @@ def _cuts(model: Any, cost: Any, full: Ranks, share: float) -> list[Any]:
     try:
         return [
             solvers.by_macs_fraction(cost.layers, full, share),
-            solvers.by_energy_budget(
-                cost.layers, full, importances, share, measure="macs"
-            ),
+            solvers.by_level(cost.layers, full, importances, share, measure="macs"),
         ]
     except UserError:
         return []

@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lowrank_jax import placement
@@ -127,6 +128,25 @@ def _reduced(
     if side.shape[-2] <= side.shape[-1]:
         return None, side
     return tuple(jnp.linalg.qr(side))
+
+
+def stable_rank(spectrum: Float[np.ndarray, "*stack n"]) -> Float[np.ndarray, "*stack"]:
+    """Returns `sum s^2 / s_1^2` of singular values, falling; 0 where all are 0."""
+    squares = np.square(spectrum, dtype=np.float64)
+    first = squares[..., :1].sum(axis=-1)
+    return squares.sum(axis=-1) / np.where(first > 0, first, 1)
+
+
+def effective_rank(
+    spectrum: Float[np.ndarray, "*stack n"],
+) -> Float[np.ndarray, "*stack"]:
+    """Returns `exp(H(s / sum s))` of singular values (Roy and Vetterli, 2007); 0 where
+    all are 0."""
+    values = np.asarray(spectrum, np.float64)
+    total = values.sum(axis=-1, keepdims=True)
+    shares = np.divide(values, total, out=np.zeros_like(values), where=total != 0)
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    return np.exp(-np.sum(shares * logs, axis=-1)) * np.any(shares, axis=-1)
 
 
 @jax.checkpoint  # the backward pass forms the product anew: one is alive at a time

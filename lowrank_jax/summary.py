@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from lowrank_jax import linalg, placement
@@ -147,11 +146,7 @@ def _effective_rank(node: Any) -> float | None:
         if matrix is None:
             return None
         spectrum = jnp.linalg.svd(placement.whole(matrix), compute_uv=False)
-    spectrum = placement.to_host(spectrum).astype(float)
-    total = spectrum.sum(axis=-1, keepdims=True)
-    shares = np.divide(spectrum, total, out=np.zeros_like(spectrum), where=total > 0)
-    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
-    ranks = np.exp(-np.sum(shares * logs, axis=-1)) * np.any(shares, axis=-1)
+    ranks = linalg.effective_rank(placement.to_host(spectrum))
     return float(ranks.mean())
 
 

@@ -25,7 +25,7 @@ from lowrank_jax import (
 )
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks, lowest
-from lowrank_jax.selection import solvers
+from lowrank_jax.selection import spectral
 from train import registry, schema, selecting
 
 
@@ -137,7 +137,7 @@ def factorize_at_stable_rank(*, rules: Sequence[Sequence[Any]]) -> Action:
                 f"needs a dense model, got low-rank layers {low}. Merge them before."
             )
         matrices = nnx.eval_shape(factorization.kernel_matrices, model)
-        found = solvers.scaled_stable_ranks(
+        found = spectral.scaled_stable_ranks(
             context.stable_ranks(model),
             context.initial_stable_ranks,
             {path: min(matrix.shape[-2:]) for path, matrix in matrices.items()},

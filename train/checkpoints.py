@@ -136,6 +136,7 @@ def _about(
         saved.metadata["ranks"],
         cost,
         lambda: curves.column_importances(paths.find_factors(whole())),
+        lambda: curves.singular_values(paths.find_factors(whole())),
         lambda candidates: scorer()(candidates),
         paths.find_aliases(abstract),
         family_of(saved),

@@ -9,7 +9,7 @@ from flax import nnx
 
 from lowrank_jax import active, calibration, factorization, paths
 from lowrank_jax.ranks import Ranks
-from lowrank_jax.selection import selectors
+from lowrank_jax.selection import choosing, selectors
 from train import evaluation, selecting
 from train.actions import Context
 from train.phases import Phase, Selected
@@ -33,7 +33,7 @@ def in_run(
 
     def select(model: nnx.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
         score = make_score(model, run) if run.holds_out else None
-        context = selectors.context_of(
+        context = choosing.context_of(
             model, run.cost(model), score=score, family=selected.family or ()
         )
         return selecting.select(spec, context)
@@ -90,6 +90,7 @@ def before_run(run: Run, selected: Selected) -> Context:
         context = selectors.Context(
             {path: at.active for path, at in active.rank_limits(model).items()},
             run.cost(model),
+            functools.partial(importances, model),
             functools.partial(importances, model),
             (lambda candidates: [0.0] * len(candidates)) if run.holds_out else None,
             paths.find_aliases(model),

@@ -10,7 +10,7 @@ from absl import flags
 
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
-from lowrank_jax.selection import selectors
+from lowrank_jax.selection import choosing, selectors
 from train import registry, schema
 
 TABLE = {name: row.function for name, row in selectors.SELECTORS.items()}
@@ -31,7 +31,7 @@ def select(spec: Mapping[str, Any], context: selectors.Context) -> dict[str, Any
     """Returns the ranks that a selector, given by name and arguments, chooses."""
     function = registry.resolve(spec["name"], TABLE, allow_imports=None)
     with errors.at("selector"), errors.at(spec["name"]):
-        return selectors.choose(function, context, spec["args"])
+        return choosing.choose(function, context, spec["args"])
 
 
 def define_flags() -> dict[str, flags.FlagHolder[Any]]:

@@ -8,7 +8,7 @@ from flax import nnx
 
 from lowrank_jax import errors, factorization
 from lowrank_jax.errors import UserError
-from lowrank_jax.selection import curves, solvers
+from lowrank_jax.selection import curves, spectral
 from train import registry, schema
 
 StableRanks = dict[str, Any]
@@ -107,9 +107,9 @@ def stable_ranks_stand_still(
 
     Args:
       every_steps: How often to measure (their code: once an epoch).
-      window: As in `solvers.stands_still`.
-      points: As in `solvers.stands_still`.
-      tolerance: As in `solvers.stands_still`, per measurement.
+      window: As in `spectral.stands_still`.
+      points: As in `spectral.stands_still`.
+      tolerance: As in `spectral.stands_still`, per measurement.
     """
     if min(every_steps, window) < 1 or points < 2 or tolerance < 0:
         raise UserError(
@@ -119,7 +119,7 @@ def stable_ranks_stand_still(
 
     def is_met(history: Sequence[StableRanks]) -> bool:
         rows = [np.concatenate([np.ravel(x) for x in row.values()]) for row in history]
-        return solvers.stands_still(
+        return spectral.stands_still(
             np.stack(rows), window=window, points=points, tolerance=tolerance
         )
 

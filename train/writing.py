@@ -8,7 +8,7 @@ from flax import nnx
 
 from lowrank_jax import active, counting, errors, surgery
 from lowrank_jax.errors import UserError
-from lowrank_jax.selection import selectors
+from lowrank_jax.selection import choosing
 from train import opening, selecting
 from train.generation import generate
 from train.model import about, checkpoint_task, family_of, model_cost
@@ -86,7 +86,7 @@ def open_writer(
     before = active.get_ranks(model)
     if selector is not None:
         cost, family = model_cost(model, task), family_of(saved)
-        context = selectors.context_of(model, cost, family=family)
+        context = choosing.context_of(model, cost, family=family)
         ranks = selecting.select(selector, context)
         if ranks != before:
             model = surgery.truncate(model, ranks)

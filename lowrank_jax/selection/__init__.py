@@ -1,25 +1,34 @@
 """Rank selection: curves of what a rank costs and loses, solvers from them to ranks,
 and the selectors that have a name."""
 
-from lowrank_jax.selection import curves, search, selectors, solvers
-from lowrank_jax.selection.selectors import (
-    SELECTORS,
-    Context,
-    Selector,
-    choose,
-    context_of,
-    ranks_for,
+from lowrank_jax.selection import (
+    budgets,
+    choosing,
+    curves,
+    knapsack,
+    search,
+    selectors,
+    solvers,
+    spectral,
+    tails,
 )
+from lowrank_jax.selection.choosing import choose, context_of, ranks_for
+from lowrank_jax.selection.selectors import SELECTORS, Context, Selector
 
 __all__ = [
     "SELECTORS",
     "Context",
     "Selector",
+    "budgets",
     "choose",
+    "choosing",
     "context_of",
     "curves",
+    "knapsack",
     "ranks_for",
     "search",
     "selectors",
     "solvers",
+    "spectral",
+    "tails",
 ]

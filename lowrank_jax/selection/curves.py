@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lowrank_jax import placement
+from lowrank_jax import linalg, placement
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.ranks import name_of
@@ -22,13 +22,26 @@ def column_importances(
     Raises:
       UserError: Factors with one rank per example.
     """
-    if several := [path for path in factors if factors[path].per_example]:
-        raise UserError(
-            f"{', '.join(map(name_of, several))}: rank must be one number to read"
-            " importances, got one per example. Set a rank with set_ranks first."
-        )
+    _check_common(factors)
     return {
         path: _norms(layer.active_u(None), -2) * _norms(layer.active_v(None), -1)
+        for path, layer in factors.items()
+    }
+
+
+def singular_values(
+    factors: Mapping[str, Factors],
+) -> dict[str, Float[np.ndarray, "*stack n"]]:
+    """Returns the singular values of each product at its active rank, falling.
+
+    Raises:
+      UserError: Factors with one rank per example.
+    """
+    _check_common(factors)
+    return {
+        path: placement.to_host(
+            linalg.singular_values(layer.active_u(None), None, layer.active_v(None))
+        )
         for path, layer in factors.items()
     }
 
@@ -41,10 +54,16 @@ def stable_ranks(
     for path, matrix in matrices.items():
         wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
         spectrum = jnp.linalg.svd(placement.whole(wide), compute_uv=False)
-        squares = np.square(placement.to_host(spectrum))
-        first = squares[..., :1].sum(axis=-1)
-        ranks[path] = squares.sum(axis=-1) / np.where(first > 0, first, 1)
+        ranks[path] = linalg.stable_rank(placement.to_host(spectrum))
     return ranks
+
+
+def _check_common(factors: Mapping[str, Factors]) -> None:
+    if several := [path for path in factors if factors[path].per_example]:
+        raise UserError(
+            f"{', '.join(map(name_of, several))}: rank must be one number to read"
+            " importances, got one per example. Set a rank with set_ranks first."
+        )
 
 
 def _norms(matrix: Float[Array, "*stack a b"], axis: int) -> Float[np.ndarray, "..."]:

@@ -7,7 +7,7 @@ from typing import Any
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks, largest, lowest
-from lowrank_jax.selection.solvers import check_budget, total_cost
+from lowrank_jax.selection.budgets import check_budget, total_cost
 
 
 def beam_search(

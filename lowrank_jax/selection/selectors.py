@@ -1,33 +1,22 @@
 """Rank selectors: the ways to say how much of each layer stays.
 
 A selector is a function `name(context, *, ...) -> Ranks` with plain keyword arguments;
-those that everybody can name are rows of `SELECTORS`. `choose` runs one and checks what
-it returns: no selector raises a rank. `ranks_for` does it for a model in one call.
+those that everybody can name are rows of `SELECTORS`. `choosing` runs them.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, get_origin
+from typing import NamedTuple, TypeAlias, get_origin
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Float
 
-from lowrank_jax import errors, families
-from lowrank_jax.active import check_ranks, get_ranks
-from lowrank_jax.counting import ModelCost, count
+from lowrank_jax import families, linalg
+from lowrank_jax.counting import ModelCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.families import Family
-from lowrank_jax.paths import find_aliases, find_factors
-from lowrank_jax.ranks import (
-    Limits,
-    Ranks,
-    at_most,
-    check_lower,
-    largest,
-    lowest,
-)
-from lowrank_jax.selection import curves, search, solvers
+from lowrank_jax.ranks import Ranks, at_most, lowest
+from lowrank_jax.selection import search, solvers, spectral
 
 Score: TypeAlias = Callable[[Sequence[Ranks]], list[float]]
 """Scores of rank vectors on held-out data, higher is better."""
@@ -40,6 +29,7 @@ class Context(NamedTuple):
       ranks: Active rank of each layer: none is raised.
       cost: What the model costs.
       importances: Reads the weights: importance of each column by path.
+      spectra: Reads the weights: singular values of each product by path.
       score: Scores rank vectors; None where there is nothing to score on.
       aliases: Further paths of shared factors, as of `find_aliases`.
       family: Ranks of sizes that the model was trained at, see `lowrank_jax.families`.
@@ -48,27 +38,10 @@ class Context(NamedTuple):
     ranks: Ranks
     cost: ModelCost
     importances: Callable[[], Mapping[str, Float[np.ndarray, "*stack r"]]]
+    spectra: Callable[[], Mapping[str, Float[np.ndarray, "*stack n"]]]
     score: Score | None = None
     aliases: Mapping[str, str] = {}
     family: Family = ()
-
-
-def context_of(
-    model: nnx.Module,
-    cost: ModelCost,
-    *,
-    score: Score | None = None,
-    family: Family = (),
-) -> Context:
-    """Makes the context of a model whose arrays are there."""
-    return Context(
-        get_ranks(model),
-        cost,
-        lambda: curves.column_importances(find_factors(model)),
-        score,
-        find_aliases(model),
-        family,
-    )
 
 
 def rank(context: Context, *, value: int) -> Ranks:
@@ -89,7 +62,42 @@ def ranks(context: Context, *, value: Ranks) -> Ranks:
 
 def energy(context: Context, *, value: float) -> Ranks:
     """Keeps the least prefix of each layer with this share of squared importances."""
-    return solvers.by_energy(context.importances(), value)
+    return spectral.by_energy(context.importances(), value)
+
+
+def entropy(context: Context, *, value: float) -> Ranks:
+    """Keeps the least prefix of each layer with this share of its entropy (ARSVD)."""
+    return spectral.by_entropy(context.importances(), value)
+
+
+def threshold(context: Context, *, value: float) -> Ranks:
+    """Cuts the columns behind the last with this share of its layer's largest."""
+    return spectral.by_threshold(context.importances(), value)
+
+
+def stable_rank(context: Context, *, value: float) -> Ranks:
+    """Keeps this multiple of each layer's stable rank."""
+    spectra = context.spectra()
+    measured = {path: linalg.stable_rank(one) for path, one in spectra.items()}
+    return spectral.by_scale(measured, value, context.ranks)
+
+
+def effective_rank(context: Context, *, value: float) -> Ranks:
+    """Keeps this multiple of each layer's effective rank, exp of the entropy."""
+    spectra = context.spectra()
+    measured = {path: linalg.effective_rank(one) for path, one in spectra.items()}
+    return spectral.by_scale(measured, value, context.ranks)
+
+
+def evbmf(context: Context) -> Ranks:
+    """Keeps as many columns as singular values stand out of the noise (EVBMF)."""
+    sizes = {
+        path: (cost.in_size, cost.out_size)
+        for path, cost in context.cost.layers.items()
+        if path in context.ranks
+    }
+    found = spectral.by_noise(context.spectra(), sizes)
+    return {path: lowest(rank, context.ranks[path]) for path, rank in found.items()}
 
 
 def energy_fraction(context: Context, *, value: float) -> Ranks:
@@ -115,18 +123,59 @@ def macs_fraction(context: Context, *, value: float) -> Ranks:
     return solvers.by_macs_fraction(context.cost.layers, context.ranks, value)
 
 
-def energy_budget(context: Context, *, measure: str, fraction: float) -> Ranks:
+def energy_budget(
+    context: Context, *, measure: str, fraction: float, multiple_of: int = 1
+) -> Ranks:
     """Keeps one share of energy in all layers, within a share of "params" or "macs".
 
-    The share is of the factored layers' cost in their dense form.
+    The share is of the factored layers' cost in their dense form, here and below.
     """
-    return solvers.by_energy_budget(
-        context.cost.layers,
-        context.ranks,
-        context.importances(),
-        fraction,
-        measure=measure,
+    return _within(solvers.by_level, context, measure, fraction, "energy", multiple_of)
+
+
+def minimax(
+    context: Context, *, measure: str, fraction: float, multiple_of: int = 1
+) -> Ranks:
+    """Keeps s / s_1 above one threshold in all layers, within the budget (ALDS)."""
+    return _within(
+        solvers.by_level, context, measure, fraction, "operator_norm", multiple_of
     )
+
+
+def welore(
+    context: Context, *, measure: str, fraction: float, multiple_of: int = 1
+) -> Ranks:
+    """Keeps min-max normalised s above one threshold, within the budget (WeLore)."""
+    return _within(solvers.by_level, context, measure, fraction, "min_max", multiple_of)
+
+
+def lc(
+    context: Context,
+    *,
+    measure: str,
+    fraction: float,
+    curve: str = "squares",
+    multiple_of: int = 1,
+) -> Ranks:
+    """Weighs error against one price of cost for all, within the budget (LC)."""
+    return _within(solvers.by_price, context, measure, fraction, curve, multiple_of)
+
+
+def knapsack(
+    context: Context,
+    *,
+    measure: str,
+    fraction: float,
+    curve: str = "energy",
+    multiple_of: int = 1,
+) -> Ranks:
+    """Finds the least sum of errors within the budget (L-GreCo)."""
+    return _within(solvers.by_knapsack, context, measure, fraction, curve, multiple_of)
+
+
+def greedy(context: Context, *, measure: str, fraction: float, steps: int) -> Ranks:
+    """Lowers the layer whose cut costs the least score, step by step (Maestro)."""
+    return beam(context, measure=measure, fraction=fraction, width=1, steps=steps)
 
 
 def beam(
@@ -149,6 +198,26 @@ def beam(
         measure=measure,
         width=width,
         steps=steps,
+    )
+
+
+def _within(
+    solver: Callable[..., Ranks],
+    context: Context,
+    measure: str,
+    fraction: float,
+    curve: str,
+    multiple_of: int,
+) -> Ranks:
+    """Runs one of the solvers for a budget."""
+    return solver(
+        context.cost.layers,
+        context.ranks,
+        context.importances(),
+        fraction,
+        measure=measure,
+        curve=curve,
+        multiple_of=multiple_of,
     )
 
 
@@ -183,121 +252,20 @@ SELECTORS: dict[str, Selector] = {
         ranks,
         energy,
         energy_fraction,
+        entropy,
+        threshold,
+        stable_rank,
+        effective_rank,
+        evbmf,
         params_fraction,
         macs_fraction,
         energy_budget,
+        minimax,
+        welore,
+        lc,
+        knapsack,
+        greedy,
         beam,
     )
 }
 """The selectors by name; a new one is one more function here."""
-
-
-def choose(
-    function: Callable[..., Ranks], context: Context, args: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns the ranks that a selector chooses, one for every layer.
-
-    Messages do not name the selector: the caller does, as the user has named it.
-
-    Args:
-      function: A selector: of a row of `SELECTORS`, or one's own.
-      context: What it may look at.
-      args: Its arguments; scalars of NumPy are plain numbers to it.
-
-    Raises:
-      UserError: Arguments that it does not take, or ranks that are not legal: unknown
-        paths, other shapes than the stack's, a rank above the active one.
-    """
-    found = function(context, **_plain_args(function, context, args))
-    if not isinstance(found, Mapping):
-        raise UserError(
-            "a selector must return a mapping of paths to ranks, got"
-            f" {found!r}. Return one."
-        )
-    found = {context.aliases.get(path, path): rank for path, rank in found.items()}
-    limits = {
-        path: Limits(active, largest(active)) for path, active in context.ranks.items()
-    }
-    check_lower(found, limits)
-    return {
-        path: lowest(active, found.get(path, active))
-        for path, active in context.ranks.items()
-    }
-
-
-def ranks_for(
-    model: nnx.Module, *example: Any, score: Score | None = None, **choice: Any
-) -> dict[str, Any]:
-    """Returns the ranks to cut a model at, by one of the `SELECTORS`.
-
-    Args:
-      model: A low-rank model.
-      *example: Its inputs for a batch of one (arrays or `jax.ShapeDtypeStruct`), to
-        count MACs on; other selectors need none.
-      score: Scores rank vectors, for "beam".
-      **choice: One selector by name, and its value: `rank=8`, `rank_fraction=0.5`,
-        `energy=0.9`, `params_fraction=0.25`, `macs_fraction=0.25`; or its arguments as
-        a mapping, `energy_budget={"measure": "params", "fraction": 0.25}`.
-
-    Raises:
-      UserError: Not exactly one selector, arguments out of bounds, a budget of MACs
-        without an example, or a model without low-rank layers.
-
-    >>> from lowrank_jax import factorize
-    >>> model = factorize(nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
-    >>> ranks_for(model, rank=3), ranks_for(model, params_fraction=0.5)
-    ({'': 3}, {'': 2})
-    """
-    if len(choice) != 1 or not choice.keys() <= SELECTORS.keys():
-        raise UserError(
-            f"ranks_for: must be given exactly one of {', '.join(SELECTORS)}, got"
-            f" {sorted(choice)}. Keep one of them."
-        )
-    ((name, value),) = choice.items()
-    if not find_factors(model):
-        raise UserError(
-            "model: must have low-rank layers to choose ranks for, got none. Make them"
-            " with factorize."
-        )
-    args = value if SELECTORS[name].value_type is None else {"value": value}
-    # A model that is not run is counted all the same: its parameters, and no MACs.
-    cost = count(model, *example, **({} if example else {"forward": lambda model: ()}))
-    context = context_of(model, cost, score=score)
-    with errors.at(name):
-        return check_ranks(model, choose(SELECTORS[name].function, context, args))
-
-
-def _plain_args(
-    function: Callable[..., Ranks], context: Context, args: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Returns arguments with NumPy's scalars as plain numbers, checked to fit the
-    signature by name and by type."""
-    signature = inspect.signature(function)
-    names = [*signature.parameters][1:]
-    try:
-        signature.bind(context, **args)
-    except TypeError as error:
-        raise UserError(
-            f"must be given the arguments {names}, got {args!r} ({error})."
-            " Correct them."
-        ) from error
-    plain = {
-        name: value.item() if isinstance(value, np.generic) else value
-        for name, value in args.items()
-    }
-    for name, value in plain.items():
-        kind = getattr(signature.parameters.get(name), "annotation", None)
-        types, words = _PLAIN.get(kind, (object, ""))
-        if not isinstance(value, types) or (words and isinstance(value, bool)):
-            place = f"{name}: " if names != ["value"] else ""
-            raise UserError(f"{place}must be {words}, got {value!r}. Give one.")
-    return plain
-
-
-_PLAIN: dict[Any, tuple[Any, str]] = {
-    int: (int, "a whole number"),
-    float: (int | float, "a number"),
-    str: (str, "a string"),
-    Ranks: (Mapping, "a mapping of paths to ranks"),
-}
-"""What an argument may be, by its annotation, and how messages call it."""

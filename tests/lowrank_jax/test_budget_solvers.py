@@ -11,7 +11,7 @@ from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.factorization import factorize, kernel_matrices
 from lowrank_jax.ranks import at_fraction
-from lowrank_jax.selection import curves, solvers
+from lowrank_jax.selection import budgets, curves, solvers, spectral
 
 RANDOM = np.random.default_rng(0)
 SIZES = {"a": (12, 20, 1, 1), "b": (8, 8, 2, 9), "c": (3, 50, 1, 4)}
@@ -71,7 +71,7 @@ def test_energy_within_a_budget_is_the_best_threshold(share, measure):
     )
     profiles = [ranks_at(removed) for removed in thresholds]
     fits = [one for one in profiles if total(one, measure) <= share * dense(measure)]
-    found = solvers.by_energy_budget(COSTS, FULL, SPECTRA, share, measure=measure)
+    found = solvers.by_level(COSTS, FULL, SPECTRA, share, measure=measure)
     assert found == fits[0]
     assert total(found, measure) <= share * dense(measure)
     if share < 0.9:  # the control: the next larger profile does not fit
@@ -83,14 +83,14 @@ def test_energy_within_a_budget_is_the_best_threshold(share, measure):
 def test_energy_within_a_budget_is_the_energy_rule(measure):
     """With the share that it found; a larger budget never means a lower rank."""
     found = [
-        solvers.by_energy_budget(COSTS, FULL, SPECTRA, share, measure=measure)
+        solvers.by_level(COSTS, FULL, SPECTRA, share, measure=measure)
         for share in np.linspace(0.3, 1, 40)
     ]
     for small, large in itertools.pairwise(found):
         assert all(np.all(np.less_equal(small[p], large[p])) for p in SIZES)
     assert found[-1] == {"a": 12, "b": [8, 8], "c": 3} != found[0]
     energies = np.linspace(0.001, 1, 4000)
-    by_share = [solvers.by_energy(SPECTRA, energy) for energy in energies]
+    by_share = [spectral.by_energy(SPECTRA, energy) for energy in energies]
     assert all(ranks in by_share for ranks in found)
 
 
@@ -100,7 +100,7 @@ def test_equal_tails_are_cut_together():
     spectrum = np.array([8.0, 4.0, 2.0, 1.0])
     spectra = {"a": spectrum, "b": 4 * spectrum, "c": spectrum / 2}
     for count in range(3, 13):
-        found = solvers.by_energy_budget(
+        found = solvers.by_level(
             costs,
             dict.fromkeys("abc", 4),
             spectra,
@@ -111,13 +111,15 @@ def test_equal_tails_are_cut_together():
 
 
 def test_energy_within_a_budget_knows_layers_of_nothing():
-    """A layer cut to rank 0 stays there, one of zeros keeps a column."""
+    """A layer cut to rank 0 stays there, one of zeros keeps a column, and all of them
+    where they fit."""
     costs = {path: LayerCost(10, 10, 1, 1, 1, 1) for path in "abc"}
     spectra = {"a": np.zeros(0), "b": np.zeros(4), "c": SPECTRA["a"][:4]}
     full = {"a": 0, "b": 4, "c": 4}
-    found = solvers.by_energy_budget(costs, full, spectra, 1.0, measure="params")
+    found = solvers.by_level(costs, full, spectra, 0.5, measure="params")
     assert found == {"a": 0, "b": 1, "c": 4}
-    assert solvers.by_energy_budget({}, {}, {}, 0.5, measure="params") == {}
+    assert solvers.by_level(costs, full, spectra, 1.0, measure="params") == full
+    assert solvers.by_level({}, {}, {}, 0.5, measure="params") == {}
 
 
 def test_a_masked_layer_of_rank_zero_stays_there():
@@ -125,19 +127,19 @@ def test_a_masked_layer_of_rank_zero_stays_there():
     costs = {path: LayerCost(10, 10, 1, 1, 1, 1) for path in "abc"}
     spectra = {"a": np.zeros(4), "b": np.array([2.0, 1.0, 0.0, 0.0]), "c": np.ones(4)}
     masked = {"a": 0, "b": 2, "c": 4}
-    found = solvers.by_energy_budget(costs, masked, spectra, 1.0, measure="params")
+    found = solvers.by_level(costs, masked, spectra, 1.0, measure="params")
     assert found == masked
     least = 2 * 20 / 300  # a stays at nothing, so rank 1 is asked of two layers only
-    found = solvers.by_energy_budget(costs, masked, spectra, least, measure="params")
+    found = solvers.by_level(costs, masked, spectra, least, measure="params")
     assert found == {"a": 0, "b": 1, "c": 1}
 
 
-def test_the_whole_budget_keeps_small_columns():
+def test_small_columns_are_kept_where_they_fit():
     """A tail of 1e-10 beside a head of 1 is there: 2.0e-20 of its energy."""
     costs = {"a": LayerCost(10, 10, 1, 1, 1, 1)}
     spectra = {"a": np.array([1.0, 1e-10, 1e-10, 0.0])}
-    found = solvers.by_energy_budget(costs, {"a": 4}, spectra, 1.0, measure="params")
-    assert found == {"a": 3} == solvers.by_energy(spectra, 1.0)
+    found = solvers.by_level(costs, {"a": 4}, spectra, 0.7, measure="params")
+    assert found == {"a": 3} == spectral.by_energy(spectra, 1.0)
 
 
 def test_macs_need_a_count_that_ran_the_layers():
@@ -162,7 +164,7 @@ def test_costs_that_fall_with_the_rank_are_searched_whole(share):
     limits, budget = {"a": 4, "b": 9}, share * 100
     found = solvers.by_macs_fraction(costs, limits, share)
     profiles = [at_fraction(limits, n / 36) for n in range(36, 0, -1)]
-    totals = [solvers.total_cost(costs, one, "macs") for one in profiles]
+    totals = [budgets.total_cost(costs, one, "macs") for one in profiles]
     assert found == next(
         p for p, n in zip(profiles, totals, strict=True) if n <= budget
     )
@@ -174,8 +176,8 @@ def test_costs_that_fall_with_the_rank_are_searched_whole(share):
         {path: 1 + int((r > level + 1e-12).sum()) for path, r in removed.items()}
         for level in sorted(np.append(np.concatenate([*removed.values()]), 0.0))
     ]
-    totals = [solvers.total_cost(costs, one, "macs") for one in profiles]
-    found = solvers.by_energy_budget(costs, limits, spectra, share, measure="macs")
+    totals = [budgets.total_cost(costs, one, "macs") for one in profiles]
+    found = solvers.by_level(costs, limits, spectra, share, measure="macs")
     assert found == next(
         p for p, n in zip(profiles, totals, strict=True) if n <= budget
     )
@@ -209,8 +211,8 @@ def test_budgets_name_their_measure():
     for measure in MEASURES:
         least = total(dict.fromkeys(SIZES, 1), measure) / dense(measure)
         with pytest.raises(ValueError, match=f"{measure}_fraction: .*{least:.4g} here"):
-            solvers.by_energy_budget(COSTS, FULL, SPECTRA, 0.1, measure=measure)
-        ones = solvers.by_energy_budget(COSTS, FULL, SPECTRA, least, measure=measure)
+            solvers.by_level(COSTS, FULL, SPECTRA, 0.1, measure=measure)
+        ones = solvers.by_level(COSTS, FULL, SPECTRA, least, measure=measure)
         assert ones == {"a": 1, "b": [1, 1], "c": 1}
     with pytest.raises(ValueError, match="macs_fraction: must be at least"):
         solvers.by_macs_fraction(COSTS, LIMITS, 0.01)
@@ -218,7 +220,7 @@ def test_budgets_name_their_measure():
         with pytest.raises(ValueError, match=r"macs_fraction: must be in \(0, 1\]"):
             solvers.by_macs_fraction(COSTS, LIMITS, share)
     with pytest.raises(ValueError, match="'params' or 'macs', got 'bytes'"):
-        solvers.by_energy_budget(COSTS, FULL, SPECTRA, 0.5, measure="bytes")
+        solvers.by_level(COSTS, FULL, SPECTRA, 0.5, measure="bytes")
 
 
 def test_stable_ranks_have_the_golden_value():
@@ -251,7 +253,7 @@ def test_scaled_stable_ranks_are_full_at_the_start(seed):
     full = {path: min(one.shape[-2:]) for path, one in matrices.items()}
     floats = {path: jnp.float32(one) for path, one in matrices.items()}
     initial = curves.stable_ranks(floats)
-    found = solvers.scaled_stable_ranks(initial, initial, full)
+    found = spectral.scaled_stable_ranks(initial, initial, full)
     expected = {path: np.full(initial[path].shape, full[path]) for path in full}
     assert found == {path: one.tolist() for path, one in expected.items()}
 
@@ -264,7 +266,7 @@ def test_scaled_stable_ranks_do_not_round_up_what_is_whole():
         for value, full in zip(values, itertools.cycle([25, 999, 2050]), strict=False):
             first = kind(value)
             more += np.ceil(np.float64(full / first) * np.float64(first)) > full
-            found = solvers.scaled_stable_ranks(
+            found = spectral.scaled_stable_ranks(
                 {
                     "all": first,
                     "half": first / 2,
@@ -283,7 +285,7 @@ def test_scaled_stable_ranks_follow_the_formula():
     """ceil(R sr / sr_0), 1 at least; what started at zero keeps its full rank."""
     now = {"a": np.array(2.1), "b": np.array([3.0, 0.0, 9.0]), "c": np.array(5.0)}
     first = {"a": np.array(6.0), "b": np.array([4.0, 4.0, 4.0]), "c": np.array(0.0)}
-    found = solvers.scaled_stable_ranks(now, first, {"a": 10, "b": 8, "c": 7})
+    found = spectral.scaled_stable_ranks(now, first, {"a": 10, "b": 8, "c": 7})
     assert found == {"a": 4, "b": [6, 1, 8], "c": 7}
     assert type(found["a"]) is int
 
@@ -322,18 +324,18 @@ def change_of(history: np.ndarray, window: int, points: int) -> float:
 def test_a_constant_history_stands_still_and_a_ramp_does_not():
     """Nor a short one, nor one with a single moving layer."""
     constant, ramp = np.full((40, 3), 7.0), np.arange(40.0)[:, None] * np.ones(3)
-    assert solvers.stands_still(constant)
-    assert solvers.stands_still(constant[:11])
-    assert not solvers.stands_still(constant[:10])
-    assert not solvers.stands_still(ramp)
+    assert spectral.stands_still(constant)
+    assert spectral.stands_still(constant[:11])
+    assert not spectral.stands_still(constant[:10])
+    assert not spectral.stands_still(ramp)
     one = constant.copy()
     one[:, 1] = ramp[:, 1]
-    assert not solvers.stands_still(one)
-    assert solvers.stands_still(one[:, [0, 2]])
-    assert not solvers.stands_still(np.where(one == 20, np.nan, one))
+    assert not spectral.stands_still(one)
+    assert spectral.stands_still(one[:, [0, 2]])
+    assert not spectral.stands_still(np.where(one == 20, np.nan, one))
     slow = 0.09 * ramp
-    assert solvers.stands_still(slow) and not solvers.stands_still(slow * 1.2)
-    assert solvers.stands_still(slow * 1.2, tolerance=0.2)
+    assert spectral.stands_still(slow) and not spectral.stands_still(slow * 1.2)
+    assert spectral.stands_still(slow * 1.2, tolerance=0.2)
 
 
 @pytest.mark.parametrize(("window", "points"), [(15, 11), (3, 11), (15, 5)])
@@ -345,11 +347,11 @@ def test_standing_still_is_that_of_a_loop(window, points):
     for length in range(points, 61, 7):
         change = change_of(history[:length], window, points)
         for factor, expected in ((1 + 1e-9, True), (1 - 1e-9, False)):
-            found = solvers.stands_still(
+            found = spectral.stands_still(
                 history[:length], tolerance=factor * change, **options
             )
             assert found == expected
-    assert not solvers.stands_still(history[:20]) and solvers.stands_still(history)
+    assert not spectral.stands_still(history[:20]) and spectral.stands_still(history)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -359,8 +361,8 @@ def test_energy_of_what_is_not_finite(bad):
     message = "a, the model itself: importances must be finite"
     for energy in (0.9, 1.0):
         with pytest.raises(UserError, match=message):
-            solvers.by_energy(spectra, energy)
+            spectral.by_energy(spectra, energy)
     costs, full = {path: LayerCost(9, 9, 1, 1, 1, 1) for path in spectra}, {}
     with pytest.raises(UserError, match=message):
-        solvers.by_energy_budget(costs, full, spectra, 0.9, measure="params")
-    assert solvers.by_energy({"a": np.zeros(2)}, 0.9) == {"a": 0}
+        solvers.by_level(costs, full, spectra, 0.9, measure="params")
+    assert spectral.by_energy({"a": np.zeros(2)}, 0.9) == {"a": 0}

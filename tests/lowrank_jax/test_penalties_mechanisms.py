@@ -17,7 +17,7 @@ from lowrank_jax import factorization, linalg, penalties, surgery
 from lowrank_jax.factors import Factors
 from lowrank_jax.paths import find_factors
 from lowrank_jax.penalties import Penalty
-from lowrank_jax.selection import solvers
+from lowrank_jax.selection import spectral
 
 SEEDS = (0, 1, 2)
 Arrays = Mapping[str, jax.Array]
@@ -148,7 +148,7 @@ def test_orthogonality_keeps_the_factors_orthonormal(seed):
 def total_rank(model: nnx.Module, energy: float) -> int:
     factors = find_factors(surgery.canonicalize(model))
     spectra = {path: f.arrays()[1] for path, f in factors.items()}
-    return sum(solvers.by_energy(spectra, energy).values())
+    return sum(spectral.by_energy(spectra, energy).values())
 
 
 @pytest.mark.parametrize("seed", SEEDS)

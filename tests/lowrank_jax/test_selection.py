@@ -11,7 +11,7 @@ from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
 from lowrank_jax.ranks import at_fraction, at_most
-from lowrank_jax.selection import curves, solvers
+from lowrank_jax.selection import curves, solvers, spectral
 
 SPECTRUM = np.array([4.0, 3.0, 2.0, 1.0])
 RANDOM = np.random.default_rng(0)
@@ -24,13 +24,13 @@ LIMITS = {"a": 25, "b": [10, 3], "c": 0, "d": [[1, 7]]}
 )
 def test_energy_rule_has_the_golden_values(removed, rank):
     """methods.md 0.2: the share of s^2 that may go, of the spectrum 4, 3, 2, 1."""
-    assert solvers.by_energy({"a": SPECTRUM}, 1 - removed) == {"a": rank}
+    assert spectral.by_energy({"a": SPECTRUM}, 1 - removed) == {"a": rank}
 
 
 @pytest.mark.parametrize("energy", [0.1, 0.5, 0.9, 0.99, 1.0])
 def test_energy_rule_is_the_least_prefix(energy):
     """One column fewer would miss the share, in each matrix of a stack by itself."""
-    ranks = np.asarray(solvers.by_energy({"a": STACK}, energy)["a"])
+    ranks = np.asarray(spectral.by_energy({"a": STACK}, energy)["a"])
     assert ranks.shape == (2, 3)
     for index in np.ndindex(2, 3):
         squares = STACK[index] ** 2
@@ -44,32 +44,32 @@ def test_energy_rule_meets_shares_exactly():
     there."""
     equal = {"a": np.ones(10), "b": np.sqrt(np.full(7, 0.1))}
     for kept in range(1, 8):
-        assert solvers.by_energy({"b": equal["b"]}, kept / 7) == {"b": kept}
-    assert solvers.by_energy(equal, 0.3) == {"a": 3, "b": 3}
+        assert spectral.by_energy({"b": equal["b"]}, kept / 7) == {"b": kept}
+    assert spectral.by_energy(equal, 0.3) == {"a": 3, "b": 3}
     many = {"a": np.ones(25)}  # 0.28 * 25 is 7.000000000000001 in floats
-    assert solvers.by_energy(many, 0.28) == {"a": 7}
-    assert solvers.by_energy(equal, 1.0) == {"a": 10, "b": 7}
-    assert solvers.by_energy({"a": np.array([2.0, 1.0, 0.0, 0.0])}, 1.0) == {"a": 2}
+    assert spectral.by_energy(many, 0.28) == {"a": 7}
+    assert spectral.by_energy(equal, 1.0) == {"a": 10, "b": 7}
+    assert spectral.by_energy({"a": np.array([2.0, 1.0, 0.0, 0.0])}, 1.0) == {"a": 2}
     small = {"a": np.array([1.0, 1e-7, 1e-30, 0.0])}
-    assert solvers.by_energy(small, 1.0) == {"a": 3}
+    assert spectral.by_energy(small, 1.0) == {"a": 3}
     tail = {"a": np.array([1.0, 1e-20])}
-    assert solvers.by_energy(tail, 0.5) == {"a": 1}
+    assert spectral.by_energy(tail, 0.5) == {"a": 1}
 
 
 def test_energy_rule_knows_columns_of_nothing():
     """Zero columns, no columns, no layers."""
-    found = solvers.by_energy({"a": np.zeros(3), "b": np.zeros(0)}, 0.9)
+    found = spectral.by_energy({"a": np.zeros(3), "b": np.zeros(0)}, 0.9)
     assert found == {"a": 0, "b": 0}
-    assert solvers.by_energy({"a": np.array([[0.0, 0.0], [1.0, 0.0]])}, 0.9) == {
+    assert spectral.by_energy({"a": np.array([[0.0, 0.0], [1.0, 0.0]])}, 0.9) == {
         "a": [0, 1]
     }
-    assert solvers.by_energy({}, 0.9) == {}
+    assert spectral.by_energy({}, 0.9) == {}
 
 
 def test_energy_rule_is_monotone():
     """More energy never means a lower rank."""
     found = [
-        solvers.by_energy({"a": STACK}, energy)["a"]
+        spectral.by_energy({"a": STACK}, energy)["a"]
         for energy in np.linspace(0.01, 1, 60)
     ]
     assert np.all(np.diff(np.asarray(found), axis=0) >= 0)
@@ -88,7 +88,7 @@ def test_importances_are_norms_of_rank_one_parts(with_s):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert found.dtype == np.float64
     diagonal = Factors(jnp.diag(jnp.sqrt(jnp.arange(4.0, 0, -1))), jnp.eye(4))
-    assert solvers.by_energy(curves.column_importances({"": diagonal}), 0.7) == {"": 2}
+    assert spectral.by_energy(curves.column_importances({"": diagonal}), 0.7) == {"": 2}
 
 
 def masked_factors() -> dict[str, Factors]:
@@ -134,9 +134,9 @@ def test_masked_columns_have_no_importance():
         np.testing.assert_allclose(found[path][..., :width], expected, rtol=1e-5)
         past = np.arange(found[path].shape[-1]) >= np.asarray(rank)[..., None]
         np.testing.assert_array_equal(found[path] == 0, past)
-    assert solvers.by_energy(found, 1.0) == MASKED
+    assert spectral.by_energy(found, 1.0) == MASKED
     for energy in (0.5, 0.99):
-        ranks = solvers.by_energy(found, energy)
+        ranks = spectral.by_energy(found, energy)
         assert all(np.all(np.less_equal(ranks[p], MASKED[p])) for p in MASKED)
 
 
@@ -145,8 +145,8 @@ def test_importances_of_tiny_columns_are_not_zero():
     factors = Factors(jnp.diag(jnp.array([1.0, 1e-30, 0.0])), jnp.eye(3))
     found = curves.column_importances({"a": factors})
     np.testing.assert_allclose(found["a"], [1, 1e-30, 0], rtol=1e-6)
-    assert solvers.by_energy(found, 1.0) == {"a": 2}
-    assert solvers.by_energy(found, 1 - 1e-9) == {"a": 1}
+    assert spectral.by_energy(found, 1.0) == {"a": 2}
+    assert spectral.by_energy(found, 1 - 1e-9) == {"a": 1}
 
 
 def test_importances_need_one_rank_for_all_examples():
@@ -225,7 +225,7 @@ def test_params_fraction_of_nothing_is_nothing():
 def test_shares_out_of_range_are_refused(share):
     """Every share is in (0, 1]."""
     with pytest.raises(ValueError, match=r"energy: must be in \(0, 1\]"):
-        solvers.by_energy({"a": SPECTRUM}, share)
+        spectral.by_energy({"a": SPECTRUM}, share)
     with pytest.raises(ValueError, match=r"params_fraction: must be in \(0, 1\]"):
         solvers.by_params_fraction(COSTS, COST_LIMITS, share)
     with pytest.raises(ValueError, match=r"fraction: must be in \(0, 1\]"):

@@ -9,9 +9,7 @@ from lowrank_jax.active import get_ranks
 from lowrank_jax.counting import count
 from lowrank_jax.errors import UserError
 from lowrank_jax.factorization import factorize
-from lowrank_jax.selection.selectors import (
-    ranks_for,
-)
+from lowrank_jax.selection.choosing import ranks_for
 
 
 class Lookup(nnx.Module):

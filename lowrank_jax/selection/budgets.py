@@ -1,0 +1,72 @@
+"""Budgets: a share of what the factored layers cost when dense, and what they cost."""
+
+from collections.abc import Mapping
+
+from lowrank_jax.cost import LayerCost
+from lowrank_jax.errors import UserError
+from lowrank_jax.ranks import Ranks, at_most
+
+
+def total_cost(costs: Mapping[str, LayerCost], ranks: Ranks, measure: str) -> int:
+    """Sums what layers cost at these ranks, in "params" or "macs"."""
+    return sum(getattr(costs[path], measure)(rank) for path, rank in ranks.items())
+
+
+def check_budget(
+    costs: Mapping[str, LayerCost],
+    max_ranks: Ranks,
+    fraction: float,
+    measure: str,
+) -> float:
+    """Returns the budget that a share of the dense cost is.
+
+    Raises:
+      UserError: The measure is another one, the share is out of bounds, both rank 1
+        everywhere and the full ranks cost more, or MACs are asked for of layers that
+        were never run.
+    """
+    if measure not in ("params", "macs"):
+        raise UserError(
+            f"measure: must be 'params' or 'macs', got {measure!r}. Choose one."
+        )
+    if not 0 < fraction <= 1:
+        raise UserError(
+            f"{measure}_fraction: must be in (0, 1], got {fraction}."
+            " Give a share of it."
+        )
+    fraction = float(fraction)
+    dense = sum(getattr(costs[path], f"dense_{measure}") for path in max_ranks)
+    check_run(costs, max_ranks, measure)
+    # A lookup in a dense table costs no MACs, so that the full ranks may cost less.
+    least = min(
+        total_cost(costs, ranks, measure)
+        for ranks in (at_most(max_ranks, 1), max_ranks)
+    )
+    if least and not dense:
+        raise UserError(
+            f"{measure}_fraction: must be of layers that cost {measure} when dense, got"
+            f" lookups alone, {list(max_ranks)}. Give a share of the params."
+        )
+    if least > fraction * dense:
+        raise UserError(
+            f"{measure}_fraction: must be at least {least / dense:.4g} here (rank 1 in"
+            f" every layer, or no cut), got {fraction}. Raise it, or set ranks to"
+            " 0 with a rank file."
+        )
+    return fraction * dense
+
+
+def check_run(costs: Mapping[str, LayerCost], max_ranks: Ranks, measure: str) -> None:
+    if measure != "macs" or not max_ranks:
+        return
+    if not any(_was_run(costs[path]) for path in max_ranks):
+        raise UserError(
+            "macs_fraction: needs an example input that runs the low-rank layers, to"
+            " count their MACs on, got none. Give the model's inputs for a batch of"
+            " one."
+        )
+
+
+def _was_run(cost: LayerCost) -> bool:
+    """Tells whether a count ran the layer; a lookup multiplies by `v` at least."""
+    return any((cost.dense_positions, cost.first_positions, cost.second_positions))

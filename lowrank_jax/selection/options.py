@@ -1,0 +1,135 @@
+"""What a solver chooses from: for each matrix the ranks it may have, what they cost,
+and what they lose."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lowrank_jax.cost import LayerCost
+from lowrank_jax.errors import UserError
+from lowrank_jax.ranks import Ranks, flatten_rank
+from lowrank_jax.selection import tails
+
+
+class Options(NamedTuple):
+    """The ranks that one matrix may have.
+
+    Args:
+      ranks: From low to high; the last is the active one.
+      costs: Of each.
+      errors: Of each, falling.
+    """
+
+    ranks: Int[np.ndarray, " n"]
+    costs: Float[np.ndarray, " n"]
+    errors: Float[np.ndarray, " n"]
+
+
+class Profiles(NamedTuple):
+    """Several choices for all matrices.
+
+    Args:
+      options: The number of the option of each matrix.
+      costs: Of each choice.
+      errors: Of each choice.
+    """
+
+    options: Int[np.ndarray, "n m"]
+    costs: Float[np.ndarray, " n"]
+    errors: Float[np.ndarray, " n"]
+
+
+def list_options(
+    costs: Mapping[str, LayerCost],
+    max_ranks: Ranks,
+    errors: Mapping[str, Sequence[Float[np.ndarray, " r"]]],
+    measure: str,
+    *,
+    multiple_of: int = 1,
+) -> list[Options]:
+    """Lists the options of all matrices, layer by layer: ranks of 1 and more, or 0
+    where a matrix has no more.
+
+    Args:
+      costs: Cost of each layer.
+      max_ranks: Active ranks.
+      errors: Of each layer, for each of its matrices, the error at 0, 1, ... up to its
+        active rank.
+      measure: "params" or "macs".
+      multiple_of: Leave out ranks that are no multiple of it, but for the active one,
+        and where that one is lower.
+
+    Raises:
+      UserError: `multiple_of` is below 1.
+    """
+    if multiple_of < 1:
+        raise UserError(
+            f"multiple_of: must be at least 1, got {multiple_of}. Raise it."
+        )
+    found = []
+    for path, rank in max_ranks.items():
+        flat = flatten_rank(rank)
+        cost = costs[path]
+        table: dict[int, float] = {}
+        for active, curve in zip(flat, errors[path], strict=True):
+            step = multiple_of if multiple_of <= active else 1
+            ranks = np.arange(step, active + 1, step)
+            if not active or active % step:
+                ranks = np.append(ranks, active)
+            for number in map(int, ranks):
+                if number not in table:
+                    # of one matrix: all of a layer cost the same at the same rank
+                    table[number] = getattr(cost, measure)(number) / len(flat)
+            values = np.array([table[int(number)] for number in ranks])
+            found.append(Options(ranks, values, curve[ranks]))
+    return found
+
+
+def curves_of(
+    tail: Any, importances: Mapping[str, Float[np.ndarray, "*stack r"]], ranks: Ranks
+) -> dict[str, list[Float[np.ndarray, " r"]]]:
+    """Reads the error curve of each matrix, over the columns that act.
+
+    Args:
+      tail: One of `tails.TAILS`.
+      importances: Of each column.
+      ranks: Active ranks.
+    """
+    return {
+        path: [
+            tail(row[:active])
+            for row, active in zip(
+                tails.rows_of(importances[path]), flatten_rank(rank), strict=True
+            )
+        ]
+        for path, rank in ranks.items()
+    }
+
+
+def as_ranks(max_ranks: Ranks, chosen: Sequence[int]) -> dict[str, Any]:
+    """Returns ranks by path from one number for each matrix, in the order of
+    `list_options`."""
+    result, start = {}, 0
+    for path, rank in max_ranks.items():
+        count = np.size(rank)
+        numbers = np.array(chosen[start : start + count], int)
+        result[path], start = numbers.reshape(np.shape(rank)).tolist(), start + count
+    return result
+
+
+def ranks_at(table: Sequence[Options], chosen: Sequence[int]) -> list[int]:
+    """Returns the rank of each matrix from the number of its option."""
+    return [int(one.ranks[at]) for one, at in zip(table, chosen, strict=True)]
+
+
+def check_least(table: Sequence[Options], budget: float, multiple_of: int) -> None:
+    """Raises UserError where the cheapest options of all matrices exceed a budget."""
+    least = sum(one.costs.min() for one in table)
+    if least > budget:
+        raise UserError(
+            f"multiple_of: must leave ranks that fit the budget, got {multiple_of}, at"
+            f" which {least:.4g} is the least for {budget:.4g}. Lower it, or raise the"
+            " budget."
+        )
