@@ -6,7 +6,7 @@ layer; the ranks at others lie on the straight line between two of them.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -54,6 +54,38 @@ def member(family: Family, ranks: Ranks, fraction: float) -> dict[str, Any]:
                 for path, rank in ranks.items()
             }
     raise AssertionError("a fraction is at most 1")
+
+
+def within(
+    family: Family, ranks: Ranks, cost: Callable[[Ranks], float], budget: float
+) -> dict[str, Any]:
+    """Returns the ranks of the largest size that costs no more than a budget.
+
+    Args:
+      family: As of `member`; empty for fractions of every rank.
+      ranks: As of `member`.
+      cost: What ranks cost.
+      budget: What they may.
+
+    Raises:
+      UserError: The smallest size costs more.
+    """
+    if cost(ranks) <= budget:
+        return dict(ranks)
+    # The cost rises along the order; 2**-30 of it is finer than any rank.
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        if cost(member(family, ranks, middle)) <= budget:
+            low = middle
+        else:
+            high = middle
+    if not low:
+        raise UserError(
+            f"budget: must be at least what the smallest size costs, got {budget:.4g}."
+            " Raise it."
+        )
+    return member(family, ranks, low)
 
 
 def of_pairs(pairs: Any) -> list[tuple[float, Ranks]]:

@@ -120,9 +120,12 @@ ROWS: dict[str, Row] = {
     "evbmf": Row({}, bad=[({"value": 1.0}, r"must be given the arguments \[\], got")]),
     "energy_budget": Row(*within("params", 0.4, 0.6, 0.9, 1.0), bad=MULTIPLE_ERRORS),
     "minimax": Row(*within("macs", 0.4, 0.6, 0.9, 1.0), bad=MULTIPLE_ERRORS),
-    "welore": Row(*within("params", 0.75, 0.85, 1.0, multiple_of=2), bad=MULTIPLE_ERRORS),
+    "welore": Row(
+        *within("params", 0.75, 0.85, 1.0, multiple_of=2), bad=MULTIPLE_ERRORS
+    ),
     "lc": Row(*within("macs", 0.4, 0.6, 0.9, 1.0), bad=CURVE_ERRORS),
     "knapsack": Row(*within("params", 0.4, 0.6, 0.9, 1.0), bad=CURVE_ERRORS),
+    "family": Row(*within("macs", 0.4, 0.6, 0.9, 1.0), bad=BUDGET_ERRORS),
     "greedy": Row(
         *within("macs", 0.6, 0.8, 1.0, steps=20),
         bad=[({"steps": 20, **args}, message) for args, message in BUDGET_ERRORS]

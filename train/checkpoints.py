@@ -1,7 +1,6 @@
 """Cutting a checkpoint to the ranks that a selector chooses."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,23 @@ from lowrank_jax import (
     paths,
     surgery,
 )
+from lowrank_jax.families import Family
 from lowrank_jax.forms import Factors
 from lowrank_jax.ranks import Ranks
-from lowrank_jax.selection import curves, selectors
-from train import context, selecting
-from train.model import (
-    abstract_checkpoint_model,
-    checkpoint_task,
-    family_of,
-    model_cost,
-)
+from train import selecting
+from train.model import model_cost
 from train.opening import first_whole
 from train.report import logs
-from train.run import Run, open_checkpoint_run
+from train.run import Run
+from train.source import Source
 
 
 def truncate_checkpoint(
     path: str | Path,
-    output: str | Path,
+    output: str | Path | None,
     selector: Mapping[str, Any],
     *,
+    sizes: Sequence[float] = (),
     form: str = Factors.form,
     recalibration_batches: int = 0,
     data_dir: str | None = None,
@@ -44,103 +40,116 @@ def truncate_checkpoint(
     """Writes a checkpoint cut to selected ranks; returns its figures.
 
     Everything is checked before the first array is read. Only the columns that are kept
-    are read (all of them where the selector looks at the weights).
+    are read (all of them where the selector looks at the weights). A dense checkpoint
+    is factorized first, every layer by its SVD.
 
     Args:
       path: A checkpoint, a folder of steps, or a run's workdir; a damaged checkpoint is
         named, and the one before it is cut.
-      output: New folder.
+      output: New folder; None to choose ranks and write nothing.
       selector: Name and arguments of a selector.
+      sizes: Budgets, for several nested models in one call: each is the selector's
+        `fraction`, and a folder in `output`. A larger one knows the smaller ones as the
+        sizes of its family.
       form: The form of the cut layers, a key of `lowrank_jax.forms.FORMS`.
       recalibration_batches: Training batches to re-estimate BatchNorm on; 0 for none.
       data_dir: Where the data set is, if not where the config says.
       allow_imports: Packages that names in the checkpoint may be imported from.
+
+    Returns:
+      "output", "params", "macs", "ranks"; of several sizes a list of these with their
+      "fraction", under "sizes".
     """
-    allowed = list(allow_imports)
-    with errors.at("--output"):
-        checkpoint.check_new_folder(output)
+    if output is not None:
+        with errors.at("--output"):
+            checkpoint.check_new_folder(output)
+    if sizes:  # the smallest stands for all until they are chosen together
+        args = {**selector["args"], "fraction": min(sizes)}
+        selector = {**selector, "args": args}
     selector = selecting.complete(selector)
     with errors.at("--checkpoint"):
         steps = checkpoint.complete_steps(path) or [Path(path)]
 
     def cut(step: Path) -> dict[str, Any]:
-        return _cut(
-            step, output, selector, form, recalibration_batches, data_dir, allowed
-        )
+        source = Source(step, data_dir, list(allow_imports))
+        cutter = _Cutter(source, selector, form, recalibration_batches)
+        return cutter.write_sizes(output, sizes) if sizes else cutter.write_one(output)
 
     return first_whole(steps, cut)
 
 
-def _cut(
-    step: Path,
-    output: str | Path,
-    selector: Mapping[str, Any],
-    form: str,
-    recalibration_batches: int,
-    data_dir: str | None,
-    allowed: Sequence[str],
-) -> dict[str, Any]:
+class _Cutter:
     """Cuts one checkpoint; the arguments are those of `truncate_checkpoint`."""
-    with errors.at("--checkpoint"):
-        saved = checkpoint.open_checkpoint(step)
-        abstract = abstract_checkpoint_model(saved, allow_imports=allowed)
-    task = checkpoint_task(saved, allow_imports=allowed)
-    cost = model_cost(abstract, task)
-    before = saved.metadata["ranks"]
-    open_run = functools.cache(
-        functools.partial(
-            open_checkpoint_run, saved, data_dir=data_dir, allow_imports=allowed
+
+    def __init__(
+        self, source: Source, selector: Mapping[str, Any], form: str, batches: int
+    ):
+        self._source, self._selector = source, selector
+        self._form, self._batches = form, batches
+        if batches:
+            _ = source.run  # data that are not there are missed before anything is read
+
+    def write_one(self, output: str | Path | None) -> dict[str, Any]:
+        ranks = selecting.select(self._selector, self._source.context())
+        return self._write(output, ranks, self._selector, ())
+
+    def write_sizes(
+        self, output: str | Path | None, sizes: Sequence[float]
+    ) -> dict[str, Any]:
+        profiles = selecting.select_family(
+            self._selector, self._source.context(), sizes
         )
-    )
-    if recalibration_batches:
-        open_run()  # data that are not there are missed before anything is read
-    ranks = selecting.select(selector, _about(saved, abstract, cost, open_run))
-    model = checkpoint.load(saved, abstract, ranks={**before, **ranks})
-    if form != Factors.form:
-        model = surgery.truncate(model, {}, form=form)
-    if recalibration_batches:
-        model = _recalibrated(open_run(), model, recalibration_batches)
-    after = active.get_ranks(model)
-    metadata = {key: saved.metadata[key] for key in ("config", "facts")}
-    forms = {path: f.form for path, f in paths.find_factors(model).items()}
-    metadata["truncated"] = {"selector": selector, "forms": forms, "from": before}
-    checkpoint.save(output, model, step=saved.step, metadata=metadata)
-    after_cost = model_cost(model, task)
-    _print_table(cost, before, after_cost, after)
+        rows = []
+        for size, ranks in zip(sizes, profiles, strict=True):
+            smaller = [
+                (other / size, profile)
+                for other, profile in zip(sizes, profiles, strict=True)
+                if other < size
+            ]
+            args = {**self._selector["args"], "fraction": size}
+            folder = None if output is None else Path(output) / f"{size:g}"
+            selector = {**self._selector, "args": args}
+            row = self._write(folder, ranks, selector, smaller)
+            rows.append({"fraction": size, **row})
+        return {"sizes": rows}
+
+    def _write(
+        self,
+        output: str | Path | None,
+        ranks: Ranks,
+        selector: Mapping[str, Any],
+        family: Family,
+    ) -> dict[str, Any]:
+        source, before = self._source, self._source.ranks
+        if output is None:
+            _print_table(source.cost, before, source.cost, ranks)
+            return _figures(None, source.cost, ranks)
+        model = source.at(ranks)
+        if self._form != Factors.form:
+            model = surgery.truncate(model, {}, form=self._form)
+        if self._batches:
+            model = _recalibrated(source.run, model, self._batches)
+        after = active.get_ranks(model)
+        metadata = {key: source.saved.metadata[key] for key in ("config", "facts")}
+        forms = {path: f.form for path, f in paths.find_factors(model).items()}
+        metadata["truncated"] = {"selector": selector, "forms": forms, "from": before}
+        if self._form == Factors.form:  # another has no lower ranks
+            metadata["family"] = [[fraction, dict(at)] for fraction, at in family]
+        checkpoint.save(output, model, step=source.saved.step, metadata=metadata)
+        after_cost = model_cost(model, source.task)
+        _print_table(source.cost, before, after_cost, after)
+        return _figures(output, after_cost, after)
+
+
+def _figures(
+    output: str | Path | None, cost: counting.ModelCost, ranks: Ranks
+) -> dict[str, Any]:
     return {
-        "output": str(output),
-        "params": after_cost.params(after),
-        "macs": after_cost.macs(after),
-        "ranks": after,
+        "output": None if output is None else str(output),
+        "params": cost.params(ranks),
+        "macs": cost.macs(ranks),
+        "ranks": dict(ranks),
     }
-
-
-def _about(
-    saved: checkpoint.Saved,
-    abstract: nnx.Module,
-    cost: counting.ModelCost,
-    open_run: Callable[[], Run],
-) -> selectors.Context:
-    """What a selector may look at; the weights and the data are read when it does."""
-
-    @functools.cache
-    def whole() -> nnx.Module:
-        return checkpoint.load(saved, abstract)
-
-    @functools.cache
-    def scorer() -> selectors.Score:
-        run = open_run()
-        return context.make_score(run.placement.put_model(whole()), run)
-
-    return selectors.Context(
-        saved.metadata["ranks"],
-        cost,
-        lambda: curves.column_importances(paths.find_factors(whole())),
-        lambda: curves.singular_values(paths.find_factors(whole())),
-        lambda candidates: scorer()(candidates),
-        paths.find_aliases(abstract),
-        family_of(saved),
-    )
 
 
 def _recalibrated(run: Run, model: nnx.Module, batches: int) -> nnx.Module:

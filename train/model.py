@@ -123,7 +123,7 @@ def about(saved: checkpoint.Saved) -> tuple[Any, Any, list[tuple[str, Any]]]:
 
 
 def family_of(saved: checkpoint.Saved) -> Family:
-    """Returns the family that a checkpoint's run selected, empty where it did not.
+    """Returns the family of a checkpoint, empty where it has none (`recorded.family`).
 
     Raises:
       UserError: It does not fit the checkpoint's layers.
@@ -134,7 +134,7 @@ def family_of(saved: checkpoint.Saved) -> Family:
         for path, rank in saved.metadata["ranks"].items()
     }
     lowered = [(x, families.lowered(ranks, limits)) for x, ranks in family]
-    with errors.at(f"checkpoint {saved.path}: run.selected"):
+    with errors.at(f"checkpoint {saved.path}"):
         families.check(lowered, limits)
     return lowered
 

@@ -46,8 +46,9 @@ def read(
 
 
 def family(metadata: Mapping[str, Any]) -> Family:
-    """Returns the family that a run selected, empty where it did not; whether its ranks
-    are those of a model is for the caller to check.
+    """Returns the family that a checkpoint is the largest of, or that its run selected,
+    empty where neither is; whether its ranks are those of a model is for the caller to
+    check.
 
     Raises:
       UserError: It is something else.
@@ -56,9 +57,10 @@ def family(metadata: Mapping[str, Any]) -> Family:
     errors.raise_all(compare(run, dict, "run"))
     selected = run.get("selected", {})
     errors.raise_all(compare(selected, dict, "run.selected"))
-    found = selected.get("family") or []
-    errors.raise_all(foreign(found, "run.selected.family"))
-    with errors.at("run.selected"):
+    place = "family" if "family" in metadata else "run.selected.family"
+    found = metadata.get("family") or selected.get("family") or []
+    errors.raise_all(foreign(found, place))
+    with errors.at(place.removesuffix("family").rstrip(".") or "metadata"):
         return families.of_pairs(found)
 
 

@@ -34,6 +34,17 @@ def select(spec: Mapping[str, Any], context: selectors.Context) -> dict[str, Any
         return choosing.choose(function, context, spec["args"])
 
 
+def select_family(
+    spec: Mapping[str, Any], context: selectors.Context, fractions: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Returns the nested ranks that a selector chooses for several budgets; its own
+    `fraction` does not matter."""
+    function = registry.resolve(spec["name"], TABLE, allow_imports=None)
+    args = {key: value for key, value in spec["args"].items() if key != "fraction"}
+    with errors.at("selector"), errors.at(spec["name"]):
+        return choosing.choose_family(function, context, args, fractions)
+
+
 def define_flags() -> dict[str, flags.FlagHolder[Any]]:
     """Defines a flag for each selector of one value, and one for all by name."""
     by_name = {
@@ -45,6 +56,76 @@ def define_flags() -> dict[str, flags.FlagHolder[Any]]:
         ),
     }
     return {**by_name, **define_value_flags(selectors.SELECTORS)}
+
+
+def define_budget_flags() -> dict[str, flags.FlagHolder[Any]]:
+    """Defines what a selector by name is told beside its other arguments."""
+    share = "of the factored layers' dense %s that may stay, in (0, 1]."
+    return {
+        "params": flags.DEFINE_float(
+            "params", None, "With --select: the share " + share % "parameters"
+        ),
+        "macs": flags.DEFINE_float(
+            "macs", None, "With --select: the share " + share % "MACs"
+        ),
+        "family": flags.DEFINE_list(
+            "family",
+            None,
+            "With --select: several such shares, for nested models in folders of"
+            " --output.",
+        ),
+        "measure": flags.DEFINE_enum(
+            "measure", "macs", ["macs", "params"], "What --family are shares of."
+        ),
+        "multiple_of": flags.DEFINE_integer(
+            "multiple_of", None, "With --select: ranks are multiples of it."
+        ),
+    }
+
+
+def with_budget(
+    selector: Mapping[str, Any], holders: Mapping[str, flags.FlagHolder[Any]]
+) -> tuple[dict[str, Any], list[float]]:
+    """Returns a selector with the arguments that flags of `define_budget_flags` give,
+    and the sizes of a family, if several are wanted.
+
+    Raises:
+      UserError: Several budgets, one that the selector's arguments name too, or a size
+        that is no number.
+    """
+    values = {name: holder.value for name, holder in holders.items()}
+    named = ("params", "macs", "family")
+    given = [name for name in named if values[name] is not None]
+    if len(given) > 1:
+        raise UserError(
+            f"flags: at most one of {', '.join('--' + name for name in named)} may be"
+            f" given, got {['--' + name for name in given]}. Keep one."
+        )
+    more: dict[str, Any] = {}
+    sizes: list[float] = []
+    for name in given:
+        if name == "family":
+            more["measure"] = values["measure"]
+            sizes = [_number(text, "--family") for text in values["family"]]
+        else:
+            more |= {"measure": name, "fraction": values[name]}
+    if values["multiple_of"] is not None:
+        more["multiple_of"] = values["multiple_of"]
+    if twice := sorted(more.keys() & selector["args"].keys()):
+        raise UserError(
+            f"--select_args: must leave {twice} to the other flags, got"
+            f" {dict(selector['args'])}. Name each once."
+        )
+    return {**selector, "args": {**selector["args"], **more}}, sizes
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(
+            f"{where}: must be numbers with commas between, got {text!r}. Mend it."
+        ) from None
 
 
 def define_value_flags(names: Iterable[str]) -> dict[str, flags.FlagHolder[Any]]:

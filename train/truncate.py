@@ -3,17 +3,21 @@
 
 Exactly one selector says what to keep. Those with one value have a flag of their own
 (`--rank`, `--rank_fraction`, `--ranks`, `--energy`, `--params_fraction`,
-`--macs_fraction`); any, and an import path of your own, goes by name and arguments:
-`--select=beam --select_args='{"measure": "macs", "fraction": 0.5, ...}'`. The new
-checkpoint stands alone. Ends with one line of JSON: `{"output", "params", "macs",
-"ranks"}`.
+`--macs_fraction` and more); any, and an import path of your own, goes by name, with a
+budget and further arguments: `--select=knapsack --macs=0.3`,
+`--select=beam --params=0.5 --select_args='{"width": 3, "steps": 20}'`.
+`--family=0.5,0.25,0.125` writes several nested models, `--dry_run` none. A dense
+checkpoint is factorized first. Each new checkpoint stands alone. Ends with one line of
+JSON: `{"output", "params", "macs", "ranks"}`, of a family `{"sizes": [...]}`.
 """
 
 import contextlib
+import json
 
 from absl import flags
 
 from lowrank_jax import errors
+from lowrank_jax.errors import UserError
 from lowrank_jax.forms import FORMS, Factors
 from train import binary, checkpoints, folders, selecting
 from train.report import logs
@@ -22,7 +26,12 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a checkpoint, of its steps, or of a run."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "New folder for the cut checkpoint.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Choose ranks, and write no checkpoint.")
+_RANKS_FILE = flags.DEFINE_string(
+    "ranks_file", None, "File to write the ranks to, as --ranks reads it."
+)
 _SELECTORS = selecting.define_flags()
+_BUDGETS = selecting.define_budget_flags()
 _FORM = flags.DEFINE_enum(
     "form",
     Factors.form,
@@ -49,28 +58,56 @@ _ALLOW = flags.DEFINE_list(
 def _main() -> None:
     binary.check_companions(
         flags.FLAGS,
-        {"recalibration_batches": ["recalibrate"], "select_args": ["select"]},
+        {
+            "recalibration_batches": ["recalibrate"],
+            "measure": ["family"],
+            **dict.fromkeys(("select_args", "params", "macs"), ["select"]),
+            **dict.fromkeys(("family", "multiple_of"), ["select"]),
+        },
     )
-    selector = selecting.from_flags(_SELECTORS)
+    selector, sizes = selecting.with_budget(selecting.from_flags(_SELECTORS), _BUDGETS)
+    _check_outputs(sizes)
     with contextlib.ExitStack() as stack:
-        with errors.at("--output"):
-            folders.check_writable(_OUTPUT.value)
-            stack.enter_context(folders.claim(_OUTPUT.value))
-        logs.emit(
-            checkpoints.truncate_checkpoint(
-                _CHECKPOINT.value,
-                _OUTPUT.value,
-                selector,
-                form=_FORM.value,
-                recalibration_batches=_RECALIBRATION_BATCHES.value
-                if _RECALIBRATE.value
-                else 0,
-                data_dir=_DATA_DIR.value,
-                allow_imports=_ALLOW.value,
-            )
+        if not _DRY_RUN.value:
+            with errors.at("--output"):
+                folders.check_writable(_OUTPUT.value)
+                stack.enter_context(folders.claim(_OUTPUT.value))
+        figures = checkpoints.truncate_checkpoint(
+            _CHECKPOINT.value,
+            None if _DRY_RUN.value else _OUTPUT.value,
+            selector,
+            sizes=sizes,
+            form=_FORM.value,
+            recalibration_batches=_RECALIBRATION_BATCHES.value
+            if _RECALIBRATE.value
+            else 0,
+            data_dir=_DATA_DIR.value,
+            allow_imports=_ALLOW.value,
         )
+    if _RANKS_FILE.value is not None:
+        text = json.dumps(figures["ranks"], indent=1, sort_keys=True)
+        folders.write_atomically(_RANKS_FILE.value, text + "\n")
+    logs.emit(figures)
+
+
+def _check_outputs(sizes: list[float]) -> None:
+    """Refuses what would be found when the work is done."""
+    if (_OUTPUT.value is None) != _DRY_RUN.value:
+        raise UserError(
+            "--output: must be given, or --dry_run, and not both, got"
+            f" {_OUTPUT.value!r} and {_DRY_RUN.value}. Keep one."
+        )
+    if _RANKS_FILE.value is not None:
+        if sizes:
+            raise UserError(
+                "--ranks_file: must be of one size, got"
+                f" --family={','.join(map(str, sizes))}. Drop it: each folder has its"
+                " ranks."
+            )
+        with errors.at("--ranks_file"):
+            folders.check_new_file(_RANKS_FILE.value)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["checkpoint", "output"])
+    flags.mark_flags_as_required(["checkpoint"])
     binary.run(_main)

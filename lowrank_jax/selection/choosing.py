@@ -1,7 +1,7 @@
 """Runs selectors, and checks what they return: no selector raises a rank."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,11 @@ from lowrank_jax import errors
 from lowrank_jax.active import check_ranks, get_ranks
 from lowrank_jax.counting import ModelCost, count
 from lowrank_jax.errors import UserError
-from lowrank_jax.families import Family
+from lowrank_jax.families import Family, check_nested
 from lowrank_jax.paths import find_aliases, find_factors
 from lowrank_jax.ranks import Limits, Ranks, check_lower, largest, lowest
 from lowrank_jax.selection import curves
-from lowrank_jax.selection.selectors import SELECTORS, Context, Score
+from lowrank_jax.selection.selectors import CHAINS, SELECTORS, Context, Score
 
 
 def context_of(
@@ -53,21 +53,45 @@ def choose(
       UserError: Arguments that it does not take, or ranks that are not legal: unknown
         paths, other shapes than the stack's, a rank above the active one.
     """
-    found = function(context, **_plain_args(function, context, args))
-    if not isinstance(found, Mapping):
+    return _checked(function(context, **_plain_args(function, context, args)), context)
+
+
+def choose_family(
+    function: Callable[..., Ranks],
+    context: Context,
+    args: Mapping[str, Any],
+    fractions: Sequence[float],
+) -> list[dict[str, Any]]:
+    """Returns the ranks that a selector chooses for several budgets, nested.
+
+    Args:
+      function: A selector with an argument `fraction`. One of `CHAINS` finds the best
+        chain; any other chooses for each budget by itself.
+      context: What it may look at.
+      args: Its other arguments.
+      fractions: The budgets; the ranks come in their order.
+
+    Raises:
+      UserError: As `choose`; no budget, or one that comes twice; ranks that are not
+        nested.
+    """
+    if not fractions or len(set(fractions)) < len(fractions):
         raise UserError(
-            "a selector must return a mapping of paths to ranks, got"
-            f" {found!r}. Return one."
+            f"family: must have budgets, none twice, got {list(fractions)}. Name each"
+            " once."
         )
-    found = {context.aliases.get(path, path): rank for path, rank in found.items()}
-    limits = {
-        path: Limits(active, largest(active)) for path, active in context.ranks.items()
-    }
-    check_lower(found, limits)
-    return {
-        path: lowest(active, found.get(path, active))
-        for path, active in context.ranks.items()
-    }
+    given = [{**args, "fraction": fraction} for fraction in fractions]
+    plain = [_plain_args(function, context, one) for one in given]
+    if function in CHAINS:
+        several = {key: value for key, value in plain[0].items() if key != "fraction"}
+        fractions = [one["fraction"] for one in plain]
+        found = CHAINS[function](context, fractions=fractions, **several)
+    else:
+        found = [function(context, **one) for one in plain]
+    profiles = [_checked(ranks, context) for ranks in found]
+    order = sorted(range(len(fractions)), key=lambda number: fractions[number])
+    check_nested([profiles[number] for number in order])
+    return profiles
 
 
 def ranks_for(
@@ -110,6 +134,24 @@ def ranks_for(
     context = context_of(model, cost, score=score)
     with errors.at(name):
         return check_ranks(model, choose(SELECTORS[name].function, context, args))
+
+
+def _checked(found: Any, context: Context) -> dict[str, Any]:
+    """What a selector has found as legal ranks, one for every layer."""
+    if not isinstance(found, Mapping):
+        raise UserError(
+            "a selector must return a mapping of paths to ranks, got"
+            f" {found!r}. Return one."
+        )
+    found = {context.aliases.get(path, path): rank for path, rank in found.items()}
+    limits = {
+        path: Limits(active, largest(active)) for path, active in context.ranks.items()
+    }
+    check_lower(found, limits)
+    return {
+        path: lowest(active, found.get(path, active))
+        for path, active in context.ranks.items()
+    }
 
 
 def _plain_args(

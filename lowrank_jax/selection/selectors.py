@@ -16,7 +16,7 @@ from lowrank_jax.counting import ModelCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.families import Family
 from lowrank_jax.ranks import Ranks, at_most, lowest
-from lowrank_jax.selection import search, solvers, spectral
+from lowrank_jax.selection import budgets, search, solvers, spectral
 
 Score: TypeAlias = Callable[[Sequence[Ranks]], list[float]]
 """Scores of rank vectors on held-out data, higher is better."""
@@ -173,6 +173,36 @@ def knapsack(
     return _within(solvers.by_knapsack, context, measure, fraction, curve, multiple_of)
 
 
+def nested_knapsack(
+    context: Context,
+    *,
+    measure: str,
+    fractions: Sequence[float],
+    curve: str = "energy",
+    multiple_of: int = 1,
+) -> list[Ranks]:
+    """Finds nested ranks, for each of several budgets, with the least errors in all."""
+    return solvers.by_chain(
+        context.cost.layers,
+        context.ranks,
+        context.importances(),
+        fractions,
+        measure=measure,
+        curve=curve,
+        multiple_of=multiple_of,
+    )
+
+
+def family(context: Context, *, measure: str, fraction: float) -> Ranks:
+    """Keeps the largest size of the trained family, or between two, in the budget."""
+    return families.within(
+        context.family,
+        context.ranks,
+        lambda ranks: budgets.total_cost(context.cost.layers, ranks, measure),
+        budgets.check_budget(context.cost.layers, context.ranks, fraction, measure),
+    )
+
+
 def greedy(context: Context, *, measure: str, fraction: float, steps: int) -> Ranks:
     """Lowers the layer whose cut costs the least score, step by step (Maestro)."""
     return beam(context, measure=measure, fraction=fraction, width=1, steps=steps)
@@ -264,8 +294,15 @@ SELECTORS: dict[str, Selector] = {
         welore,
         lc,
         knapsack,
+        family,
         greedy,
         beam,
     )
 }
 """The selectors by name; a new one is one more function here."""
+
+CHAINS: dict[Callable[..., Ranks], Callable[..., list[Ranks]]] = {
+    knapsack: nested_knapsack
+}
+"""What chooses for several budgets at once, better than the selector for each by
+itself."""

@@ -13,6 +13,7 @@ from flax import nnx
 from messages import check_form
 from selector_rows import ROWS
 
+from lowrank_jax import families
 from lowrank_jax.active import get_ranks, rank_limits, set_ranks
 from lowrank_jax.counting import count
 from lowrank_jax.errors import UserError
@@ -22,7 +23,12 @@ from lowrank_jax.paths import find_factors
 from lowrank_jax.ranks import Ranks, check_lower, flatten_rank, lowest
 from lowrank_jax.selection import curves
 from lowrank_jax.selection.budgets import total_cost
-from lowrank_jax.selection.choosing import choose, context_of, ranks_for
+from lowrank_jax.selection.choosing import (
+    choose,
+    choose_family,
+    context_of,
+    ranks_for,
+)
 from lowrank_jax.selection.selectors import SELECTORS, Context
 from lowrank_jax.surgery import truncate
 
@@ -180,6 +186,56 @@ def test_energy_at_a_fraction_costs_no_more_than_the_fraction(name):
         assert least_energy(found) >= least_energy(uniform) - 1e-6
 
 
+def test_families_are_nested_and_chosen_for_budgets():
+    """By a chain where there is one; what is not nested is refused, and so is a budget
+    that comes twice, or none."""
+    whole, fractions = context("full"), (0.4, 0.8, 0.6)
+    for name in ("knapsack", "lc", "minimax"):
+        function = SELECTORS[name].function
+        found = choose_family(function, whole, {"measure": "macs"}, fractions)
+        small, large, middle = found
+        for low, high in ((small, middle), (middle, large)):
+            assert all(np.all(np.less_equal(low[path], high[path])) for path in low)
+        for ranks, fraction in zip(found, fractions, strict=True):
+            cost = total_cost(whole.cost.layers, ranks, "macs")
+            dense = whole.cost.dense_macs - whole.cost.fixed_macs
+            assert cost <= fraction * dense
+    function = SELECTORS["knapsack"].function
+    for bad in ((), (0.5, 0.5)):
+        with pytest.raises(UserError, match="^family: must have budgets, none twice"):
+            choose_family(function, whole, {"measure": "macs"}, bad)
+    with pytest.raises(UserError, match="^must be given the arguments"):
+        choose_family(function, whole, {"measur": "macs"}, (0.5,))
+
+    def crossing(context: Context, *, fraction: float) -> Ranks:
+        return {"head": 1, "first": 4} if fraction < 0.5 else {"head": 4, "first": 1}
+
+    with pytest.raises(UserError, match=r"^family: profiles must be nested.*\['first"):
+        choose_family(crossing, whole, {}, (0.3, 0.7))
+
+
+def test_a_budget_between_two_sizes_lies_on_the_line():
+    """The next rank of the line would not fit."""
+    whole = context("full")
+    half = {
+        path: lowest(rank, 2 + 2 * (path == "head"))
+        for path, rank in whole.ranks.items()
+    }
+    trained = whole._replace(family=[(0.5, half)])
+    layers = whole.cost.layers
+    dense = whole.cost.dense_macs - whole.cost.fixed_macs
+    line = [
+        families.member(trained.family, whole.ranks, x / 999) for x in range(1, 1000)
+    ]
+    for share in (0.4, 0.6, 0.8):
+        args = {"measure": "macs", "fraction": share}
+        found = choose(SELECTORS["family"].function, trained, args)
+        fitting = [x for x in line if total_cost(layers, x, "macs") <= share * dense]
+        assert found == fitting[-1]
+    uniform = SELECTORS["macs_fraction"].function
+    assert found != choose(uniform, whole, {"value": 0.8})
+
+
 def test_a_fraction_is_a_member_of_the_family_where_there_is_one():
     whole = context("full")
     half = {path: lowest(rank, 1) for path, rank in whole.ranks.items()}
@@ -223,7 +279,8 @@ def test_rows_say_what_a_command_line_needs():
     singles = {name: kind for name, kind in types.items() if kind is not None}
     assert [name for name, kind in types.items() if kind is None] == [
         "evbmf",
-        *("energy_budget", "minimax", "welore", "lc", "knapsack", "greedy", "beam"),
+        *("energy_budget", "minimax", "welore", "lc", "knapsack", "family"),
+        *("greedy", "beam"),
     ]
     assert singles.pop("rank") is int and singles.pop("ranks") is Mapping
     assert set(singles.values()) == {float}

@@ -149,7 +149,8 @@ def test_mistakes_are_one_line(run, tmp_path):
     no_data = "--config.data.name=no_such_package_h7:data"
     cases = {
         "flags: exactly one of --select, --rank, --rank_fraction, --ranks, --energy,"
-        " --energy_fraction, --params_fraction, --macs_fraction must be given, got"
+        " --energy_fraction, --entropy, --threshold, --stable_rank, --effective_rank,"
+        " --params_fraction, --macs_fraction must be given, got"
         " ['--rank', '--energy']": (*cut, "--rank=3", "--energy=0.5"),
         "flags: exactly one of --select, --rank,": cut,
         f"--output: must not exist yet, got {there}": (
@@ -208,7 +209,47 @@ def test_mistakes_are_one_line(run, tmp_path):
             config,
             f"--workdir={there}",
         ),
-        "--checkpoint, --output: must be given, got none": ("train.truncate",),
+        "--checkpoint: must be given, got none": ("train.truncate",),
+        "--output: must be given, or --dry_run, and not both, got None and False": (
+            "train.truncate",
+            absent,
+            "--rank=3",
+        ),
+        f"--output: must be given, or --dry_run, and not both, got '{new}' and True": (
+            *cut,
+            "--rank=3",
+            "--dry_run",
+        ),
+        "--macs: acts only with --select, got 0.5": (*cut, "--rank=3", "--macs=0.5"),
+        "--measure: acts only with --family, got 'params'": (
+            *cut,
+            "--select=knapsack",
+            "--macs=0.5",
+            "--measure=params",
+        ),
+        "flags: at most one of --params, --macs, --family may be given, got": (
+            *cut,
+            "--select=knapsack",
+            "--macs=0.5",
+            "--family=0.5",
+        ),
+        "--family: must be numbers with commas between, got 'half'": (
+            *cut,
+            "--select=knapsack",
+            "--family=half,0.25",
+        ),
+        "--select_args: must leave ['fraction'] to the other flags, got": (
+            *cut,
+            "--select=knapsack",
+            '--select_args={"fraction": 0.5}',
+            "--macs=0.5",
+        ),
+        "--ranks_file: must be of one size, got --family=0.5,0.25": (
+            *cut,
+            "--select=knapsack",
+            "--family=0.5,0.25",
+            "--ranks_file=x.json",
+        ),
     }
     ended = commands.run(cases)
     for message, command in ended.items():

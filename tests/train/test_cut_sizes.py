@@ -1,0 +1,146 @@
+"""Truncation to several sizes at once, of dense checkpoints, and without writing."""
+
+import json
+from pathlib import Path
+
+import commands
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support
+from cutting import FULL, load
+
+from configs import common
+from lowrank_jax import checkpoint
+from lowrank_jax.active import get_ranks
+from lowrank_jax.errors import UserError
+from lowrank_jax.paths import find_factors
+from train import checkpoints, loop, opening, selecting
+
+KNAPSACK = {"name": "knapsack", "args": {"measure": "macs"}}
+SIZES = [0.5, 0.25, 0.75]
+DENSE_MACS = 80 * 10 + 64 * 80
+
+
+def macs(ranks: dict[str, int]) -> int:
+    """Of the factored layers, each in its cheaper form."""
+    return min(90 * ranks["head"], 800) + min(144 * ranks["hidden/0"], 5120)
+
+
+@pytest.fixture(scope="module")
+def dense_run(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("dense") / "run"
+    optimizer = common.optimizer("adam", learning_rate=1e-2)
+    phase = common.phase(name="only", until={"epochs": 3}, optimizer=optimizer)
+    rules = [[".*", "dense"]]
+    model = {"name": "mlp", "args": {"hidden": (80,)}}
+    config = support.make_config(phase, model=model, rank_rules=rules)
+    loop.train_and_evaluate(config, workdir)
+    assert checkpoint.open_checkpoint(workdir).metadata["ranks"] == {}
+    return workdir
+
+
+@pytest.mark.parametrize("source", ["run", "dense_run"])
+def test_sizes_are_nested_and_within_their_budgets(source, request, tmp_path):
+    """One folder each; the larger know the smaller as their family, so that a fraction
+    of one is the other, output for output."""
+    path = request.getfixturevalue(source)
+    found = checkpoints.truncate_checkpoint(
+        path, tmp_path / "cut", KNAPSACK, sizes=SIZES
+    )
+    rows = {row["fraction"]: row for row in found["sizes"]}
+    assert list(rows) == SIZES
+    for size, row in rows.items():
+        assert row["output"] == str(tmp_path / "cut" / f"{size:g}")
+        assert macs(row["ranks"]) <= size * DENSE_MACS
+        assert get_ranks(load(row["output"])) == row["ranks"]
+    for small, large in ((0.25, 0.5), (0.5, 0.75)):
+        low, high = rows[small]["ranks"], rows[large]["ranks"]
+        assert all(low[path] <= high[path] for path in FULL)
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(5, 64)), jnp.float32)
+    half = opening.open_model(rows[0.5]["output"])
+    assert [fraction for fraction, _ in half.family] == [0.5]
+    assert half.sweep([0.5])[0]["ranks"] == rows[0.25]["ranks"]
+    again = checkpoints.truncate_checkpoint(
+        rows[0.5]["output"],
+        tmp_path / "again",
+        {"name": "family", "args": {"measure": "macs", "fraction": 0.25}},
+    )
+    assert again["ranks"] == rows[0.25]["ranks"]
+    small, cut = load(rows[0.25]["output"]), load(tmp_path / "again")
+    np.testing.assert_array_equal(small(inputs), cut(inputs))
+
+
+def test_a_dense_checkpoint_is_its_svd(dense_run, tmp_path):
+    """Cut by energy, each kernel is the truncated SVD, by NumPy; what is written is
+    low-rank, at the ranks that keep the share."""
+    energy = {"name": "energy", "args": {"value": 0.8}}
+    found = checkpoints.truncate_checkpoint(dense_run, tmp_path / "cut", energy)
+    dense, cut = load(dense_run), load(tmp_path / "cut")
+    kernels = {"head": dense.head.kernel[...], "hidden/0": dense.hidden[0].kernel[...]}
+    assert found["ranks"].keys() == kernels.keys() == FULL.keys()
+    for path, kernel in kernels.items():
+        u, s, v = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
+        rank = found["ranks"][path]
+        kept = np.cumsum(s**2) / np.sum(s**2)
+        assert kept[rank - 1] >= 0.8 > kept[rank - 2]
+        factors = find_factors(cut)[path]
+        product = np.asarray(factors.u[...]) @ np.asarray(factors.v[...])
+        best = u[:, :rank] * s[:rank] @ v[:rank]
+        np.testing.assert_allclose(product, best, atol=1e-5 * s[0])
+
+
+def test_sizes_that_do_not_nest_are_refused(run, tmp_path):
+    """And those that come twice; nothing is written."""
+    with pytest.raises(UserError, match="^selector: knapsack: family: must have budg"):
+        checkpoints.truncate_checkpoint(
+            run, tmp_path / "cut", KNAPSACK, sizes=[0.5, 0.5]
+        )
+    with pytest.raises(UserError, match="args: must be of .*got .*fraction"):
+        checkpoints.truncate_checkpoint(
+            run, tmp_path / "cut", {"name": "rank", "args": {}}, sizes=[0.5]
+        )
+    assert not (tmp_path / "cut").exists()
+
+
+def test_flags_for_sizes_ranks_and_nothing(run, tmp_path):
+    """`--dry_run` writes no checkpoint, `--ranks_file` what `--ranks` reads."""
+    first = ("train.truncate", f"--checkpoint={run}", "--select=knapsack")
+    files = tmp_path / "ranks.json"
+    ended = commands.run(
+        {
+            "dry": (*first, "--params=0.5", "--dry_run", f"--ranks_file={files}"),
+            "file": (
+                *first[:2],
+                f"--ranks={files}",
+                f"--output={tmp_path / 'file'}",
+            ),
+            "family": (
+                *first,
+                "--family=0.5,0.25",
+                "--multiple_of=4",
+                f"--output={tmp_path / 'family'}",
+            ),
+        }
+    )
+    dry, file, family = (ended[name].result for name in ("dry", "file", "family"))
+    assert dry["output"] is None and dry["ranks"] == file["ranks"]
+    assert selecting.read_rank_file(files, "") == dry["ranks"]
+    assert [row["fraction"] for row in family["sizes"]] == [0.5, 0.25]
+    for row in family["sizes"]:
+        ranks = row["ranks"]
+        assert ranks["hidden/0"] % 4 == 0 and ranks["head"] in (4, 8, 10)
+        assert macs(ranks) <= row["fraction"] * DENSE_MACS
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "ranks.json",
+        "file",
+        "family",
+    }
+    about = checkpoint.open_checkpoint(tmp_path / "family" / "0.25").metadata
+    assert about["truncated"]["selector"]["args"] == {
+        "measure": "macs",
+        "fraction": 0.25,
+        "curve": "energy",
+        "multiple_of": 4,
+    }
+    assert json.loads(json.dumps(about["family"])) == []

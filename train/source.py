@@ -1,0 +1,96 @@
+"""A checkpoint opened to be cut: what its ranks can be chosen by, and loads at them."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+from flax import nnx
+
+from lowrank_jax import active, checkpoint, errors, factorization, paths, surgery
+from lowrank_jax.ranks import Ranks
+from lowrank_jax.selection import curves, selectors
+from train import context
+from train.model import (
+    abstract_checkpoint_model,
+    checkpoint_task,
+    family_of,
+    model_cost,
+)
+from train.run import Run, open_checkpoint_run
+
+_FACTORIZED = ((".*", "full"),)
+
+
+class Source:
+    """A checkpoint to cut; a dense one is factorized first, every layer by its SVD.
+
+    Nothing but its metadata is read before something asks for more.
+
+    Args:
+      step: The checkpoint.
+      data_dir: Where the data set is, if not where the config says.
+      allowed: Packages that names in the checkpoint may be imported from.
+
+    Attributes:
+      saved: The checkpoint.
+      task: What it was trained for.
+      cost: What the low-rank model costs.
+      ranks: Active rank of each layer.
+    """
+
+    def __init__(self, step: Path, data_dir: str | None, allowed: Sequence[str]):
+        with errors.at("--checkpoint"):
+            self.saved = checkpoint.open_checkpoint(step)
+            self._stored = abstract_checkpoint_model(self.saved, allow_imports=allowed)
+        self._data_dir, self._allowed = data_dir, allowed
+        self._dense = not self.saved.metadata["ranks"]
+        self._structure = self._stored
+        if self._dense:
+            self._structure = nnx.eval_shape(self._factorized, self._stored)
+        self.task = checkpoint_task(self.saved, allow_imports=allowed)
+        self.cost = model_cost(self._structure, self.task)
+        limits = active.rank_limits(self._structure)
+        self.ranks = {path: at.active for path, at in limits.items()}
+        self.ranks |= self.saved.metadata["ranks"]
+
+    @functools.cached_property
+    def run(self) -> Run:
+        """What it is about, with its data."""
+        return open_checkpoint_run(
+            self.saved, data_dir=self._data_dir, allow_imports=self._allowed
+        )
+
+    @functools.cached_property
+    def whole(self) -> nnx.Module:
+        """The low-rank model at its own ranks."""
+        stored = checkpoint.load(self.saved, self._stored)
+        return self._factorized(stored) if self._dense else stored
+
+    def at(self, ranks: Ranks) -> nnx.Module:
+        """Loads the model cut to some ranks; no more is read than is kept."""
+        if self._dense:
+            return surgery.truncate(self.whole, ranks)
+        return checkpoint.load(self.saved, self._stored, ranks={**self.ranks, **ranks})
+
+    def context(self) -> selectors.Context:
+        """What a selector may look at; the weights and the data are read when it
+        does."""
+
+        @functools.cache
+        def scorer() -> selectors.Score:
+            model = self.run.placement.put_model(self.whole)
+            return context.make_score(model, self.run)
+
+        return selectors.Context(
+            self.ranks,
+            self.cost,
+            lambda: curves.column_importances(paths.find_factors(self.whole)),
+            lambda: curves.singular_values(paths.find_factors(self.whole)),
+            lambda candidates: scorer()(candidates),
+            paths.find_aliases(self._structure),
+            () if self._dense else family_of(self.saved),
+        )
+
+    def _factorized(self, model: nnx.Module) -> nnx.Module:
+        with errors.at("--checkpoint"):
+            return factorization.factorize(model, _FACTORIZED)
