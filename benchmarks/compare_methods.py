@@ -23,7 +23,7 @@ from configs import common
 from lowrank_jax import active, paths
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks
-from lowrank_jax.selection import budgets, curves, solvers
+from lowrank_jax.selection import budgets, curves, solvers, tails
 from train import binary, evaluation, loop, opening
 from train.report import logs
 from train.state import split_model
@@ -126,10 +126,11 @@ def _cuts(model: Any, cost: Any, full: Ranks, share: float) -> list[Any]:
     ):
         return [full]
     importances = curves.column_importances(paths.find_factors(model))
+    energies = tails.list_errors(importances, full)
     try:
         return [
             solvers.by_macs_fraction(cost.layers, full, share),
-            solvers.by_level(cost.layers, full, importances, share, measure="macs"),
+            solvers.by_level(cost.layers, full, energies, share, measure="macs"),
         ]
     except UserError:
         return []

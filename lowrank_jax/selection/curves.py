@@ -1,6 +1,7 @@
 """What each rank of each layer keeps: curves from factors, as plain numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float
 from lowrank_jax import linalg, placement
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
-from lowrank_jax.ranks import name_of
+from lowrank_jax.ranks import Ranks, flatten_rank, name_of
 
 
 def column_importances(
@@ -56,6 +57,51 @@ def stable_ranks(
         spectrum = jnp.linalg.svd(placement.whole(wide), compute_uv=False)
         ranks[path] = linalg.stable_rank(placement.to_host(spectrum))
     return ranks
+
+
+def losses(
+    score: Callable[[Sequence[Ranks]], list[float]], ranks: Ranks, *, levels: int = 8
+) -> dict[str, list[Float[np.ndarray, " n"]]]:
+    """Measures what the score loses when one matrix alone is cut.
+
+    For models trained with ordered dropout it is the importance of each prefix. A rank
+    that loses less than a higher one counts as that one, and none loses less than
+    nothing; between the ranks that are scored the loss is on a line.
+
+    Args:
+      score: Scores of rank vectors, higher is better, NaN worst; called once.
+      ranks: Active ranks.
+      levels: How many ranks of a matrix are scored, evenly spaced from 0 up, beside its
+        own.
+
+    Returns:
+      Of each layer, for each of its matrices, the loss at 0, 1, ... columns.
+    """
+    tried: list[Ranks] = [ranks]
+    spaced: dict[str, list[Any]] = {}
+    for path, rank in ranks.items():
+        flat = flatten_rank(rank)
+        spaced[path] = []
+        for number, active in enumerate(flat):
+            several = np.unique(np.arange(levels) * active // levels)
+            spaced[path].append(several[several < active])
+            for one in spaced[path][-1]:
+                lowered = np.array([*flat[:number], one, *flat[number + 1 :]])
+                cut = lowered.reshape(np.shape(rank)).tolist()
+                tried.append({**ranks, path: cut})
+    scores = np.array(score(tried), np.float64)
+    worst = np.nanmin(scores, initial=0.0, where=np.isfinite(scores))
+    whole, *lost = np.nan_to_num(scores, nan=worst, neginf=worst)
+    taken = iter(lost)
+    found = {}
+    for path, rank in ranks.items():
+        found[path] = []
+        for active, several in zip(flatten_rank(rank), spaced[path], strict=True):
+            values = [max(whole - next(taken), 0.0) for _ in several]
+            falling = np.maximum.accumulate([0.0, *reversed(values)])[::-1]
+            columns = np.arange(active + 1)
+            found[path].append(np.interp(columns, [*several, active], falling))
+    return found
 
 
 def _check_common(factors: Mapping[str, Factors]) -> None:

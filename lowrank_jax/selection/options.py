@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks, flatten_rank
-from lowrank_jax.selection import tails
+from lowrank_jax.selection.tails import Errors
 
 
 class Options(NamedTuple):
@@ -44,7 +44,7 @@ class Profiles(NamedTuple):
 def list_options(
     costs: Mapping[str, LayerCost],
     max_ranks: Ranks,
-    errors: Mapping[str, Sequence[Float[np.ndarray, " r"]]],
+    errors: Errors,
     measure: str,
     *,
     multiple_of: int = 1,
@@ -55,8 +55,7 @@ def list_options(
     Args:
       costs: Cost of each layer.
       max_ranks: Active ranks.
-      errors: Of each layer, for each of its matrices, the error at 0, 1, ... up to its
-        active rank.
+      errors: What each rank loses.
       measure: "params" or "macs".
       multiple_of: Leave out ranks that are no multiple of it, but for the active one,
         and where that one is lower.
@@ -85,27 +84,6 @@ def list_options(
             values = np.array([table[int(number)] for number in ranks])
             found.append(Options(ranks, values, curve[ranks]))
     return found
-
-
-def curves_of(
-    tail: Any, importances: Mapping[str, Float[np.ndarray, "*stack r"]], ranks: Ranks
-) -> dict[str, list[Float[np.ndarray, " r"]]]:
-    """Reads the error curve of each matrix, over the columns that act.
-
-    Args:
-      tail: One of `tails.TAILS`.
-      importances: Of each column.
-      ranks: Active ranks.
-    """
-    return {
-        path: [
-            tail(row[:active])
-            for row, active in zip(
-                tails.rows_of(importances[path]), flatten_rank(rank), strict=True
-            )
-        ]
-        for path, rank in ranks.items()
-    }
 
 
 def as_ranks(max_ranks: Ranks, chosen: Sequence[int]) -> dict[str, Any]:

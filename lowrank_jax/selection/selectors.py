@@ -16,7 +16,8 @@ from lowrank_jax.counting import ModelCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.families import Family
 from lowrank_jax.ranks import Ranks, at_most, lowest
-from lowrank_jax.selection import budgets, search, solvers, spectral
+from lowrank_jax.selection import budgets, curves, search, solvers, spectral, tails
+from lowrank_jax.selection.tails import Errors
 
 Score: TypeAlias = Callable[[Sequence[Ranks]], list[float]]
 """Scores of rank vectors on held-out data, higher is better."""
@@ -103,7 +104,7 @@ def evbmf(context: Context) -> Ranks:
 def energy_fraction(context: Context, *, value: float) -> Ranks:
     """Keeps one share of energy in all layers, at this fraction of all ranks' MACs."""
     return solvers.by_energy_at_fraction(
-        context.cost.layers, context.ranks, context.importances(), value
+        context.cost.layers, context.ranks, _errors(context, "energy"), value
     )
 
 
@@ -157,7 +158,11 @@ def lc(
     curve: str = "squares",
     multiple_of: int = 1,
 ) -> Ranks:
-    """Weighs error against one price of cost for all, within the budget (LC)."""
+    """Weighs error against one price of cost for all, within the budget (LC).
+
+    The error is a key of `tails.TAILS`, or "loss": what the score loses when one layer
+    alone is cut. So it is below.
+    """
     return _within(solvers.by_price, context, measure, fraction, curve, multiple_of)
 
 
@@ -185,10 +190,9 @@ def nested_knapsack(
     return solvers.by_chain(
         context.cost.layers,
         context.ranks,
-        context.importances(),
+        _errors(context, curve),
         fractions,
         measure=measure,
-        curve=curve,
         multiple_of=multiple_of,
     )
 
@@ -215,13 +219,8 @@ def beam(
 
     Beam search (BSR), see `search.beam_search`.
     """
-    if context.score is None:
-        raise UserError(
-            "score: must be there, from held-out training data, got none. Give a"
-            " function as score, or hold out training examples."
-        )
     return search.beam_search(
-        context.score,
+        _score_of(context),
         context.cost.layers,
         context.ranks,
         fraction,
@@ -229,6 +228,22 @@ def beam(
         width=width,
         steps=steps,
     )
+
+
+def _errors(context: Context, curve: str) -> Errors:
+    """What each rank loses: by the weights, or by the score of the model."""
+    if curve == "loss":
+        return curves.losses(_score_of(context), context.ranks)
+    return tails.list_errors(context.importances(), context.ranks, curve)
+
+
+def _score_of(context: Context) -> Score:
+    if context.score is None:
+        raise UserError(
+            "score: must be there, from held-out training data, got none. Give a"
+            " function as score, or hold out training examples."
+        )
+    return context.score
 
 
 def _within(
@@ -243,10 +258,9 @@ def _within(
     return solver(
         context.cost.layers,
         context.ranks,
-        context.importances(),
+        _errors(context, curve),
         fraction,
         measure=measure,
-        curve=curve,
         multiple_of=multiple_of,
     )
 

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from lowrank_jax.cost import LayerCost
-from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks, at_fraction
-from lowrank_jax.selection import budgets, hull, knapsack, options, tails
-from lowrank_jax.selection.options import Options
-from lowrank_jax.selection.tails import Importances
+from lowrank_jax.selection import budgets, hull, knapsack, options
+from lowrank_jax.selection.options import Options, list_options
+from lowrank_jax.selection.tails import Errors
 
 
 def by_params_fraction(
@@ -44,17 +43,16 @@ def by_macs_fraction(
 def by_level(
     costs: Mapping[str, LayerCost],
     max_ranks: Ranks,
-    importances: Mapping[str, Importances],
+    errors: Errors,
     fraction: float,
     *,
     measure: str,
-    curve: str = "energy",
     multiple_of: int = 1,
 ) -> dict[str, Any]:
     """Finds the lowest level of error, one for all layers, whose ranks fit a budget.
 
     It minimizes the largest error of a layer. Each layer has the least rank whose error
-    is at the level or below, 1 at least where the layer's own is. With the curve
+    is at the level or below, 1 at least where the layer's own is. With the tails of
     "operator_norm" this is one global threshold on s / s_1 and ALDS with one channel
     group (Liebenwein et al., 2021), with "min_max" WeLore (arXiv 2407.11239), with
     "energy" one share of energy in all layers.
@@ -62,18 +60,17 @@ def by_level(
     Args:
       costs: Cost of each layer.
       max_ranks: Ranks that are not exceeded.
-      importances: Importance of each column, in the order in which it would be kept.
+      errors: What each rank loses, as of `tails.list_errors`.
       fraction: Budget as a share, in (0, 1], of what the layers cost when dense.
       measure: "params" or "macs".
-      curve: What a cut loses, a key of `tails.TAILS`.
       multiple_of: Ranks are multiples of it, or the layer's own; those of a layer that
         has no multiple are any.
 
     Raises:
-      UserError: As `budgets.check_budget`; importances that are not finite.
+      UserError: As `budgets.check_budget`.
     """
     budget = budgets.check_budget(costs, max_ranks, fraction, measure)
-    table = list_curve(costs, max_ranks, importances, measure, curve, multiple_of)
+    table = list_options(costs, max_ranks, errors, measure, multiple_of=multiple_of)
     options.check_least(table, budget, multiple_of)
     return _at_level(table, max_ranks, budget)
 
@@ -81,7 +78,7 @@ def by_level(
 def by_energy_at_fraction(
     costs: Mapping[str, LayerCost],
     max_ranks: Ranks,
-    importances: Mapping[str, Importances],
+    errors: Errors,
     fraction: float,
 ) -> dict[str, Any]:
     """Keeps one share of energy in all layers, at no more MACs than a fraction of every
@@ -92,24 +89,23 @@ def by_energy_at_fraction(
     Args:
       costs: As of `by_level`.
       max_ranks: As of `by_level`.
-      importances: As of `by_level`.
+      errors: As of `by_level`.
       fraction: Of every rank, in (0, 1].
     """
     budgets.check_run(costs, max_ranks, "macs")
     uniform = at_fraction(max_ranks, fraction)
     budget = budgets.total_cost(costs, uniform, "macs")
-    table = list_curve(costs, max_ranks, importances, "macs", "energy")
+    table = list_options(costs, max_ranks, errors, "macs")
     return _at_level(table, max_ranks, budget)
 
 
 def by_price(
     costs: Mapping[str, LayerCost],
     max_ranks: Ranks,
-    importances: Mapping[str, Importances],
+    errors: Errors,
     fraction: float,
     *,
     measure: str,
-    curve: str = "squares",
     multiple_of: int = 1,
 ) -> dict[str, Any]:
     """Finds the lowest price of cost at which each layer's best rank fits a budget.
@@ -121,14 +117,13 @@ def by_price(
     Args:
       costs: As of `by_level`.
       max_ranks: As of `by_level`.
-      importances: As of `by_level`.
+      errors: As of `by_level`.
       fraction: As of `by_level`.
       measure: As of `by_level`.
-      curve: As of `by_level`.
       multiple_of: As of `by_level`.
     """
     budget = budgets.check_budget(costs, max_ranks, fraction, measure)
-    table = list_curve(costs, max_ranks, importances, measure, curve, multiple_of)
+    table = list_options(costs, max_ranks, errors, measure, multiple_of=multiple_of)
     options.check_least(table, budget, multiple_of)
     path = hull.nested_path(table)
     first = int(np.argmax(path.costs <= budget))
@@ -138,11 +133,10 @@ def by_price(
 def by_knapsack(
     costs: Mapping[str, LayerCost],
     max_ranks: Ranks,
-    importances: Mapping[str, Importances],
+    errors: Errors,
     fraction: float,
     *,
     measure: str,
-    curve: str = "energy",
     multiple_of: int = 1,
 ) -> dict[str, Any]:
     """Finds the ranks with the least sum of errors within a budget.
@@ -153,14 +147,13 @@ def by_knapsack(
     Args:
       costs: As of `by_level`.
       max_ranks: As of `by_level`.
-      importances: As of `by_level`.
+      errors: As of `by_level`.
       fraction: As of `by_level`.
       measure: As of `by_level`.
-      curve: As of `by_level`.
       multiple_of: As of `by_level`.
     """
     budget = budgets.check_budget(costs, max_ranks, fraction, measure)
-    table = list_curve(costs, max_ranks, importances, measure, curve, multiple_of)
+    table = list_options(costs, max_ranks, errors, measure, multiple_of=multiple_of)
     options.check_least(table, budget, multiple_of)
     chosen = knapsack.solve(table, budget)
     return options.as_ranks(max_ranks, options.ranks_at(table, chosen))
@@ -169,11 +162,10 @@ def by_knapsack(
 def by_chain(
     costs: Mapping[str, LayerCost],
     max_ranks: Ranks,
-    importances: Mapping[str, Importances],
+    errors: Errors,
     fractions: Sequence[float],
     *,
     measure: str,
-    curve: str = "energy",
     multiple_of: int = 1,
 ) -> list[dict[str, Any]]:
     """Finds nested ranks, one profile for each of several budgets, with the least sum
@@ -182,42 +174,21 @@ def by_chain(
     Args:
       costs: As of `by_level`.
       max_ranks: As of `by_level`.
-      importances: As of `by_level`.
+      errors: As of `by_level`.
       fractions: The budgets, each as of `by_level`; the profiles come in their order.
       measure: As of `by_level`.
-      curve: As of `by_level`.
       multiple_of: As of `by_level`.
     """
     totals = [
         budgets.check_budget(costs, max_ranks, fraction, measure)
         for fraction in fractions
     ]
-    table = list_curve(costs, max_ranks, importances, measure, curve, multiple_of)
+    table = list_options(costs, max_ranks, errors, measure, multiple_of=multiple_of)
     options.check_least(table, min(totals), multiple_of)
     return [
         options.as_ranks(max_ranks, options.ranks_at(table, chosen))
         for chosen in knapsack.best_chain(table, totals)
     ]
-
-
-def list_curve(
-    costs: Mapping[str, LayerCost],
-    max_ranks: Ranks,
-    importances: Mapping[str, Importances],
-    measure: str,
-    curve: str,
-    multiple_of: int = 1,
-) -> list[Options]:
-    """Lists what there is to choose from, by one of `tails.TAILS`."""
-    if curve not in tails.TAILS:
-        raise UserError(
-            f"curve: must be one of {sorted(tails.TAILS)}, got {curve!r}. Choose one."
-        )
-    tails.check_finite(importances)
-    errors = options.curves_of(tails.TAILS[curve], importances, max_ranks)
-    return options.list_options(
-        costs, max_ranks, errors, measure, multiple_of=multiple_of
-    )
 
 
 def _at_level(table: list[Options], max_ranks: Ranks, budget: float) -> dict[str, Any]:

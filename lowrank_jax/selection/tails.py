@@ -6,17 +6,20 @@ factors are canonical), in the order in which they would be kept.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float
 
 from lowrank_jax.errors import UserError
-from lowrank_jax.ranks import name_of
+from lowrank_jax.ranks import Ranks, flatten_rank, name_of
 
 Importances: TypeAlias = Float[np.ndarray, "*stack r"]
 Tail: TypeAlias = Float[np.ndarray, "*stack r+1"]
+Errors: TypeAlias = Mapping[str, Sequence[Float[np.ndarray, " n"]]]
+"""Of each layer, for each of its matrices, the error at 0, 1, ... columns, up to its
+active rank."""
 
 
 def energy(importances: Importances) -> Tail:
@@ -81,6 +84,36 @@ TAILS: dict[str, Callable[[Importances], Tail]] = {
     "min_max": min_max,
 }
 """The curves by name."""
+
+
+def list_errors(
+    importances: Mapping[str, Importances], ranks: Ranks, curve: str = "energy"
+) -> Errors:
+    """Reads one of `TAILS` for each matrix of each layer, over the columns that act.
+
+    Args:
+      importances: Of each column.
+      ranks: Active ranks.
+      curve: Which one.
+
+    Raises:
+      UserError: Another name, or importances that are not finite.
+    """
+    if curve not in TAILS:
+        raise UserError(
+            f"curve: must be one of {sorted(TAILS)}, got {curve!r}. Choose one."
+        )
+    check_finite(importances)
+    tail = TAILS[curve]
+    return {
+        path: [
+            tail(row[:active])
+            for row, active in zip(
+                rows_of(importances[path]), flatten_rank(rank), strict=True
+            )
+        ]
+        for path, rank in ranks.items()
+    }
 
 
 def check_finite(importances: Mapping[str, Importances]) -> None:

@@ -12,6 +12,7 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.factorization import factorize, kernel_matrices
 from lowrank_jax.ranks import at_fraction
 from lowrank_jax.selection import budgets, curves, solvers, spectral
+from lowrank_jax.selection.tails import list_errors
 
 RANDOM = np.random.default_rng(0)
 SIZES = {"a": (12, 20, 1, 1), "b": (8, 8, 2, 9), "c": (3, 50, 1, 4)}
@@ -71,7 +72,9 @@ def test_energy_within_a_budget_is_the_best_threshold(share, measure):
     )
     profiles = [ranks_at(removed) for removed in thresholds]
     fits = [one for one in profiles if total(one, measure) <= share * dense(measure)]
-    found = solvers.by_level(COSTS, FULL, SPECTRA, share, measure=measure)
+    found = solvers.by_level(
+        COSTS, FULL, list_errors(SPECTRA, FULL), share, measure=measure
+    )
     assert found == fits[0]
     assert total(found, measure) <= share * dense(measure)
     if share < 0.9:  # the control: the next larger profile does not fit
@@ -83,7 +86,9 @@ def test_energy_within_a_budget_is_the_best_threshold(share, measure):
 def test_energy_within_a_budget_is_the_energy_rule(measure):
     """With the share that it found; a larger budget never means a lower rank."""
     found = [
-        solvers.by_level(COSTS, FULL, SPECTRA, share, measure=measure)
+        solvers.by_level(
+            COSTS, FULL, list_errors(SPECTRA, FULL), share, measure=measure
+        )
         for share in np.linspace(0.3, 1, 40)
     ]
     for small, large in itertools.pairwise(found):
@@ -103,7 +108,7 @@ def test_equal_tails_are_cut_together():
         found = solvers.by_level(
             costs,
             dict.fromkeys("abc", 4),
-            spectra,
+            list_errors(spectra, dict.fromkeys("abc", 4)),
             count * 20 / 300,
             measure="params",
         )
@@ -116,9 +121,14 @@ def test_energy_within_a_budget_knows_layers_of_nothing():
     costs = {path: LayerCost(10, 10, 1, 1, 1, 1) for path in "abc"}
     spectra = {"a": np.zeros(0), "b": np.zeros(4), "c": SPECTRA["a"][:4]}
     full = {"a": 0, "b": 4, "c": 4}
-    found = solvers.by_level(costs, full, spectra, 0.5, measure="params")
+    found = solvers.by_level(
+        costs, full, list_errors(spectra, full), 0.5, measure="params"
+    )
     assert found == {"a": 0, "b": 1, "c": 4}
-    assert solvers.by_level(costs, full, spectra, 1.0, measure="params") == full
+    assert (
+        solvers.by_level(costs, full, list_errors(spectra, full), 1.0, measure="params")
+        == full
+    )
     assert solvers.by_level({}, {}, {}, 0.5, measure="params") == {}
 
 
@@ -127,10 +137,14 @@ def test_a_masked_layer_of_rank_zero_stays_there():
     costs = {path: LayerCost(10, 10, 1, 1, 1, 1) for path in "abc"}
     spectra = {"a": np.zeros(4), "b": np.array([2.0, 1.0, 0.0, 0.0]), "c": np.ones(4)}
     masked = {"a": 0, "b": 2, "c": 4}
-    found = solvers.by_level(costs, masked, spectra, 1.0, measure="params")
+    found = solvers.by_level(
+        costs, masked, list_errors(spectra, masked), 1.0, measure="params"
+    )
     assert found == masked
     least = 2 * 20 / 300  # a stays at nothing, so rank 1 is asked of two layers only
-    found = solvers.by_level(costs, masked, spectra, least, measure="params")
+    found = solvers.by_level(
+        costs, masked, list_errors(spectra, masked), least, measure="params"
+    )
     assert found == {"a": 0, "b": 1, "c": 1}
 
 
@@ -138,7 +152,9 @@ def test_small_columns_are_kept_where_they_fit():
     """A tail of 1e-10 beside a head of 1 is there: 2.0e-20 of its energy."""
     costs = {"a": LayerCost(10, 10, 1, 1, 1, 1)}
     spectra = {"a": np.array([1.0, 1e-10, 1e-10, 0.0])}
-    found = solvers.by_level(costs, {"a": 4}, spectra, 0.7, measure="params")
+    found = solvers.by_level(
+        costs, {"a": 4}, list_errors(spectra, {"a": 4}), 0.7, measure="params"
+    )
     assert found == {"a": 3} == spectral.by_energy(spectra, 1.0)
 
 
@@ -177,7 +193,9 @@ def test_costs_that_fall_with_the_rank_are_searched_whole(share):
         for level in sorted(np.append(np.concatenate([*removed.values()]), 0.0))
     ]
     totals = [budgets.total_cost(costs, one, "macs") for one in profiles]
-    found = solvers.by_level(costs, limits, spectra, share, measure="macs")
+    found = solvers.by_level(
+        costs, limits, list_errors(spectra, limits), share, measure="macs"
+    )
     assert found == next(
         p for p, n in zip(profiles, totals, strict=True) if n <= budget
     )
@@ -211,8 +229,12 @@ def test_budgets_name_their_measure():
     for measure in MEASURES:
         least = total(dict.fromkeys(SIZES, 1), measure) / dense(measure)
         with pytest.raises(ValueError, match=f"{measure}_fraction: .*{least:.4g} here"):
-            solvers.by_level(COSTS, FULL, SPECTRA, 0.1, measure=measure)
-        ones = solvers.by_level(COSTS, FULL, SPECTRA, least, measure=measure)
+            solvers.by_level(
+                COSTS, FULL, list_errors(SPECTRA, FULL), 0.1, measure=measure
+            )
+        ones = solvers.by_level(
+            COSTS, FULL, list_errors(SPECTRA, FULL), least, measure=measure
+        )
         assert ones == {"a": 1, "b": [1, 1], "c": 1}
     with pytest.raises(ValueError, match="macs_fraction: must be at least"):
         solvers.by_macs_fraction(COSTS, LIMITS, 0.01)
@@ -220,7 +242,7 @@ def test_budgets_name_their_measure():
         with pytest.raises(ValueError, match=r"macs_fraction: must be in \(0, 1\]"):
             solvers.by_macs_fraction(COSTS, LIMITS, share)
     with pytest.raises(ValueError, match="'params' or 'macs', got 'bytes'"):
-        solvers.by_level(COSTS, FULL, SPECTRA, 0.5, measure="bytes")
+        solvers.by_level(COSTS, FULL, list_errors(SPECTRA, FULL), 0.5, measure="bytes")
 
 
 def test_stable_ranks_have_the_golden_value():
@@ -364,5 +386,5 @@ def test_energy_of_what_is_not_finite(bad):
             spectral.by_energy(spectra, energy)
     costs, full = {path: LayerCost(9, 9, 1, 1, 1, 1) for path in spectra}, {}
     with pytest.raises(UserError, match=message):
-        solvers.by_level(costs, full, spectra, 0.9, measure="params")
+        solvers.by_level(costs, full, list_errors(spectra, full), 0.9, measure="params")
     assert spectral.by_energy({"a": np.zeros(2)}, 0.9) == {"a": 0}

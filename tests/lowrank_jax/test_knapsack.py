@@ -11,6 +11,7 @@ from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.selection import hull, knapsack, options, solvers, tails
 from lowrank_jax.selection.options import Options
+from lowrank_jax.selection.tails import list_errors
 
 COSTS = {
     "a": LayerCost(6, 9, 1, 4, 4, 4),
@@ -121,8 +122,8 @@ def test_solvers_of_layers_equal_brute_force(curve, measure):
             assert fits[number]
             return costs[number], parts[number]
 
-        given = (COSTS, LIMITS, IMPORTANCES, share)
-        keys = {"measure": measure, "curve": curve}
+        given = (COSTS, LIMITS, list_errors(IMPORTANCES, LIMITS, curve), share)
+        keys = {"measure": measure}
         _, errors = cost_and_errors(solvers.by_knapsack(*given, **keys))
         assert errors.sum() == pytest.approx(parts[fits].sum(axis=1).min())
         _, errors = cost_and_errors(solvers.by_level(*given, **keys))
@@ -139,17 +140,18 @@ def test_multiples_are_kept(solver):
     costs = {path: LayerCost(24, 24, 1, 1, 1, 1) for path in "abc"}
     limits = {"a": 21, "b": 24, "c": 3}
     spectra = {path: np.linspace(2, 1, rank) for path, rank in limits.items()}
+    errors = list_errors(spectra, limits)
     found = [
-        solve(costs, limits, spectra, share, measure="params", multiple_of=4)
+        solve(costs, limits, errors, share, measure="params", multiple_of=4)
         for share in (0.4, 0.6, 0.8, 1.0)
     ]
     for ranks in found:
         assert ranks["a"] in (4, 8, 12, 16, 20, 21) and ranks["b"] % 4 == 0
     assert found[-1] == limits and found[0] != limits
     with pytest.raises(UserError, match="^multiple_of: must leave ranks that fit .*16"):
-        solve(costs, limits, spectra, 0.4, measure="params", multiple_of=16)
+        solve(costs, limits, errors, 0.4, measure="params", multiple_of=16)
     with pytest.raises(UserError, match="^multiple_of: must be at least 1, got 0"):
-        solve(costs, limits, spectra, 0.4, measure="params", multiple_of=0)
+        solve(costs, limits, errors, 0.4, measure="params", multiple_of=0)
 
 
 GOLDEN = [
@@ -279,7 +281,8 @@ def test_the_hull_is_nested_and_convex():
 def test_families_of_layers_are_nested_and_within_their_budgets():
     """As `families` take them, from small to large or in any order."""
     shares = [0.8, 0.4, 0.6]
-    found = solvers.by_chain(COSTS, LIMITS, IMPORTANCES, shares, measure="macs")
+    errors = list_errors(IMPORTANCES, LIMITS)
+    found = solvers.by_chain(COSTS, LIMITS, errors, shares, measure="macs")
     dense = sum(cost.dense_macs for cost in COSTS.values())
     for ranks, share in zip(found, shares, strict=True):
         assert sum(COSTS[p].macs(r) for p, r in ranks.items()) <= share * dense
@@ -289,13 +292,15 @@ def test_families_of_layers_are_nested_and_within_their_budgets():
     assert small != middle != large
 
 
-def test_options_name_what_is_wrong():
+def test_what_is_wrong_is_named():
     with pytest.raises(UserError, match="^curve: must be one of .*energy.*, got 'x'"):
-        solvers.by_level(COSTS, LIMITS, IMPORTANCES, 0.5, measure="params", curve="x")
+        list_errors(IMPORTANCES, LIMITS, "x")
     broken = {**IMPORTANCES, "c": np.array([1.0, np.nan, 0, 0])}
-    for solve in (solvers.by_level, solvers.by_price, solvers.by_knapsack):
-        with pytest.raises(UserError, match="^c: importances must be finite"):
-            solve(COSTS, LIMITS, broken, 0.5, measure="params")
+    with pytest.raises(UserError, match="^c: importances must be finite"):
+        list_errors(broken, LIMITS)
+
+
+def test_ranks_come_back_in_the_shape_of_their_stacks():
     assert options.as_ranks({"a": 3, "b": [[1, 2]], "c": []}, [1, 2, 3]) == {
         "a": 1,
         "b": [[2, 3]],

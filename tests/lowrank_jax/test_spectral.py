@@ -5,7 +5,7 @@ import pytest
 
 from lowrank_jax import linalg
 from lowrank_jax.errors import UserError
-from lowrank_jax.selection import spectral, tails
+from lowrank_jax.selection import curves, spectral, tails
 
 SPECTRUM = np.array([4.0, 3.0, 2.0, 1.0])
 RANDOM = np.random.default_rng(0)
@@ -168,3 +168,32 @@ def test_values_that_are_not_finite_are_refused_by_the_layer(bad):
     ):
         with pytest.raises(UserError, match="^b: importances must be finite"):
             rule()
+
+
+def test_losses_are_those_of_one_matrix_cut_alone():
+    """Against scores taken one by one; a stack matrix by matrix; a rank that loses less
+    than a higher one counts as that one, gains count nothing, NaN is the worst."""
+    ranks = {"a": 6, "b": [3, 2], "c": 0}
+    table = {"a": [9.0, 4.0, 5.0, 2.0, -1.0, 0.5, 0.0], "b": [[5.0, 3.0, 1.0, 0.0]] * 2}
+    calls = []
+
+    def score(candidates):
+        calls.append(candidates)
+        return [
+            10.0
+            - table["a"][one["a"]]
+            - sum(row[rank] for row, rank in zip(table["b"], one["b"], strict=True))
+            for one in candidates
+        ]
+
+    whole = table["b"][1][2]  # what the active ranks lose already
+    found = curves.losses(score, ranks, levels=100)
+    assert len(calls) == 1 and found.keys() == ranks.keys()
+    np.testing.assert_allclose(found["a"][0], [9, 5, 5, 2, 0.5, 0.5, 0])
+    np.testing.assert_allclose(found["b"][0], [5, 3, 1, 0])
+    np.testing.assert_allclose(found["b"][1], [5 - whole, 3 - whole, 0])
+    np.testing.assert_allclose(found["c"][0], [0])
+    (few,) = curves.losses(score, ranks, levels=2)["a"]
+    np.testing.assert_allclose(few, [9, 9 - 7 / 3, 9 - 14 / 3, 2, 4 / 3, 2 / 3, 0])
+    table["a"][0] = np.nan
+    assert curves.losses(score, ranks)["a"][0][0] >= 5
