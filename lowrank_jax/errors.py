@@ -25,6 +25,10 @@ class DamagedCheckpoint(UserError):
     """A checkpoint whose files are not as they were written."""
 
 
+class SmallBudget(UserError):
+    """A budget below what the cheapest choice costs."""
+
+
 @contextlib.contextmanager
 def at(place: str) -> Iterator[None]:
     """Puts a place in front of the message of a user's mistake.

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lowrank_jax import errors
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import SmallBudget, UserError
 from lowrank_jax.ranks import (
     Limits,
     Ranks,
@@ -68,7 +68,7 @@ def within(
       budget: What they may.
 
     Raises:
-      UserError: The smallest size costs more.
+      SmallBudget: The smallest size costs more.
     """
     if cost(ranks) <= budget:
         return dict(ranks)
@@ -81,7 +81,7 @@ def within(
         else:
             high = middle
     if not low:
-        raise UserError(
+        raise SmallBudget(
             f"budget: must be at least what the smallest size costs, got {budget:.4g}."
             " Raise it."
         )

@@ -136,6 +136,16 @@ ROWS: dict[str, Row] = {
             )
         ],
     ),
+    "swaps": Row(
+        *within("macs", 0.6, 0.8, 1.0),
+        bad=[
+            *BUDGET_ERRORS,
+            (
+                {"measure": "macs", "fraction": 0.6, "rounds": -1},
+                "rounds, steps: must be at least 0 and 1, got -1 and 8",
+            ),
+        ],
+    ),
     "beam": Row(
         *within("macs", 0.6, 0.8, 1.0, **BEAM),
         bad=[({**BEAM, **args}, message) for args, message in BUDGET_ERRORS]

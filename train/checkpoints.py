@@ -18,7 +18,7 @@ from lowrank_jax import (
 from lowrank_jax.families import Family
 from lowrank_jax.forms import Factors
 from lowrank_jax.ranks import Ranks
-from train import selecting
+from train import drops, selecting
 from train.model import model_cost
 from train.opening import first_whole
 from train.report import logs
@@ -32,6 +32,7 @@ def truncate_checkpoint(
     selector: Mapping[str, Any],
     *,
     sizes: Sequence[float] = (),
+    max_drop: float | None = None,
     form: str = Factors.form,
     recalibration_batches: int = 0,
     data_dir: str | None = None,
@@ -51,20 +52,23 @@ def truncate_checkpoint(
       sizes: Budgets, for several nested models in one call: each is the selector's
         `fraction`, and a folder in `output`. A larger one knows the smaller ones as the
         sizes of its family.
+      max_drop: In place of the selector's `fraction`: the least one whose model is no
+        more than this worse by the task's headline figure on the held-out examples.
       form: The form of the cut layers, a key of `lowrank_jax.forms.FORMS`.
       recalibration_batches: Training batches to re-estimate BatchNorm on; 0 for none.
       data_dir: Where the data set is, if not where the config says.
       allow_imports: Packages that names in the checkpoint may be imported from.
 
     Returns:
-      "output", "params", "macs", "ranks"; of several sizes a list of these with their
+      "output", "params", "macs", "ranks"; with `max_drop` the "fraction", and the
+      headline figure "before" and "after"; of several sizes a list of these with their
       "fraction", under "sizes".
     """
     if output is not None:
         with errors.at("--output"):
             checkpoint.check_new_folder(output)
-    if sizes:  # the smallest stands for all until they are chosen together
-        args = {**selector["args"], "fraction": min(sizes)}
+    if sizes or max_drop is not None:  # one that stands for all
+        args = {**selector["args"], "fraction": min(sizes, default=1.0)}
         selector = {**selector, "args": args}
     selector = selecting.complete(selector)
     with errors.at("--checkpoint"):
@@ -73,7 +77,11 @@ def truncate_checkpoint(
     def cut(step: Path) -> dict[str, Any]:
         source = Source(step, data_dir, list(allow_imports))
         cutter = _Cutter(source, selector, form, recalibration_batches)
-        return cutter.write_sizes(output, sizes) if sizes else cutter.write_one(output)
+        if sizes:
+            return cutter.write_sizes(output, sizes)
+        if max_drop is not None:
+            return cutter.write_least(output, max_drop)
+        return cutter.write_one(output)
 
     return first_whole(steps, cut)
 
@@ -93,6 +101,14 @@ class _Cutter:
         ranks = selecting.select(self._selector, self._source.context())
         return self._write(output, ranks, self._selector, ())
 
+    def write_least(self, output: str | Path | None, drop: float) -> dict[str, Any]:
+        drops.check_drop(self._source, drop)
+        fraction, ranks, figures = drops.least_budget(
+            self._source, self._selector, drop, recalibration_batches=self._batches
+        )
+        row = self._write(output, ranks, self._with_fraction(fraction), ())
+        return {**row, "fraction": fraction, **figures}
+
     def write_sizes(
         self, output: str | Path | None, sizes: Sequence[float]
     ) -> dict[str, Any]:
@@ -106,12 +122,14 @@ class _Cutter:
                 for other, profile in zip(sizes, profiles, strict=True)
                 if other < size
             ]
-            args = {**self._selector["args"], "fraction": size}
             folder = None if output is None else Path(output) / f"{size:g}"
-            selector = {**self._selector, "args": args}
-            row = self._write(folder, ranks, selector, smaller)
+            row = self._write(folder, ranks, self._with_fraction(size), smaller)
             rows.append({"fraction": size, **row})
         return {"sizes": rows}
+
+    def _with_fraction(self, fraction: float) -> dict[str, Any]:
+        args = {**self._selector["args"], "fraction": fraction}
+        return {**self._selector, "args": args}
 
     def _write(
         self,

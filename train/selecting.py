@@ -4,7 +4,7 @@ import collections
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -74,8 +74,17 @@ def define_budget_flags() -> dict[str, flags.FlagHolder[Any]]:
             "With --select: several such shares, for nested models in folders of"
             " --output.",
         ),
+        "max_drop": flags.DEFINE_float(
+            "max_drop",
+            None,
+            "With --select: the least share whose headline figure on held-out examples"
+            " is no more than this worse.",
+        ),
         "measure": flags.DEFINE_enum(
-            "measure", "macs", ["macs", "params"], "What --family are shares of."
+            "measure",
+            "macs",
+            ["macs", "params"],
+            "What shares of --family or --max_drop are of.",
         ),
         "multiple_of": flags.DEFINE_integer(
             "multiple_of", None, "With --select: ranks are multiples of it."
@@ -83,18 +92,32 @@ def define_budget_flags() -> dict[str, flags.FlagHolder[Any]]:
     }
 
 
+class Wanted(NamedTuple):
+    """What a cut is to be.
+
+    Args:
+      selector: Name and arguments of a selector.
+      sizes: Several values of its `fraction`; none for one cut.
+      max_drop: How much worse the headline figure may be at the least `fraction`; None
+        where the selector has its own.
+    """
+
+    selector: Mapping[str, Any]
+    sizes: Sequence[float] = ()
+    max_drop: float | None = None
+
+
 def with_budget(
     selector: Mapping[str, Any], holders: Mapping[str, flags.FlagHolder[Any]]
-) -> tuple[dict[str, Any], list[float]]:
-    """Returns a selector with the arguments that flags of `define_budget_flags` give,
-    and the sizes of a family, if several are wanted.
+) -> Wanted:
+    """Adds to a selector what flags of `define_budget_flags` say.
 
     Raises:
       UserError: Several budgets, one that the selector's arguments name too, or a size
         that is no number.
     """
     values = {name: holder.value for name, holder in holders.items()}
-    named = ("params", "macs", "family")
+    named = ("params", "macs", "family", "max_drop")
     given = [name for name in named if values[name] is not None]
     if len(given) > 1:
         raise UserError(
@@ -104,11 +127,12 @@ def with_budget(
     more: dict[str, Any] = {}
     sizes: list[float] = []
     for name in given:
-        if name == "family":
-            more["measure"] = values["measure"]
-            sizes = [_number(text, "--family") for text in values["family"]]
-        else:
+        if name in ("params", "macs"):
             more |= {"measure": name, "fraction": values[name]}
+        else:
+            more["measure"] = values["measure"]
+    for text in values["family"] or ():
+        sizes.append(_number(text, "--family"))
     if values["multiple_of"] is not None:
         more["multiple_of"] = values["multiple_of"]
     if twice := sorted(more.keys() & selector["args"].keys()):
@@ -116,7 +140,8 @@ def with_budget(
             f"--select_args: must leave {twice} to the other flags, got"
             f" {dict(selector['args'])}. Name each once."
         )
-    return {**selector, "args": {**selector["args"], **more}}, sizes
+    chosen = {**selector, "args": {**selector["args"], **more}}
+    return Wanted(chosen, sizes, values["max_drop"])
 
 
 def _number(text: str, where: str) -> float:

@@ -13,6 +13,7 @@ JSON: `{"output", "params", "macs", "ranks"}`, of a family `{"sizes": [...]}`.
 
 import contextlib
 import json
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -60,13 +61,13 @@ def _main() -> None:
         flags.FLAGS,
         {
             "recalibration_batches": ["recalibrate"],
-            "measure": ["family"],
+            "measure": ["family", "max_drop"],
             **dict.fromkeys(("select_args", "params", "macs"), ["select"]),
-            **dict.fromkeys(("family", "multiple_of"), ["select"]),
+            **dict.fromkeys(("family", "max_drop", "multiple_of"), ["select"]),
         },
     )
-    selector, sizes = selecting.with_budget(selecting.from_flags(_SELECTORS), _BUDGETS)
-    _check_outputs(sizes)
+    wanted = selecting.with_budget(selecting.from_flags(_SELECTORS), _BUDGETS)
+    _check_outputs(wanted.sizes)
     with contextlib.ExitStack() as stack:
         if not _DRY_RUN.value:
             with errors.at("--output"):
@@ -75,8 +76,9 @@ def _main() -> None:
         figures = checkpoints.truncate_checkpoint(
             _CHECKPOINT.value,
             None if _DRY_RUN.value else _OUTPUT.value,
-            selector,
-            sizes=sizes,
+            wanted.selector,
+            sizes=wanted.sizes,
+            max_drop=wanted.max_drop,
             form=_FORM.value,
             recalibration_batches=_RECALIBRATION_BATCHES.value
             if _RECALIBRATE.value
@@ -90,7 +92,7 @@ def _main() -> None:
     logs.emit(figures)
 
 
-def _check_outputs(sizes: list[float]) -> None:
+def _check_outputs(sizes: Sequence[float]) -> None:
     """Refuses what would be found when the work is done."""
     if (_OUTPUT.value is None) != _DRY_RUN.value:
         raise UserError(

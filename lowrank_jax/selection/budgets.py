@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from lowrank_jax.cost import LayerCost
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import SmallBudget, UserError
 from lowrank_jax.ranks import Ranks, at_most
 
 
@@ -21,9 +21,9 @@ def check_budget(
     """Returns the budget that a share of the dense cost is.
 
     Raises:
-      UserError: The measure is another one, the share is out of bounds, both rank 1
-        everywhere and the full ranks cost more, or MACs are asked for of layers that
-        were never run.
+      SmallBudget: Both rank 1 everywhere and the full ranks cost more.
+      UserError: The measure is another one, the share is out of bounds, or MACs are
+        asked for of layers that were never run.
     """
     if measure not in ("params", "macs"):
         raise UserError(
@@ -48,7 +48,7 @@ def check_budget(
             f" lookups alone, {list(max_ranks)}. Give a share of the params."
         )
     if least > fraction * dense:
-        raise UserError(
+        raise SmallBudget(
             f"{measure}_fraction: must be at least {least / dense:.4g} here (rank 1 in"
             f" every layer, or no cut), got {fraction}. Raise it, or set ranks to"
             " 0 with a rank file."

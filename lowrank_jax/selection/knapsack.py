@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import SmallBudget
 from lowrank_jax.selection import hull
 from lowrank_jax.selection.options import Options, Profiles
 
@@ -62,7 +62,7 @@ def solve(
     """Returns the option of each matrix with the least error in all within a budget.
 
     Raises:
-      UserError: Nothing fits.
+      SmallBudget: Nothing fits.
     """
     found = pareto(table, budget, states=states)
     _check_some(found.costs <= budget, budget)
@@ -86,7 +86,7 @@ def best_chain(
       candidates: How many profiles may be looked at.
 
     Raises:
-      UserError: Nothing fits the lowest budget.
+      SmallBudget: Nothing fits the lowest budget.
     """
     found = _candidates(table, max(budgets), candidates)
     inside = _nested(found.options)
@@ -161,7 +161,7 @@ def _nested(profiles: Int[np.ndarray, "n m"]) -> Bool[np.ndarray, "n n"]:
 
 def _check_some(fits: Bool[np.ndarray, " n"], budget: float) -> None:
     if not fits.any():
-        raise UserError(
+        raise SmallBudget(
             f"budget: must be at least what the lowest ranks cost, got {budget:.4g}."
             " Raise it."
         )

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lowrank_jax.cost import LayerCost
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import SmallBudget, UserError
 from lowrank_jax.ranks import Ranks, flatten_rank
 from lowrank_jax.selection.tails import Errors
 
@@ -103,10 +103,10 @@ def ranks_at(table: Sequence[Options], chosen: Sequence[int]) -> list[int]:
 
 
 def check_least(table: Sequence[Options], budget: float, multiple_of: int) -> None:
-    """Raises UserError where the cheapest options of all matrices exceed a budget."""
+    """Raises SmallBudget where the cheapest options of all matrices exceed a budget."""
     least = sum(one.costs.min() for one in table)
     if least > budget:
-        raise UserError(
+        raise SmallBudget(
             f"multiple_of: must leave ranks that fit the budget, got {multiple_of}, at"
             f" which {least:.4g} is the least for {budget:.4g}. Lower it, or raise the"
             " budget."

@@ -1,8 +1,10 @@
 """Search for ranks with the real loss."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
@@ -67,6 +69,104 @@ def beam_search(
             else:
                 frontier.append(ranks)
     return max(done.values(), key=lambda pair: pair[0])[1]
+
+
+def local_search(
+    score: Callable[[Sequence[Ranks]], list[float]],
+    costs: Mapping[str, LayerCost],
+    max_ranks: Ranks,
+    starts: Sequence[Ranks],
+    fraction: float,
+    *,
+    measure: str = "params",
+    rounds: int = 20,
+    steps: int = 8,
+) -> dict[str, Any]:
+    """Goes from the best of several rank vectors to better ones by swaps of cost.
+
+    A neighbour raises one layer and lowers another until the budget is met, or raises
+    one where there is room. The best neighbour comes next; where none is better, less
+    is swapped. What it returns scores no worse than any of the starts.
+
+    Args:
+      score: As of `beam_search`; called once a round.
+      costs: As of `beam_search`.
+      max_ranks: Ranks that are not exceeded.
+      starts: Rank vectors to begin with; those over the budget are left out.
+      fraction: As of `beam_search`.
+      measure: As of `beam_search`.
+      rounds: How often neighbours are scored, at most.
+      steps: The first swaps are of the budget divided by it, and each smaller one of
+        half.
+
+    Raises:
+      UserError: As `beam_search`, or no start is within the budget.
+    """
+    if rounds < 0 or steps < 1:
+        raise UserError(
+            f"rounds, steps: must be at least 0 and 1, got {rounds} and {steps}. Raise"
+            " them."
+        )
+    budget = check_budget(costs, max_ranks, fraction, measure)
+    fitting = _unique(
+        ranks for ranks in starts if total_cost(costs, ranks, measure) <= budget
+    )
+    if not fitting:
+        raise UserError(
+            f"starts: must have one within the budget, got {list(starts)}. Add one."
+        )
+    value, ranks = _best(score(fitting), fitting)[0]
+    seen = {_key(one) for one in fitting}
+    amount = budget / steps
+    for _ in range(rounds):
+        near = _unique(_swaps(ranks, max_ranks, costs, measure, budget, amount))
+        near = [one for one in near if _key(one) not in seen]
+        seen |= {_key(one) for one in near}
+        reached, best = _best(score(near), near)[0] if near else (value, ranks)
+        if reached > value:
+            value, ranks = reached, best
+        elif amount < 1:
+            break
+        else:
+            amount /= 2
+    return ranks
+
+
+def _swaps(
+    ranks: Ranks,
+    max_ranks: Ranks,
+    costs: Mapping[str, LayerCost],
+    measure: str,
+    budget: float,
+    amount: float,
+) -> Iterator[dict[str, Any]]:
+    """The neighbours of a rank vector: one layer dearer by about an amount, another
+    cheaper by what that takes."""
+    for path, rank in ranks.items():
+        before = getattr(costs[path], measure)(rank)
+        for step in range(1, largest(max_ranks[path]) + 1):
+            raised = lowest(np.add(rank, step), max_ranks[path])
+            if getattr(costs[path], measure)(raised) - before >= amount:
+                break
+        else:
+            raised = max_ranks[path]
+        if np.array_equal(raised, rank):
+            continue
+        dearer = {**ranks, path: raised}
+        over = total_cost(costs, dearer, measure) - budget
+        if over <= 0:
+            yield dearer
+            continue
+        for other, current in ranks.items():
+            if other == path:
+                continue
+            at = getattr(costs[other], measure)(current)
+            for step in range(1, largest(current)):
+                lowered = np.maximum(np.subtract(current, step), np.minimum(current, 1))
+                cheaper = getattr(costs[other], measure)(lowered.tolist())
+                if at - cheaper >= over:
+                    yield {**dearer, other: lowered.tolist()}
+                    break
 
 
 def _best(

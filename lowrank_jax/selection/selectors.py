@@ -230,6 +230,33 @@ def beam(
     )
 
 
+def swaps(
+    context: Context, *, measure: str, fraction: float, rounds: int = 20
+) -> Ranks:
+    """Improves the best of the other rules by swaps of rank, by score.
+
+    Local search, see `search.local_search`. It begins with one fraction of all ranks,
+    the trained family, `energy_budget`, `minimax`, and `knapsack` of losses.
+    """
+    budget = {"measure": measure, "fraction": fraction}
+    starts = [
+        family(context._replace(family=()), **budget),
+        family(context, **budget),
+        energy_budget(context, **budget),
+        minimax(context, **budget),
+        knapsack(context, **budget, curve="loss"),
+    ]
+    return search.local_search(
+        _score_of(context),
+        context.cost.layers,
+        context.ranks,
+        starts,
+        fraction,
+        measure=measure,
+        rounds=rounds,
+    )
+
+
 def _errors(context: Context, curve: str) -> Errors:
     """What each rank loses: by the weights, or by the score of the model."""
     if curve == "loss":
@@ -311,6 +338,7 @@ SELECTORS: dict[str, Selector] = {
         family,
         greedy,
         beam,
+        swaps,
     )
 }
 """The selectors by name; a new one is one more function here."""

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lowrank_jax.cost import LayerCost
-from lowrank_jax.selection.search import beam_search
+from lowrank_jax.errors import UserError
+from lowrank_jax.selection.search import beam_search, local_search
 
 SIZES = {"a": (9, 14, 1), "b": (10, 7, 9), "c": (12, 12, 4), "d": (5, 20, 1)}
 """Rows, columns, and how often each of the two factors is multiplied by."""
@@ -269,3 +270,43 @@ def test_scores_that_are_not_a_number_lose(width):
 
         assert search(Score(score))[path] > best[path]
     assert lowered
+
+
+@pytest.mark.parametrize("measure", ["params", "macs"])
+@pytest.mark.parametrize("seed", range(4))
+def test_swaps_never_end_below_a_start(seed, measure):
+    """Nor over the budget; and mostly above: from bad starts they come near the best
+    there is, by brute force."""
+    random = np.random.default_rng(seed)
+    score = Score(rising(seed))
+    vectors = [
+        dict(zip(LIMITS, ranks, strict=True))
+        for ranks in itertools.product(*[range(1, n + 1) for n in LIMITS.values()])
+    ]
+    for fraction in (0.4, 0.6, 0.8):
+        budget = fraction * dense(LIMITS, measure)
+        fitting = [one for one in vectors if cost(one, measure) <= budget]
+        starts = [fitting[k] for k in random.integers(0, len(fitting), 3)]
+        given = (score, COSTS, LIMITS, [*starts, LIMITS], fraction)
+        found = local_search(*given, measure=measure, rounds=60)
+        assert cost(found, measure) <= budget
+        values = sorted(map(score.function, fitting))
+        assert score.function(found) >= max(map(score.function, starts))
+        assert np.searchsorted(values, score.function(found)) >= 0.95 * len(values)
+        none = local_search(*given, measure=measure, rounds=0)
+        assert none == max(starts, key=score.function)
+
+
+def test_swaps_move_stacks_together_and_refuse_no_start():
+    costs = {"a": LayerCost(12, 12, 2, 1, 1, 1), "b": LayerCost(12, 12, 1, 1, 1, 1)}
+    limits = {"a": [12, 6], "b": 12}
+    starts = [{"a": [1, 1], "b": 3}]
+
+    def score(batch):
+        return [sum(ranks["a"]) for ranks in batch]
+
+    found = local_search(score, costs, limits, starts, 0.5, measure="params")
+    assert found["b"] == 1 and sum(found["a"]) > 2
+    assert found["a"][0] <= 12 and found["a"][1] <= 6
+    with pytest.raises(UserError, match="^starts: must have one within the budget"):
+        local_search(score, costs, limits, [limits], 0.5, measure="params")

@@ -135,7 +135,7 @@ def test_more_is_never_less(selector, name):
     found = [run(selector, name, args) for args in ROWS[selector].args]
     assert name != "full" or len(found) == 1 or found[0] != found[-1]
     for small, large in itertools.pairwise(found):
-        if selector in ("beam", "greedy"):
+        if selector in ("beam", "greedy", "swaps"):
             assert score([small])[0] <= score([large])[0]
         elif selector == "knapsack":
             assert removed_energy(name, small) >= removed_energy(name, large)
@@ -280,7 +280,7 @@ def test_rows_say_what_a_command_line_needs():
     assert [name for name, kind in types.items() if kind is None] == [
         "evbmf",
         *("energy_budget", "minimax", "welore", "lc", "knapsack", "family"),
-        *("greedy", "beam"),
+        *("greedy", "beam", "swaps"),
     ]
     assert singles.pop("rank") is int and singles.pop("ranks") is Mapping
     assert set(singles.values()) == {float}

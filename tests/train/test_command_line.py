@@ -221,13 +221,14 @@ def test_mistakes_are_one_line(run, tmp_path):
             "--dry_run",
         ),
         "--macs: acts only with --select, got 0.5": (*cut, "--rank=3", "--macs=0.5"),
-        "--measure: acts only with --family, got 'params'": (
+        "--measure: acts only with --family or --max_drop, got 'params'": (
             *cut,
             "--select=knapsack",
             "--macs=0.5",
             "--measure=params",
         ),
-        "flags: at most one of --params, --macs, --family may be given, got": (
+        "flags: at most one of --params, --macs, --family, --max_drop may be"
+        " given, got": (
             *cut,
             "--select=knapsack",
             "--macs=0.5",

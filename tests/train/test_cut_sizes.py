@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import commands
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from lowrank_jax import checkpoint
 from lowrank_jax.active import get_ranks
 from lowrank_jax.errors import UserError
 from lowrank_jax.paths import find_factors
-from train import checkpoints, loop, opening, selecting
+from train import checkpoints, drops, loop, opening, selecting
 
 KNAPSACK = {"name": "knapsack", "args": {"measure": "macs"}}
 SIZES = [0.5, 0.25, 0.75]
@@ -144,3 +145,36 @@ def test_flags_for_sizes_ranks_and_nothing(run, tmp_path):
         "multiple_of": 4,
     }
     assert json.loads(json.dumps(about["family"])) == []
+
+
+def test_the_least_budget_that_keeps_the_figure(run, tmp_path):
+    """Judged on held-out examples: it loses no more, and one grid step below does, or
+    has no ranks."""
+    drop, family = 0.3, {"name": "family", "args": {"measure": "macs"}}
+    found = _least(run, tmp_path / "cut", family, drop)
+    opened = opening.open_model(run)
+    whole = opened.figures("validation")["accuracy"]
+    cut = opening.open_model(tmp_path / "cut").figures("validation")["accuracy"]
+    assert (found["before"], found["after"]) == (whole, cut)
+    assert whole - cut <= drop and found["fraction"] < 0.9
+    fraction = found["fraction"] - 1 / drops.GRID
+    family["args"]["fraction"] = fraction
+    smaller = checkpoints.truncate_checkpoint(run, tmp_path / "below", family)
+    lost = opening.open_model(smaller["output"]).figures("validation")["accuracy"]
+    assert whole - lost > drop
+
+
+def test_a_drop_needs_a_rule_with_a_budget(run, tmp_path):
+    with pytest.raises(UserError, match="args: must be of .*'value'.*got .*fraction"):
+        _least(run, tmp_path / "cut", {"name": "macs_fraction", "args": {}}, 1.0)
+
+
+@pytest.mark.parametrize("drop", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_drop_that_is_none_is_refused(run, tmp_path, drop):
+    with pytest.raises(UserError, match="^--max_drop: must be positive, got"):
+        _least(run, tmp_path / "cut", KNAPSACK, drop)
+    assert not (tmp_path / "cut").exists()
+
+
+def _least(path: Path, output: Path, selector: Any, drop: float) -> dict[str, Any]:
+    return checkpoints.truncate_checkpoint(path, output, selector, max_drop=drop)
