@@ -140,6 +140,7 @@ def _main() -> None:
             headline=task.headline,
             higher_is_better=task.higher_is_better,
             unit=task.unit,
+            costs=("macs",),
         )
     logs.emit(found)
 

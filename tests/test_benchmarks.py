@@ -20,15 +20,17 @@ from benchmarks import (
     recompilation,
     report,
     scaling,
+    selectors,
     step_time,
     subjects,
 )
 from configs import common
-from lowrank_jax import factorize
+from lowrank_jax import checkpoint, factorize
 from lowrank_jax.errors import UserError
 from lowrank_jax.penalties import PENALTIES
 from train import loop, opening, start
 from train.models import mlp
+from train.source import Source
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,32 @@ def test_ranks_between_the_trained_ones_are_judged(tmp_path):
     assert all(row["macs"] <= rows[1.0]["macs"] for row in found["vectors"])
     ((name, *_), _) = any_rank.quartiles(found["vectors"])
     assert name == "loss"
+
+
+def test_selectors_are_judged_within_their_budgets(tmp_path):
+    """Each at each budget that rank 1 everywhere fits; the whole budget is no cut, and
+    what looks at the loss is no worse than what does not, on what it has seen."""
+    config = loop_configs.make_config(loop_configs.phase(3))
+    loop.train_and_evaluate(config, tmp_path / "run")
+    step = checkpoint.open_checkpoint(tmp_path / "run").path
+    source = Source(step, None, [])
+    named = ("macs_fraction", "knapsack:curve=loss", "greedy:steps=4")
+    found = selectors.measure(source, named, (1.0, 0.4, 1e-6))
+    for rows in found.values():
+        assert [row["budget"] for row in rows] == [1.0, 0.4]
+        assert rows[0]["ranks"] == source.ranks
+        layers = source.cost.layers
+        dense = sum(layer.dense_macs for layer in layers.values())
+        macs = sum(layers[p].macs(r) for p, r in rows[1]["ranks"].items())
+        assert macs <= 0.4 * dense
+    score = source.context().score
+    uniform, greedy = (
+        score([found[name][1]["ranks"]])[0] for name in (named[0], named[2])
+    )
+    assert greedy >= uniform
+    headers, *cells = selectors.table(found, "loss")
+    assert headers == ["selector", "1", "0.4", "s"]
+    assert [row[0] for row in cells] == list(named)
 
 
 @pytest.mark.slow

@@ -236,7 +236,7 @@ def swaps(
     """Improves the best of the other rules by swaps of rank, by score.
 
     Local search, see `search.local_search`. It begins with one fraction of all ranks,
-    the trained family, `energy_budget`, `minimax`, and `knapsack` of losses.
+    the trained family, `energy_budget`, `minimax`, `knapsack` of losses, and `greedy`.
     """
     budget = {"measure": measure, "fraction": fraction}
     starts = [
@@ -245,6 +245,7 @@ def swaps(
         energy_budget(context, **budget),
         minimax(context, **budget),
         knapsack(context, **budget, curve="loss"),
+        greedy(context, **budget, steps=20),
     ]
     return search.local_search(
         _score_of(context),

@@ -25,6 +25,7 @@ def plot_frontier(
     higher_is_better: bool,
     unit: str = "",
     marks: Mapping[str, tuple[int, int]] | None = None,
+    costs: Sequence[str] = tuple(_PANELS),
 ) -> None:
     """Draws a figure against parameters and against MACs, one line per series.
 
@@ -37,6 +38,7 @@ def plot_frontier(
       unit: What the MACs are of, such as "example".
       marks: Numbers of the colour and of the marker of each series, so that what is
         alike looks alike; its own of each if not given.
+      costs: Which of "params" and "macs" to draw it against.
 
     Raises:
       UserError: Nothing to draw, or a row without one of its figures.
@@ -44,14 +46,16 @@ def plot_frontier(
     _check(series, headline)
     # A Figure of its own (Agg for PNG): pyplot would keep it in global state.
     drawing = figure.Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
-    panels = drawing.subplots(1, len(_PANELS), sharey=True)
+    panels = drawing.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     labels = {**_PANELS, "macs": f"MACs per {unit}" if unit else _PANELS["macs"]}
-    for panel, (cost, label) in zip(panels, labels.items(), strict=True):
+    for panel, cost in zip(panels, costs, strict=True):
         for index, (name, rows) in enumerate(series.items()):
             points = sorted(rows, key=lambda row: row[cost])
             mark = marks[name] if marks is not None else (index, index)
             _draw(panel, mark, name, points, cost, headline, higher_is_better)
-        _decorate(panel, label, [row[cost] for rows in series.values() for row in rows])
+        _decorate(
+            panel, labels[cost], [row[cost] for rows in series.values() for row in rows]
+        )
     direction = "higher" if higher_is_better else "lower"
     panels[0].set_ylabel(f"{headline} ({direction} is better)", color=_INK)
     if len(series) > 1:
