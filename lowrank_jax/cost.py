@@ -5,7 +5,10 @@ parameters only. A layer costs the least of the forms in which it can be stored 
 Letters: `i` rows and `o` columns of the matrix.
 """
 
+import contextlib
 import dataclasses
+
+from jax.errors import InconclusiveDimensionOperation
 
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import RankValue, flatten_rank
@@ -98,7 +101,9 @@ def merged_is_cheaper(
     """Returns whether forming `u v` first takes fewer operations than `u`, then `v`.
 
     The counts are of one matrix and of the forward pass, over all rows of the batch;
-    the backward pass doubles both sides, so it does not change the answer.
+    the backward pass doubles both sides, so it does not change the answer. Where the
+    batch has a symbolic size (`jax.export`) and the answer depends on it, it is that of
+    a large one.
 
     Args:
       in_size: Rows `i`.
@@ -109,5 +114,8 @@ def merged_is_cheaper(
       dense: Rows multiplied by the merged matrix.
     """
     factored = rank * (in_size * first + out_size * second)
-    merged = in_size * out_size * (rank + dense)
-    return merged < factored
+    size = in_size * out_size
+    for merged in (size * (rank + dense), size * dense):  # as of a large batch
+        with contextlib.suppress(InconclusiveDimensionOperation):
+            return bool(merged < factored)
+    return False  # of a rank that is not known

@@ -4,11 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from lowrank_jax import (
     active,
-    calibration,
     checkpoint,
     counting,
     errors,
@@ -18,11 +15,10 @@ from lowrank_jax import (
 from lowrank_jax.families import Family
 from lowrank_jax.forms import Factors
 from lowrank_jax.ranks import Ranks
-from train import drops, selecting
+from train import drops, exporting, selecting
 from train.model import model_cost
 from train.opening import first_whole
 from train.report import logs
-from train.run import Run
 from train.source import Source
 
 
@@ -34,6 +30,7 @@ def truncate_checkpoint(
     sizes: Sequence[float] = (),
     max_drop: float | None = None,
     form: str = Factors.form,
+    format: str = "orbax",
     recalibration_batches: int = 0,
     data_dir: str | None = None,
     allow_imports: Sequence[str] = (),
@@ -55,14 +52,14 @@ def truncate_checkpoint(
       max_drop: In place of the selector's `fraction`: the least one whose model is no
         more than this worse by the task's headline figure on the held-out examples.
       form: The form of the cut layers, a key of `lowrank_jax.forms.FORMS`.
+      format: One of `exporting.FORMATS`: a checkpoint, or a file of other programs.
       recalibration_batches: Training batches to re-estimate BatchNorm on; 0 for none.
       data_dir: Where the data set is, if not where the config says.
       allow_imports: Packages that names in the checkpoint may be imported from.
 
     Returns:
       "output", "params", "macs", "ranks"; with `max_drop` the "fraction", and the
-      headline figure "before" and "after"; of several sizes a list of these with their
-      "fraction", under "sizes".
+      headline figure "before" and "after"; of several sizes a list, under "sizes".
     """
     if output is not None:
         with errors.at("--output"):
@@ -76,7 +73,8 @@ def truncate_checkpoint(
 
     def cut(step: Path) -> dict[str, Any]:
         source = Source(step, data_dir, list(allow_imports))
-        cutter = _Cutter(source, selector, form, recalibration_batches)
+        exporting.check_format(format, source.task)
+        cutter = _Cutter(source, selector, form, format, recalibration_batches)
         if sizes:
             return cutter.write_sizes(output, sizes)
         if max_drop is not None:
@@ -90,10 +88,15 @@ class _Cutter:
     """Cuts one checkpoint; the arguments are those of `truncate_checkpoint`."""
 
     def __init__(
-        self, source: Source, selector: Mapping[str, Any], form: str, batches: int
+        self,
+        source: Source,
+        selector: Mapping[str, Any],
+        form: str,
+        format: str,
+        batches: int,
     ):
         self._source, self._selector = source, selector
-        self._form, self._batches = form, batches
+        self._form, self._format, self._batches = form, format, batches
         if batches:
             _ = source.run  # data that are not there are missed before anything is read
 
@@ -146,14 +149,21 @@ class _Cutter:
         if self._form != Factors.form:
             model = surgery.truncate(model, {}, form=self._form)
         if self._batches:
-            model = _recalibrated(source.run, model, self._batches)
+            model = source.recalibrated(model, self._batches)
         after = active.get_ranks(model)
         metadata = {key: source.saved.metadata[key] for key in ("config", "facts")}
         forms = {path: f.form for path, f in paths.find_factors(model).items()}
         metadata["truncated"] = {"selector": selector, "forms": forms, "from": before}
         if self._form == Factors.form:  # another has no lower ranks
             metadata["family"] = [[fraction, dict(at)] for fraction, at in family]
-        checkpoint.save(output, model, step=source.saved.step, metadata=metadata)
+        exporting.save(
+            output,
+            model,
+            source.task,
+            name=self._format,
+            step=source.saved.step,
+            metadata=metadata,
+        )
         after_cost = model_cost(model, source.task)
         _print_table(source.cost, before, after_cost, after)
         return _figures(output, after_cost, after)
@@ -168,14 +178,6 @@ def _figures(
         "macs": cost.macs(ranks),
         "ranks": dict(ranks),
     }
-
-
-def _recalibrated(run: Run, model: nnx.Module, batches: int) -> nnx.Module:
-    return calibration.recalibrate_batch_norm(
-        run.placement.put_model(model),
-        run.training_batches(batches),
-        lambda model, batch: model(*run.task.inputs(batch, None)),
-    )
 
 
 def _print_table(

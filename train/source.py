@@ -6,7 +6,15 @@ from pathlib import Path
 
 from flax import nnx
 
-from lowrank_jax import active, checkpoint, errors, factorization, paths, surgery
+from lowrank_jax import (
+    active,
+    calibration,
+    checkpoint,
+    errors,
+    factorization,
+    paths,
+    surgery,
+)
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.selection import curves, selectors
 from train import context
@@ -71,6 +79,15 @@ class Source:
         if self._dense:
             return surgery.truncate(self.whole, ranks)
         return checkpoint.load(self.saved, self._stored, ranks={**self.ranks, **ranks})
+
+    def recalibrated(self, model: nnx.Module, batches: int) -> nnx.Module:
+        """Re-estimates BatchNorm on training batches."""
+        run = self.run
+        return calibration.recalibrate_batch_norm(
+            run.placement.put_model(model),
+            run.training_batches(batches),
+            lambda model, batch: model(*run.task.inputs(batch, None)),
+        )
 
     def context(self) -> selectors.Context:
         """What a selector may look at; the weights and the data are read when it

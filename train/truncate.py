@@ -20,7 +20,7 @@ from absl import flags
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from lowrank_jax.forms import FORMS, Factors
-from train import binary, checkpoints, folders, selecting
+from train import binary, checkpoints, exporting, folders, selecting
 from train.report import logs
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -38,6 +38,13 @@ _FORM = flags.DEFINE_enum(
     Factors.form,
     sorted(FORMS),
     "Form of the cut layers: factored can be cut again, gauge is smaller.",
+)
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    "orbax",
+    exporting.FORMATS,
+    "A checkpoint, or a file for other programs: model.safetensors has the ranks in its"
+    " header, model.stablehlo is a program for a batch of any size.",
 )
 _RECALIBRATE = flags.DEFINE_bool(
     "recalibrate", False, "Re-estimate BatchNorm on training data."
@@ -80,6 +87,7 @@ def _main() -> None:
             sizes=wanted.sizes,
             max_drop=wanted.max_drop,
             form=_FORM.value,
+            format=_FORMAT.value,
             recalibration_batches=_RECALIBRATION_BATCHES.value
             if _RECALIBRATE.value
             else 0,

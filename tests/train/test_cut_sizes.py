@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import support
 from cutting import FULL, load
+from reference import relative_error
 
 from configs import common
-from lowrank_jax import checkpoint
+from lowrank_jax import checkpoint, export
 from lowrank_jax.active import get_ranks
 from lowrank_jax.errors import UserError
 from lowrank_jax.paths import find_factors
@@ -178,3 +179,38 @@ def test_a_drop_that_is_none_is_refused(run, tmp_path, drop):
 
 def _least(path: Path, output: Path, selector: Any, drop: float) -> dict[str, Any]:
     return checkpoints.truncate_checkpoint(path, output, selector, max_drop=drop)
+
+
+@pytest.mark.parametrize("name", ["safetensors", "stablehlo"])
+def test_files_of_other_programs_are_the_cut_model(run, tmp_path, name):
+    """A family of them: each is the checkpoint of its size."""
+    sizes = [0.5, 0.25]
+    for folder, chosen in (("file", name), ("checkpoint", "orbax")):
+        checkpoints.truncate_checkpoint(
+            run, tmp_path / folder, KNAPSACK, sizes=sizes, format=chosen
+        )
+    inputs = np.random.default_rng(0).normal(size=(5, 8, 8, 1)).astype(np.float32)
+    for size in sizes:
+        model = load(tmp_path / "checkpoint" / f"{size:g}")
+        (path,) = (tmp_path / "file" / f"{size:g}").iterdir()
+        assert path.name == f"model.{name}"
+        if name == "safetensors":
+            other = export.load_safetensors(path, model)
+            about = export.read_safetensors(path).metadata
+            assert about["truncated"]["selector"]["args"]["fraction"] == size
+        else:
+            other = export.from_stablehlo(path.read_bytes())
+        assert relative_error(other(inputs), model(inputs)) <= 1e-6
+
+
+def test_a_folder_is_whole_or_not_there(run, tmp_path, monkeypatch):
+    """A file that is not what was written leaves nothing."""
+    monkeypatch.setattr(export, "load_safetensors", lambda path, model: load(run))
+    with pytest.raises((OSError, ValueError)):
+        checkpoints.truncate_checkpoint(
+            run,
+            tmp_path / "cut",
+            {"name": "rank", "args": {"value": 3}},
+            format="safetensors",
+        )
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,243 @@
+"""Models as files of other programs: safetensors, and StableHLO.
+
+A safetensors file has the arrays, and in its header what a checkpoint says of itself:
+the ranks, the rules that make the structure, and what the caller adds. A StableHLO
+artefact (`jax.export`) is a program with the weights inside, for a batch of any size;
+whatever runs StableHLO runs it, without this library.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+from flax import nnx
+from jax import export
+from safetensors import numpy as tensors
+
+from lowrank_jax import placement
+from lowrank_jax.active import set_ranks
+from lowrank_jax.contents import at_ranks, contents, differences, flatten, model_items
+from lowrank_jax.errors import MissingFile, UserError
+from lowrank_jax.metadata import check_metadata
+from lowrank_jax.paths import find_factors
+from lowrank_jax.pieces import check_seal
+
+_MISREAD = (
+    safetensors.SafetensorError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RecursionError,
+)
+"""What a file of another kind may raise where it is read; mistakes named by our own
+checks are among them."""
+PLATFORMS = ("cpu", "cuda", "tpu")
+_ABOUT = "lowrank_jax"  # the header's key for all that a checkpoint says of itself
+
+
+class Tensors(NamedTuple):
+    """A safetensors file of this library.
+
+    Args:
+      arrays: By `item/path`.
+      metadata: What it says about itself, as a checkpoint does.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    metadata: dict[str, Any]
+
+
+def save_safetensors(
+    path: str | os.PathLike,
+    model: nnx.Module,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model as a safetensors file, all or nothing.
+
+    The header's "ranks" are the active ranks by path, in JSON, for whoever reads it
+    without this library.
+
+    Args:
+      path: The file; one that is there is replaced.
+      model: The model, with what is allocated of its factors.
+      metadata: JSON values to add, such as the config.
+
+    Raises:
+      OSError: It could not be written; what was there is there still.
+      UserError: Two arrays have one path.
+    """
+    flat, about = contents(0, model, metadata or {}, None, None)
+    arrays = {
+        f"{item}/{key}": np.ascontiguousarray(placement.to_host(array))
+        for item, leaves in flat.items()
+        for key, array in leaves.items()
+    }
+    header = {
+        "format": "flax",
+        "ranks": json.dumps(about["ranks"]),
+        _ABOUT: json.dumps(about),
+    }
+    partial = Path(path).with_name(f".{Path(path).name}.partial")
+    try:
+        tensors.save_file(arrays, partial, metadata=header)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_safetensors(path: str | os.PathLike) -> Tensors:
+    """Reads a file of `save_safetensors`: its header is checked, nothing is executed.
+
+    Raises:
+      UserError: It is not there, or not such a file.
+    """
+    if not Path(path).is_file():
+        raise MissingFile(
+            f"file: must be a safetensors file, got {path}, which is not there. Name"
+            " one."
+        )
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+        about = json.loads(header[_ABOUT])
+        check_seal(about)
+        check_metadata(about)
+        arrays = tensors.load_file(path)
+        _check_arrays(arrays, about)
+    except _MISREAD as error:
+        raise UserError(
+            f"file: must be a safetensors file of this library, got {path}"
+            f" ({type(error).__name__}: {error}). Export it anew."
+        ) from error
+    return Tensors(arrays, about)
+
+
+def load_safetensors(path: str | os.PathLike, model: nnx.Module) -> nnx.Module:
+    """Returns a model with the arrays and ranks of a file of `save_safetensors`.
+
+    Args:
+      path: The file.
+      model: The model's structure, abstract or not, factorized by the same rules
+        (`Tensors.metadata["rank_rules"]`).
+
+    Raises:
+      UserError: As `read_safetensors`, or it is of another model; every difference is
+        named.
+    """
+    arrays, about = read_safetensors(path)
+    if about["max_ranks"].keys() != find_factors(model).keys():
+        raise UserError(
+            f"file {path}: low-rank layers must be {sorted(find_factors(model))}, as in"
+            f" the model, got {sorted(about['max_ranks'])}. Factorize it by the rules"
+            " in the file."
+        )
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    template = at_ranks(model, nnx.as_pure(params), about["max_ranks"])
+    items = {"params": template, "model_state": model_items(model)["model_state"]}
+    problems = [
+        problem
+        for name, tree in items.items()
+        for problem in differences(name, flatten(tree), about)
+    ]
+    if problems:
+        raise UserError(
+            f"file {path}: must be of this model, got {'; '.join(problems)}. Load it"
+            " into the model it was made from."
+        )
+    filled = {name: _filled(name, tree, arrays) for name, tree in items.items()}
+    model = nnx.merge(graphdef, filled["params"], rest, copy=True)
+    nnx.update(model, filled["model_state"])
+    set_ranks(model, about["ranks"])
+    return model
+
+
+def to_stablehlo(
+    model: nnx.Module,
+    *example: jax.ShapeDtypeStruct | jax.Array,
+    platforms: Sequence[str] = PLATFORMS,
+) -> bytes:
+    """Returns a model as a StableHLO program, its weights inside, in evaluation mode.
+
+    Orders of contraction are those of a large batch.
+
+    Args:
+      model: The model; cut and merged as it shall run.
+      *example: Its inputs; their first axis is the batch, of any size in the program.
+      platforms: What it shall run on.
+
+    Raises:
+      UserError: No example, one without a batch, or a model that is not for batches of
+        any size.
+    """
+    if not example or not all(np.ndim(one) for one in example):
+        raise UserError(
+            "example: must be the model's inputs, each with the batch as its first"
+            f" axis, got {example}. Give them."
+        )
+    model = nnx.clone(model)
+    model.eval()
+    graphdef, state = nnx.split(model)
+
+    def forward(*inputs: jax.Array) -> Any:
+        return nnx.merge(graphdef, state, copy=True)(*inputs)
+
+    (batch,) = export.symbolic_shape("batch")
+    specs = [
+        jax.ShapeDtypeStruct((batch, *one.shape[1:]), one.dtype) for one in example
+    ]
+    try:
+        exported = export.export(jax.jit(forward), platforms=list(platforms))(*specs)
+    except (jax.errors.InconclusiveDimensionOperation, TypeError) as error:
+        raise UserError(
+            f"model: must run on batches of any size, got {type(error).__name__}:"
+            f" {error}. Write it without decisions about the batch, and with"
+            " inputs.shape[0] for len(inputs)."
+        ) from error
+    return bytes(exported.serialize())
+
+
+def from_stablehlo(program: bytes) -> Any:
+    """Returns the function that a program of `to_stablehlo` is: inputs to outputs.
+
+    Raises:
+      UserError: It is something else.
+    """
+    try:
+        return export.deserialize(bytearray(program)).call
+    except Exception as error:  # the parser's own, of many kinds
+        raise UserError(
+            f"program: must be one of to_stablehlo, got {len(program):,} bytes"
+            f" ({type(error).__name__}). Export it anew."
+        ) from error
+
+
+def _check_arrays(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Raises UserError unless the arrays are those that the header speaks of."""
+    stored = {key: [list(x.shape), str(x.dtype)] for key, x in arrays.items()}
+    named = {
+        f"{item}/{key}": value
+        for item, leaves in about["arrays"].items()
+        for key, value in leaves.items()
+    }
+    if stored != named:
+        different = [key for key in stored | named if stored.get(key) != named.get(key)]
+        raise UserError(
+            f"arrays: must be those that the header names, got others at {different}."
+        )
+
+
+def _filled(name: str, tree: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    """The tree with the file's arrays in the place of its own."""
+
+    def array(key_path: Any, leaf: Any) -> jax.Array:
+        key = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        return jax.numpy.asarray(arrays[f"{name}/{key}"])
+
+    return jax.tree.map_with_path(array, tree)
