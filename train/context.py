@@ -1,20 +1,18 @@
 """What actions may ask about a model: in the run, and before its first step."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from lowrank_jax import active, calibration, factorization, paths
-from lowrank_jax.ranks import Ranks
 from lowrank_jax.selection import choosing, selectors
-from train import evaluation, selecting
+from train import scoring, selecting
 from train.actions import Context
 from train.phases import Phase, Selected
 from train.run import Run
-from train.state import split_model
 from train.until import stable_ranks
 
 
@@ -32,7 +30,7 @@ def in_run(
     """
 
     def select(model: nnx.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
-        score = make_score(model, run) if run.holds_out else None
+        score = scoring.make_score(model, run) if run.holds_out else None
         context = choosing.context_of(
             model, run.cost(model), score=score, family=selected.family or ()
         )
@@ -117,26 +115,3 @@ class _Ones(dict):
 
     def __missing__(self, path: str) -> float:
         return 1.0
-
-
-def make_score(model: nnx.Module, run: Run) -> Callable[[Sequence[Ranks]], list[float]]:
-    """Makes a function that scores rank vectors by minus the loss on held-out examples.
-
-    The model is normalized by the batches' own statistics. One compilation serves all
-    rank vectors.
-
-    Args:
-      model: The model to score.
-      run: What it is about: `config.scoring_batches` validation batches are used.
-    """
-    structure, params, model_state = split_model(model)
-    evaluate = evaluation.make_evaluator(structure, run.task, batch_statistics=True)
-    batches = run.scoring_batches()
-
-    def score(candidates: Sequence[Ranks]) -> list[float]:
-        return [
-            -evaluate(params, model_state, ranks, run.stop.polled(batches))["loss"]
-            for ranks in candidates
-        ]
-
-    return score

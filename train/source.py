@@ -17,7 +17,7 @@ from lowrank_jax import (
 )
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.selection import curves, selectors
-from train import context
+from train import scoring
 from train.model import (
     abstract_checkpoint_model,
     checkpoint_task,
@@ -96,7 +96,7 @@ class Source:
         @functools.cache
         def scorer() -> selectors.Score:
             model = self.run.placement.put_model(self.whole)
-            return context.make_score(model, self.run)
+            return scoring.make_score(model, self.run)
 
         return selectors.Context(
             self.ranks,
