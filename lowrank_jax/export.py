@@ -6,9 +6,10 @@ artefact (`jax.export`) is a program with the weights inside, for a batch of any
 whatever runs StableHLO runs it, without this library.
 """
 
+import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +24,11 @@ from lowrank_jax import placement
 from lowrank_jax.active import set_ranks
 from lowrank_jax.contents import at_ranks, contents, differences, flatten, model_items
 from lowrank_jax.errors import MissingFile, UserError
+from lowrank_jax.factors import Factors
 from lowrank_jax.metadata import check_metadata
 from lowrank_jax.paths import find_factors
 from lowrank_jax.pieces import check_seal
+from lowrank_jax.ranks import largest, name_of
 
 _MISREAD = (
     safetensors.SafetensorError,
@@ -162,6 +165,7 @@ def to_stablehlo(
     model: nnx.Module,
     *example: jax.ShapeDtypeStruct | jax.Array,
     platforms: Sequence[str] = PLATFORMS,
+    any_rank: bool = False,
 ) -> bytes:
     """Returns a model as a StableHLO program, its weights inside, in evaluation mode.
 
@@ -171,6 +175,9 @@ def to_stablehlo(
       model: The model; cut and merged as it shall run.
       *example: Its inputs; their first axis is the batch, of any size in the program.
       platforms: What it shall run on.
+      any_rank: Make one program for all ranks of 1 and more. It takes the factors as
+        its first argument, `factor_arrays` of the model cut to some ranks, and the
+        inputs after it; the other weights are inside. All layers run factored.
 
     Raises:
       UserError: No example, one without a batch, or a model that is not for batches of
@@ -185,22 +192,82 @@ def to_stablehlo(
     model.eval()
     graphdef, state = nnx.split(model)
 
-    def forward(*inputs: jax.Array) -> Any:
-        return nnx.merge(graphdef, state, copy=True)(*inputs)
+    def forward(given: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:
+        model = nnx.merge(graphdef, state, copy=True)
+        if any_rank:
+            _put_factors(model, given)
+        return model(*inputs)
 
-    (batch,) = export.symbolic_shape("batch")
-    specs = [
-        jax.ShapeDtypeStruct((batch, *one.shape[1:]), one.dtype) for one in example
+    layers = find_factors(model)
+    names = ["batch", *(f"rank{number}" for number in range(len(layers)))]
+    batch, *ranks = export.symbolic_shape(",".join(names))
+    shapes = [(batch, *one.shape[1:]) for one in example]
+    specs: list[Any] = [
+        jax.ShapeDtypeStruct(shape, one.dtype)
+        for shape, one in zip(shapes, example, strict=True)
     ]
+    function = functools.partial(forward, {})
+    if any_rank:
+        by_path = dict(zip(layers, ranks, strict=True))
+        function, specs = forward, [_at_ranks(layers, by_path), *specs]
     try:
-        exported = export.export(jax.jit(forward), platforms=list(platforms))(*specs)
+        exporting = export.export(jax.jit(function), platforms=list(platforms))
+        return bytes(exporting(*specs).serialize())
     except (jax.errors.InconclusiveDimensionOperation, TypeError) as error:
         raise UserError(
             f"model: must run on batches of any size, got {type(error).__name__}:"
             f" {error}. Write it without decisions about the batch, and with"
             " inputs.shape[0] for len(inputs)."
         ) from error
-    return bytes(exported.serialize())
+
+
+def factor_arrays(model: nnx.Module) -> dict[str, jax.Array]:
+    """Returns the factors of a cut model, as a program of any rank takes them.
+
+    Raises:
+      UserError: A layer is masked, or has no columns.
+    """
+    layers = find_factors(model)
+    for path, factors in layers.items():
+        if not 0 < factors.max_rank <= largest(factors.get_rank()):
+            raise UserError(
+                f"{name_of(path)}: rank must be at least 1, and all that is allocated,"
+                f" for a program of any rank, got {factors.get_rank()} of"
+                f" {factors.max_rank}. Cut the model to such ranks."
+            )
+    return {key: array[...] for key, _, _, array in _each_array(layers)}
+
+
+def _put_factors(model: nnx.Module, given: Mapping[str, jax.Array]) -> None:
+    """Puts factors of any rank in the place of a model's own, all of them active."""
+    layers = find_factors(model)
+    for key, _, _, array in _each_array(layers):
+        array.set_value(given[key])
+    for factors in layers.values():
+        shape = factors.stack_shape
+        factors.rank.set_value(jax.numpy.full(shape, factors.max_rank, np.int32))
+
+
+def _at_ranks(layers: Mapping[str, Factors], ranks: Mapping[str, Any]) -> Any:
+    """The shapes of the factors at ranks that are symbols."""
+    specs = {}
+    for key, path, axes, array in _each_array(layers):
+        shape = list(array.shape)
+        for axis in axes:
+            shape[axis] = ranks[path]
+        specs[key] = jax.ShapeDtypeStruct(tuple(shape), array.dtype)
+    return specs
+
+
+def _each_array(
+    layers: Mapping[str, Factors],
+) -> Iterator[tuple[str, str, tuple[int, ...], nnx.Variable]]:
+    """Yields key, layer, rank axes and variable of each array that has a rank axis."""
+    for path, factors in layers.items():
+        for name, axes in factors.rank_axes.items():
+            if getattr(factors, name) is not None:
+                key = f"{path}/{name}".removeprefix("/")
+                yield key, path, axes, getattr(factors, name)
 
 
 def from_stablehlo(program: bytes) -> Any:

@@ -207,3 +207,20 @@ def test_the_order_is_the_one_with_fewer_operations_by_xla():
         assert choice == fewer, (rows, i, o, rank)
         chosen.add(choice)
     assert chosen == {True, False}
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5, 8, 12])
+def test_the_order_for_a_batch_of_any_size_is_that_of_a_large_one(rank):
+    """As `jax.export` has them; a rank of any size is taken to be low."""
+    batch, any_rank = jax.export.symbolic_shape("batch, rank")
+    for in_size, out_size, pixels in ((12, 12, 1), (12, 40, 9), (200, 13, 4)):
+        sizes = (in_size, out_size, rank)
+        large = [pixels * 10**6] * 3
+        symbolic = [pixels * batch] * 3
+        expected = merged_is_cheaper(*sizes, *large)
+        assert merged_is_cheaper(*sizes, *symbolic) is bool(expected)
+        assert not merged_is_cheaper(in_size, out_size, any_rank, *symbolic)
+    assert {merged_is_cheaper(12, 12, r, *[batch] * 3) for r in (1, 12)} == {
+        False,
+        True,
+    }

@@ -104,6 +104,25 @@ def test_stablehlo_is_the_model_at_any_batch(fraction):
     assert len(smaller) < len(export.to_stablehlo(cut, EXAMPLE))
 
 
+def test_one_program_runs_at_any_rank():
+    """It is the cut model, at ranks of each layer's own, at any batch."""
+    model = make()
+    program = export.to_stablehlo(model, EXAMPLE, any_rank=True)
+    function, full = export.from_stablehlo(program), get_ranks(model)
+    ones = dict.fromkeys(full, 1)
+    for ranks in (full, at_fraction(full, 0.5), ones, {**full, "hidden": 2}):
+        cut = truncate(model, ranks)
+        factors = export.factor_arrays(cut)
+        for count in (1, 6):
+            found = function(factors, images(count))
+            assert relative_error(found, cut(images(count))) <= 1e-6
+    set_ranks(model, ones)
+    for bad in (model, truncate(model, dict.fromkeys(full, 0))):
+        with pytest.raises(UserError, match="^conv: rank must be at least 1, and") as e:
+            export.factor_arrays(bad)
+        check_form(str(e.value))
+
+
 def test_stablehlo_names_the_platforms_it_is_for():
     program = export.to_stablehlo(make(), EXAMPLE)
     assert jax.export.deserialize(bytearray(program)).platforms == export.PLATFORMS
