@@ -7,6 +7,8 @@ the test split. A dense checkpoint is factorized first. Selectors are named with
 arguments, as `knapsack:curve=loss`. Ends with one line of JSON.
 """
 
+import contextlib
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from absl import flags
 
 from benchmarks import report
 from lowrank_jax import checkpoint
-from lowrank_jax.errors import SmallBudget
+from lowrank_jax.errors import SmallBudget, UserError
 from lowrank_jax.ranks import Ranks
 from train import binary, opening, selecting
 from train.report import logs, plots
@@ -45,9 +47,20 @@ def read(text: str) -> dict[str, Any]:
     {'name': 'beam', 'args': {'steps': 20, 'width': 4}}
     """
     name, _, rest = text.partition(":")
-    pairs = [pair.split("=") for pair in rest.split(",") if pair]
-    args = {key: int(value) if value.isdigit() else value for key, value in pairs}
-    return {"name": name, "args": args}
+    pairs = [pair.partition("=") for pair in rest.split(",") if pair]
+    if wrong := [key for key, _, value in pairs if not value]:
+        raise UserError(
+            f"--selector: must be NAME:key=value,..., got {text!r} without a value of"
+            f" {wrong}. Complete it."
+        )
+    return {"name": name, "args": {key: _plain(value) for key, _, value in pairs}}
+
+
+def _plain(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def choose(source: Source, text: str, budget: float) -> Ranks | None:
@@ -100,7 +113,7 @@ def table(
     cells = []
     for name, rows in found.items():
         at = {row["budget"]: row[figure] for row in rows}
-        seconds = sorted(row["seconds"] for row in rows)[len(rows) // 2]
+        seconds = statistics.median(row["seconds"] for row in rows) if rows else ""
         cells.append([name, *(at.get(budget, "") for budget in budgets), seconds])
     return [["selector", *(f"{budget:g}" for budget in budgets), "s"], *cells]
 
@@ -126,7 +139,7 @@ def _main() -> None:
     step = checkpoint.open_checkpoint(given.checkpoint).path
     source = Source(Path(step), None, given.allow_imports)
     source.run.config["scoring_batches"] = given.scoring_batches
-    budgets = [float(budget) for budget in given.budgets]
+    budgets = selecting.numbers(given.budgets, "--budgets")
     found = measure(source, given.selector, budgets, given.recalibration_batches)
     task = source.run.task
     about = f"{Path(given.checkpoint).name}, {source.run.data.name}, test split"

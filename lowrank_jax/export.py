@@ -89,7 +89,10 @@ def save_safetensors(
     }
     partial = Path(path).with_name(f".{Path(path).name}.partial")
     try:
-        tensors.save_file(arrays, partial, metadata=header)
+        with partial.open("wb") as file:
+            file.write(tensors.save(arrays, metadata=header))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -183,13 +186,15 @@ def to_stablehlo(
       UserError: No example, one without a batch, or a model that is not for batches of
         any size.
     """
-    if not example or not all(np.ndim(one) for one in example):
+    if not example or not all(getattr(one, "shape", ()) for one in example):
         raise UserError(
             "example: must be the model's inputs, each with the batch as its first"
             f" axis, got {example}. Give them."
         )
+    given = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in example]
     model = nnx.clone(model)
     model.eval()
+    nnx.eval_shape(lambda model, *inputs: model(*inputs), model, *given)
     graphdef, state = nnx.split(model)
 
     def forward(given: Mapping[str, jax.Array], *inputs: jax.Array) -> Any:

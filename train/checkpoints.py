@@ -1,5 +1,6 @@
 """Cutting a checkpoint to the ranks that a selector chooses."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,20 @@ class _Cutter:
         profiles = selecting.select_family(
             self._selector, self._source.context(), sizes
         )
+        try:
+            rows = self._write_each(output, sizes, profiles)
+        except BaseException:  # all sizes or none: the folder is new, and ours
+            if output is not None:
+                shutil.rmtree(output, ignore_errors=True)
+            raise
+        return {"sizes": rows}
+
+    def _write_each(
+        self,
+        output: str | Path | None,
+        sizes: Sequence[float],
+        profiles: Sequence[Ranks],
+    ) -> list[dict[str, Any]]:
         rows = []
         for size, ranks in zip(sizes, profiles, strict=True):
             smaller = [
@@ -128,7 +143,7 @@ class _Cutter:
             folder = None if output is None else Path(output) / f"{size:g}"
             row = self._write(folder, ranks, self._with_fraction(size), smaller)
             rows.append({"fraction": size, **row})
-        return {"sizes": rows}
+        return rows
 
     def _with_fraction(self, fraction: float) -> dict[str, Any]:
         args = {**self._selector["args"], "fraction": fraction}
@@ -142,6 +157,7 @@ class _Cutter:
         family: Family,
     ) -> dict[str, Any]:
         source, before = self._source, self._source.ranks
+        source.check(ranks)
         if output is None:
             _print_table(source.cost, before, source.cost, ranks)
             return _figures(None, source.cost, ranks)

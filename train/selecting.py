@@ -131,8 +131,18 @@ def with_budget(
             more |= {"measure": name, "fraction": values[name]}
         else:
             more["measure"] = values["measure"]
-    for text in values["family"] or ():
-        sizes.append(_number(text, "--family"))
+    if values["family"] is not None:
+        sizes = numbers(values["family"], "--family")
+    for name, share in [("family", one) for one in sizes] + [
+        (name, values[name]) for name in ("params", "macs") if name in given
+    ]:
+        if not 0 < share <= 1:
+            raise UserError(
+                f"--{name}: must be in (0, 1], got {share}. Give a share of the cost."
+            )
+    folders = [f"{size:g}" for size in sizes]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"--family: must have no size twice, got {folders}. Drop one.")
     if values["multiple_of"] is not None:
         more["multiple_of"] = values["multiple_of"]
     if twice := sorted(more.keys() & selector["args"].keys()):
@@ -140,17 +150,32 @@ def with_budget(
             f"--select_args: must leave {twice} to the other flags, got"
             f" {dict(selector['args'])}. Name each once."
         )
+    row = selectors.SELECTORS.get(selector["name"])
+    if given and row is not None and row.value_type is not None:
+        raise UserError(
+            f"--{given[0]}: needs a selector with a budget, got {selector['name']},"
+            f" which has one value. Give it as --{selector['name']}."
+        )
     chosen = {**selector, "args": {**selector["args"], **more}}
     return Wanted(chosen, sizes, values["max_drop"])
 
 
-def _number(text: str, where: str) -> float:
+def numbers(texts: Sequence[str], where: str) -> list[float]:
+    """Reads the numbers of a list flag, one at least.
+
+    Raises:
+      UserError: There is none, or something else.
+    """
     try:
-        return float(text)
+        found = [float(text) for text in texts]
     except ValueError:
+        found = []
+    if not found:
         raise UserError(
-            f"{where}: must be numbers with commas between, got {text!r}. Mend it."
-        ) from None
+            f"{where}: must be numbers with commas between, got"
+            f" {','.join(texts)!r}. Mend it."
+        )
+    return found
 
 
 def define_value_flags(names: Iterable[str]) -> dict[str, flags.FlagHolder[Any]]:

@@ -15,7 +15,7 @@ from lowrank_jax import (
     paths,
     surgery,
 )
-from lowrank_jax.ranks import Ranks
+from lowrank_jax.ranks import Ranks, check_lower
 from lowrank_jax.selection import curves, selectors
 from train import scoring
 from train.model import (
@@ -73,6 +73,18 @@ class Source:
         """The low-rank model at its own ranks."""
         stored = checkpoint.load(self.saved, self._stored)
         return self._factorized(stored) if self._dense else stored
+
+    def check(self, ranks: Ranks) -> None:
+        """Raises UserError for ranks that the model cannot be cut to, as of another
+        form."""
+        limits = active.rank_limits(self._structure)
+        check_lower(
+            ranks,
+            {
+                path: limits[path]._replace(active=rank)
+                for path, rank in self.ranks.items()
+            },
+        )
 
     def at(self, ranks: Ranks) -> nnx.Module:
         """Loads the model cut to some ranks; no more is read than is kept."""

@@ -14,6 +14,7 @@ JSON: `{"output", "params", "macs", "ranks"}`, of a family `{"sizes": [...]}`.
 import contextlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -107,6 +108,11 @@ def _check_outputs(sizes: Sequence[float]) -> None:
             "--output: must be given, or --dry_run, and not both, got"
             f" {_OUTPUT.value!r} and {_DRY_RUN.value}. Keep one."
         )
+    if _DRY_RUN.value and _FORM.present and _FORM.value != Factors.form:
+        raise UserError(
+            f"--form: acts only where a model is written, got {_FORM.value} with"
+            " --dry_run. Drop one."
+        )
     if _RANKS_FILE.value is not None:
         if sizes:
             raise UserError(
@@ -114,8 +120,18 @@ def _check_outputs(sizes: Sequence[float]) -> None:
                 f" --family={','.join(map(str, sizes))}. Drop it: each folder has its"
                 " ranks."
             )
+        path = Path(_RANKS_FILE.value)
+        if not path.parent.is_dir() or path.exists() or path == _output_path():
+            raise UserError(
+                "--ranks_file: must be a new file in a folder that is there, got"
+                f" {path}. Name another."
+            )
         with errors.at("--ranks_file"):
-            folders.check_new_file(_RANKS_FILE.value)
+            folders.check_new_file(path)
+
+
+def _output_path() -> Path | None:
+    return None if _OUTPUT.value is None else Path(_OUTPUT.value)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def _candidates(table: Sequence[Options], budget: float, most: int) -> Profiles:
         unbeaten = pareto(table, budget, states=most // 2)
         return _joined(unbeaten, hull.nested_path(table, most - most // 2))
     counts = [range(len(one.ranks)) for one in table]
-    numbers = np.array(list(itertools.product(*counts)), int).reshape(-1, len(table))
+    numbers = np.array(list(itertools.product(*counts)), int)
 
     def total(name: str) -> Float[np.ndarray, " n"]:
         columns = zip(table, numbers.T, strict=True)

@@ -91,7 +91,10 @@ def effective_rank(context: Context, *, value: float) -> Ranks:
 
 
 def evbmf(context: Context) -> Ranks:
-    """Keeps as many columns as singular values stand out of the noise (EVBMF)."""
+    """Keeps as many columns as singular values stand out of the noise (EVBMF).
+
+    For layers at their full rank: of lower ones little or nothing is cut.
+    """
     sizes = {
         path: (cost.in_size, cost.out_size)
         for path, cost in context.cost.layers.items()

@@ -84,7 +84,8 @@ def by_energy_at_fraction(
     """Keeps one share of energy in all layers, at no more MACs than a fraction of every
     rank has.
 
-    Smaller fractions give lower ranks, none higher: what they choose is nested.
+    Where costs rise with the rank, as all but those of tables do, smaller fractions
+    give lower ranks, none higher: what they choose is nested.
 
     Args:
       costs: As of `by_level`.
@@ -96,7 +97,10 @@ def by_energy_at_fraction(
     uniform = at_fraction(max_ranks, fraction)
     budget = budgets.total_cost(costs, uniform, "macs")
     table = list_options(costs, max_ranks, errors, "macs")
-    return _at_level(table, max_ranks, budget)
+    found = _at_level(table, max_ranks, budget)
+    # A table's MACs fall at its full rank: no level may cost as little as the fraction.
+    fits = budgets.total_cost(costs, found, "macs") <= budget
+    return found if fits else uniform
 
 
 def by_price(
@@ -205,8 +209,11 @@ def _at_level(table: list[Options], max_ranks: Ranks, budget: float) -> dict[str
         for one in table
     ]
     total = sum(one.costs[at] for one, at in zip(table, first, strict=True))
-    best = int(np.argmax(total <= budget))
-    at_best = [at[best] for at in first]
+    fits = total <= budget
+    if fits.any():
+        at_best = [at[int(np.argmax(fits))] for at in first]
+    else:  # the cheapest of a table may be its full rank, which no common level has
+        at_best = [int(np.argmin(one.costs)) for one in table]
     return options.as_ranks(max_ranks, options.ranks_at(table, at_best))
 
 

@@ -93,7 +93,9 @@ def by_noise(
     """Returns how many singular values stand out of the noise: EVBMF.
 
     The global solution of empirical variational Bayesian matrix factorization, with the
-    noise estimated too (Nakajima et al., JMLR 2013, theorem 2); 1 at least.
+    noise estimated too (Nakajima et al., JMLR 2013, theorem 2); 1 at least. A product
+    of so low a rank that no singular value is left for the noise, below about
+    `L / (1 + L / M)` for a matrix of L <= M sides, keeps all it has.
 
     Args:
       spectra: Singular values of each matrix, falling.

@@ -9,7 +9,8 @@ import pytest
 
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
-from lowrank_jax.selection import hull, knapsack, options, solvers, tails
+from lowrank_jax.ranks import at_fraction
+from lowrank_jax.selection import budgets, hull, knapsack, options, solvers, tails
 from lowrank_jax.selection.options import Options
 from lowrank_jax.selection.tails import list_errors
 
@@ -306,3 +307,32 @@ def test_ranks_come_back_in_the_shape_of_their_stacks():
         "b": [[2, 3]],
         "c": [],
     }
+
+
+def test_tables_whose_full_rank_costs_nothing_stay_within_the_budget():
+    """Their cheapest option is no common level; fractions of MACs stay below it too."""
+    costs = {
+        "a": LayerCost(100, 100, 1, 1, 1, 1),
+        "table": LayerCost(100, 50, 1, 0, 0, 1),
+    }
+    limits = {"a": 100, "table": 50}
+    spectra = {path: np.linspace(2, 1, rank) for path, rank in limits.items()}
+    errors = list_errors(spectra, limits)
+    for solve in (solvers.by_level, solvers.by_price, solvers.by_knapsack):
+        found = solve(costs, limits, errors, 0.09, measure="macs", multiple_of=4)
+        assert sum(costs[p].macs(r) for p, r in found.items()) <= 900
+    costs = {
+        "a": LayerCost(6, 13, 1, 3, 3, 3),
+        "table": LayerCost(23, 22, 3, 0, 0, 7),
+    }
+    limits = {"a": 6, "table": [22, 22, 22]}
+    spectra = {"a": np.linspace(2, 1, 6), "table": np.ones((3, 22))}
+    errors = list_errors(spectra, limits)
+    for fraction in np.linspace(0.05, 1, 96):
+        found = solvers.by_energy_at_fraction(costs, limits, errors, float(fraction))
+        most = budgets.total_cost(costs, at_fraction(limits, float(fraction)), "macs")
+        assert budgets.total_cost(costs, found, "macs") <= most
+
+
+def test_chains_of_no_layers_are_of_nothing():
+    assert solvers.by_chain({}, {}, {}, [0.5, 0.25], measure="params") == [{}, {}]

@@ -234,7 +234,7 @@ def test_mistakes_are_one_line(run, tmp_path):
             "--macs=0.5",
             "--family=0.5",
         ),
-        "--family: must be numbers with commas between, got 'half'": (
+        "--family: must be numbers with commas between, got 'half,0.25'": (
             *cut,
             "--select=knapsack",
             "--family=half,0.25",
@@ -244,6 +244,34 @@ def test_mistakes_are_one_line(run, tmp_path):
             "--select=knapsack",
             '--select_args={"fraction": 0.5}',
             "--macs=0.5",
+        ),
+        "--macs: must be in (0, 1], got -1.0": (*cut, "--select=lc", "--macs=-1"),
+        "--family: must be in (0, 1], got 2.0": (*cut, "--select=lc", "--family=1,2"),
+        "--family: must be numbers with commas between, got ''": (
+            *cut,
+            "--select=lc",
+            "--family=",
+        ),
+        "--family: must have no size twice, got ['0.333333', '0.333333']": (
+            *cut,
+            "--select=lc",
+            "--family=0.33333331,0.33333332",
+        ),
+        "--macs: needs a selector with a budget, got rank_fraction, which has one": (
+            *cut,
+            "--select=rank_fraction",
+            "--macs=0.5",
+        ),
+        "--form: acts only where a model is written, got gauge with --dry_run": (
+            *cut[:2],
+            "--rank=3",
+            "--dry_run",
+            "--form=gauge",
+        ),
+        "--ranks_file: must be a new file in a folder that is there, got": (
+            *cut,
+            "--rank=3",
+            "--ranks_file=/no_such_folder/ranks.json",
         ),
         "--ranks_file: must be of one size, got --family=0.5,0.25": (
             *cut,

@@ -17,7 +17,7 @@ from lowrank_jax import checkpoint, export
 from lowrank_jax.active import get_ranks
 from lowrank_jax.errors import UserError
 from lowrank_jax.paths import find_factors
-from train import checkpoints, drops, loop, opening, selecting
+from train import checkpoints, drops, exporting, loop, opening, selecting
 
 KNAPSACK = {"name": "knapsack", "args": {"measure": "macs"}}
 SIZES = [0.5, 0.25, 0.75]
@@ -201,6 +201,41 @@ def test_files_of_other_programs_are_the_cut_model(run, tmp_path, name):
         else:
             other = export.from_stablehlo(path.read_bytes())
         assert relative_error(other(inputs), model(inputs)) <= 1e-6
+
+
+def test_a_form_without_lower_ranks_is_refused_before_anything_is_written(
+    run, tmp_path
+):
+    """By a dry run too."""
+    rank = {"name": "rank", "args": {"value": 8}}
+    checkpoints.truncate_checkpoint(run, tmp_path / "gauge", rank, form="gauge")
+    rank["args"]["value"] = 4
+    for output in (None, tmp_path / "cut"):
+        with pytest.raises(UserError, match="rank must be 8, the only one of its form"):
+            checkpoints.truncate_checkpoint(tmp_path / "gauge", output, rank)
+    assert not (tmp_path / "cut").exists()
+
+
+def test_a_family_is_whole_or_not_there(run, tmp_path, monkeypatch):
+    """What stops the second size takes the first along; a kill's leavings are no
+    hindrance."""
+    save, calls = exporting.save, []
+
+    def second_fails(output, *args, **options):
+        calls.append(output)
+        if len(calls) == 2:
+            raise OSError("the disk is full")
+        save(output, *args, **options)
+
+    monkeypatch.setattr(exporting, "save", second_fails)
+    given = (run, tmp_path / "cut", KNAPSACK)
+    with pytest.raises(OSError, match="the disk is full"):
+        checkpoints.truncate_checkpoint(*given, sizes=[0.5, 0.25])
+    assert len(calls) == 2 and not (tmp_path / "cut").exists()
+    (tmp_path / ".cut.partial").mkdir()
+    rank = {"name": "rank", "args": {"value": 8}}
+    checkpoints.truncate_checkpoint(run, tmp_path / "cut", rank, format="safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
 
 
 def test_a_folder_is_whole_or_not_there(run, tmp_path, monkeypatch):
