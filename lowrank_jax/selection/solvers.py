@@ -69,9 +69,9 @@ def by_level(
     Raises:
       UserError: As `budgets.check_budget`.
     """
-    budget = budgets.check_budget(costs, max_ranks, fraction, measure)
-    table = list_options(costs, max_ranks, errors, measure, multiple_of=multiple_of)
-    options.check_least(table, budget, multiple_of)
+    table, (budget,) = _within(
+        costs, max_ranks, errors, [fraction], measure, multiple_of
+    )
     return _at_level(table, max_ranks, budget)
 
 
@@ -126,9 +126,9 @@ def by_price(
       measure: As of `by_level`.
       multiple_of: As of `by_level`.
     """
-    budget = budgets.check_budget(costs, max_ranks, fraction, measure)
-    table = list_options(costs, max_ranks, errors, measure, multiple_of=multiple_of)
-    options.check_least(table, budget, multiple_of)
+    table, (budget,) = _within(
+        costs, max_ranks, errors, [fraction], measure, multiple_of
+    )
     path = hull.nested_path(table)
     first = int(np.argmax(path.costs <= budget))
     return options.as_ranks(max_ranks, options.ranks_at(table, path.options[first]))
@@ -156,9 +156,9 @@ def by_knapsack(
       measure: As of `by_level`.
       multiple_of: As of `by_level`.
     """
-    budget = budgets.check_budget(costs, max_ranks, fraction, measure)
-    table = list_options(costs, max_ranks, errors, measure, multiple_of=multiple_of)
-    options.check_least(table, budget, multiple_of)
+    table, (budget,) = _within(
+        costs, max_ranks, errors, [fraction], measure, multiple_of
+    )
     chosen = knapsack.solve(table, budget)
     return options.as_ranks(max_ranks, options.ranks_at(table, chosen))
 
@@ -183,16 +183,30 @@ def by_chain(
       measure: As of `by_level`.
       multiple_of: As of `by_level`.
     """
+    table, totals = _within(costs, max_ranks, errors, fractions, measure, multiple_of)
+    return [
+        options.as_ranks(max_ranks, options.ranks_at(table, chosen))
+        for chosen in knapsack.best_chain(table, totals)
+    ]
+
+
+def _within(
+    costs: Mapping[str, LayerCost],
+    max_ranks: Ranks,
+    errors: Errors,
+    fractions: Sequence[float],
+    measure: str,
+    multiple_of: int,
+) -> tuple[list[Options], list[float]]:
+    """The options of all matrices, and the budgets that shares of the dense cost are;
+    all of them checked."""
     totals = [
         budgets.check_budget(costs, max_ranks, fraction, measure)
         for fraction in fractions
     ]
     table = list_options(costs, max_ranks, errors, measure, multiple_of=multiple_of)
     options.check_least(table, min(totals), multiple_of)
-    return [
-        options.as_ranks(max_ranks, options.ranks_at(table, chosen))
-        for chosen in knapsack.best_chain(table, totals)
-    ]
+    return table, totals
 
 
 def _at_level(table: list[Options], max_ranks: Ranks, budget: float) -> dict[str, Any]:

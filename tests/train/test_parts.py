@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import support
+from loop_configs import SHRINK
 from support import (
     assert_same_checkpoints,
     at_step,
@@ -37,13 +38,6 @@ FULL = {"head": 10, "hidden/0": 16}
 PLAIN = common.optimizer("sgd", learning_rate=0.1)
 SGD = common.optimizer("sgd", learning_rate=0.1, args={"momentum": 0.5})
 LASSO = named("hierarchical_group_lasso", weight=0.05)
-SHRINK = {
-    "every_epochs": 1,
-    "every_steps": 0,
-    "threshold": 0.3,
-    "multiple": 1,
-    "least_share": 0.0,
-}
 
 
 def phase(steps: int, **changes: Any) -> dict[str, Any]:
