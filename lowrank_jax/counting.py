@@ -131,13 +131,11 @@ def layer_costs(
       *example: As for `count`.
       forward: As for `count`.
     """
-    recorders = _trace_calls(
-        model, example, forward or (lambda model, *inputs: model(*inputs))
-    )
+    recorded = trace_calls(model, *example, forward=forward)
     costs: dict[str, LayerCost | None] = {}
     for path, (layer, _) in find_layers(model).items():
         try:
-            costs[path] = _layer_cost(layer, recorders[path])
+            costs[path] = _layer_cost(layer, recorded[path])
         except UserError:  # it has no low-rank form
             costs[path] = None
     return costs
@@ -147,18 +145,38 @@ def _kernel(layer: nnx.Module) -> nnx.Param:
     return getattr(layer, low_rank_type(type(layer)).kernel_name)
 
 
+class Call(NamedTuple):
+    """A call of a layer while a model is traced.
+
+    Args:
+      inputs: Shape of what it was given; of several arrays, the first.
+      outputs: Shape of what it gave.
+      method: Its name, "__call__" or "attend".
+    """
+
+    inputs: jax.ShapeDtypeStruct
+    outputs: jax.ShapeDtypeStruct
+    method: str
+
+
 class _Recorder:
-    """Keeps the shapes a layer was called with; a static attribute of it while it is
-    traced."""
+    """Keeps the calls of a layer; a static attribute of it while it is traced."""
 
     def __init__(self):
-        self.calls: list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]] = []
+        self.calls: list[Call] = []
 
 
-def _trace_calls(
-    model: nnx.Module, example: tuple[Any, ...], forward: Callable[..., Any]
-) -> dict[str, _Recorder]:
-    """Records the input and output shapes of every call of every layer, by path."""
+def trace_calls(
+    model: nnx.Module, *example: Any, forward: Callable[..., Any] | None = None
+) -> dict[str, list[Call]]:
+    """Records every call of every layer, by path, as in `paths.find_layers`.
+
+    Args:
+      model: Any model, dense or low-rank.
+      *example: Its arguments (arrays or `jax.ShapeDtypeStruct`).
+      forward: As for `count`.
+    """
+    forward = forward or (lambda model, *inputs: model(*inputs))
     probe = nnx.clone(model)
     probe.eval()
     recorders = {}
@@ -169,7 +187,7 @@ def _trace_calls(
     jax.eval_shape(
         lambda s, args: forward(nnx.merge(graphdef, s), *args), state, example
     )
-    return recorders
+    return {path: recorder.calls for path, recorder in recorders.items()}
 
 
 @functools.cache
@@ -182,7 +200,7 @@ def _recording_type(cls: type[nnx.Module]) -> type[nnx.Module]:
             # A layer of the user's may take and give several arrays: the first counts.
             first = [jax.tree.leaves(tree)[0] for tree in ((args, kwargs), outputs)]
             shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in first]
-            self.recorder.calls.append(tuple(shapes))
+            self.recorder.calls.append(Call(*shapes, method.__name__))
             return outputs
 
         return call
@@ -195,7 +213,7 @@ def _recording_type(cls: type[nnx.Module]) -> type[nnx.Module]:
     return type(cls.__name__, (cls,), methods)
 
 
-def _layer_cost(layer: nnx.Module, recorder: _Recorder) -> LayerCost:
+def _layer_cost(layer: nnx.Module, recorded: list[Call]) -> LayerCost:
     """Adds up the cost of one layer over all its calls."""
     if isinstance(layer, LowRankLayer):
         kind, fold = type(layer), layer.fold
@@ -204,8 +222,8 @@ def _layer_cost(layer: nnx.Module, recorder: _Recorder) -> LayerCost:
         kind = low_rank_type(type(layer))
         fold = kind.fold_of(layer)
         stacked = math.prod(_kernel(layer).shape) // math.prod(fold.kernel_shape)
-    calls = recorder.calls[:1] if stacked > 1 else recorder.calls  # a scan's one body
-    costs = [kind.cost_of(layer, fold, *shapes) for shapes in calls] or [
+    calls = recorded[:1] if stacked > 1 else recorded  # a scan's one body
+    costs = [kind.cost_of(layer, fold, *call[:2]) for call in calls] or [
         LayerCost(
             fold.input_size, fold.output_size, math.prod(fold.stack_shape), 0, 0, 0
         )

@@ -4,7 +4,7 @@ Works on any Flax NNX model, without touching its code. Each function returns a 
 model and leaves the one it is given alone.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from lowrank_jax.forms import FORMS
 from lowrank_jax.layers import LowRankLayer
 from lowrank_jax.paths import find_factors, replace
 from lowrank_jax.ranks import Ranks, name_of, unknown_paths
+from lowrank_jax.times import MERGED
 
 
 def merge(model: nnx.Module, paths: Collection[str] | None = None) -> nnx.Module:
@@ -80,15 +81,47 @@ def truncate(
         )
     ranks = check_ranks(model, ranks)
     model = nnx.clone(model)
-    turned: dict[int, Factors] = {}
-    problems = []
     for path, factors in find_factors(model).items():
         if path in ranks:
             factors.cut(ranks[path])
         elif form != Factors.form:
             factors.cut(factors.limits().active)
+    return _turned(model, dict.fromkeys(find_factors(model), form))
+
+
+def take_forms(model: nnx.Module, forms: Mapping[str, str]) -> nnx.Module:
+    """Returns a copy of the model with layers in forms of their own.
+
+    Args:
+      model: A low-rank model, cut.
+      forms: Form of each layer by path: a key of `forms.FORMS`, or `times.MERGED`;
+        layers that are not named keep theirs.
+
+    Raises:
+      UserError: An unknown path or form, a layer that has no such form.
+    """
+    if unknown := [path for path in forms if path not in find_factors(model)]:
+        raise UserError(unknown_paths(unknown, list(find_factors(model))))
+    for form in forms.values():
+        if form not in (*FORMS, MERGED):
+            raise UserError(
+                f"form: must be one of {sorted((*FORMS, MERGED))}, got {form!r}. Choose"
+                " one."
+            )
+    merged = [path for path, form in forms.items() if form == MERGED]
+    kept = {path: form for path, form in forms.items() if form != MERGED}
+    model = _turned(nnx.clone(model), kept)
+    return merge(model, merged) if merged else model
+
+
+def _turned(model: nnx.Module, forms: Mapping[str, str]) -> nnx.Module:
+    """Replaces the factors of a model by those of other forms."""
+    turned: dict[int, Factors] = {}
+    problems = []
+    for path, factors in find_factors(model).items():
         try:
-            turned[id(factors)] = FORMS[form].from_factors(factors)
+            if path in forms:
+                turned[id(factors)] = FORMS[forms[path]].from_factors(factors)
         except UserError as error:
             problems.append(f"{name_of(path)}: {error}")
     raise_all(problems)

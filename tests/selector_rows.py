@@ -24,7 +24,7 @@ BUDGET_ERRORS = [
     ({"fraction": float("nan"), "measure": "macs"}, r"macs_fraction: must be in \(0"),
     ({"fraction": 1.5, "measure": "params"}, r"params_fraction: must be in \(0, 1\]"),
     ({"fraction": 1e-3, "measure": "params"}, "params_fraction: must be at least"),
-    ({"fraction": 0.5, "measure": "bytes"}, "measure: must be 'params' or 'macs'"),
+    ({"fraction": 0.5, "measure": "bytes"}, "measure: must be 'params', 'macs'"),
     ({"fraction": 0.5, "measure": 3}, "measure: must be a string, got 3"),
     ({"fraction": 0.5}, "must be given the arguments .*missing.*'measure'"),
 ]

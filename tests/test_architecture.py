@@ -17,14 +17,14 @@ LAYERS = (
     {"errors", "placement", "version"},
     {"linalg", "rules", "ranks", "folds", "optimizer_state", "purity", "pieces"}
     | {"nnx_internals"},
-    {"cost", "ranked", "storage", "metadata", "families"},
+    {"cost", "ranked", "storage", "metadata", "families", "times"},
     {"factors"},
     {"forms"},
     {"layers"},
     {"paths"},
     {"active", "factorization", "calibration", "counting", "penalties", "projections"},
     {"samplers", "surgery", "contents"},
-    {"checkpoint", "export", "selection", "shrinking", "summary"},
+    {"checkpoint", "export", "latency", "selection", "shrinking", "summary"},
     {"lowrank_jax"},
 )
 """Parts of the library, lowest first: each may import the ones above it in this list.

@@ -15,6 +15,7 @@ from benchmarks import (
     host_time,
     inference,
     input_share,
+    latency,
     peers,
     penalty_time,
     recompilation,
@@ -66,6 +67,16 @@ def test_models_that_are_cut_are_timed(dense):
         assert rows["dense"]["of_promise"] == rows["dense"]["macs"] == 1
         macs = [row["macs"] for row in rows.values()]
         assert macs == sorted(macs, reverse=True) and macs[-1] < 0.5
+
+
+def test_predicted_times_stand_beside_measured_ones(dense):
+    """Of three rank vectors, and of one that a share of the time is asked for, if it
+    can be had."""
+    subject = subjects.Subject(dense, *subjects.images((4, 4, 1), 8))
+    rows = latency.measure(subject, share=1.0, rounds=1, table=None)
+    assert len(rows) in (3, 4)
+    for row in rows.values():
+        assert row["measured"] > 0 and 0 < row["predicted"] <= 1
 
 
 def test_the_time_on_the_host_is_what_calls_take_longer():

@@ -5,22 +5,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
 from lowrank_jax import (
     active,
     checkpoint,
     counting,
     errors,
     paths,
-    surgery,
 )
 from lowrank_jax.families import Family
 from lowrank_jax.forms import Factors
 from lowrank_jax.ranks import Ranks
-from train import drops, exporting, selecting
-from train.model import model_cost
+from train import drops, exporting, selecting, timing
 from train.opening import first_whole
 from train.report import logs
 from train.source import Source
+from train.timing import Timing
 
 
 def truncate_checkpoint(
@@ -30,7 +31,8 @@ def truncate_checkpoint(
     *,
     sizes: Sequence[float] = (),
     max_drop: float | None = None,
-    form: str = Factors.form,
+    latency_ms: float | None = None,
+    timing: Timing | None = None,
     format: str = "orbax",
     recalibration_batches: int = 0,
     data_dir: str | None = None,
@@ -52,7 +54,9 @@ def truncate_checkpoint(
         sizes of its family.
       max_drop: In place of the selector's `fraction`: the least one whose model is no
         more than this worse by the task's headline figure on the held-out examples.
-      form: The form of the cut layers, a key of `lowrank_jax.forms.FORMS`.
+      latency_ms: In place of the selector's `fraction`: what the model may take.
+      timing: The form of the cut layers, and how it is measured what they take;
+        factored, and nothing, by default.
       format: One of `exporting.FORMATS`: a checkpoint, or a file of other programs.
       recalibration_batches: Training batches to re-estimate BatchNorm on; 0 for none.
       data_dir: Where the data set is, if not where the config says.
@@ -60,12 +64,13 @@ def truncate_checkpoint(
 
     Returns:
       "output", "params", "macs", "ranks"; with `max_drop` the "fraction", and the
-      headline figure "before" and "after"; of several sizes a list, under "sizes".
+      headline figure "before" and "after"; where times are measured, "latency_ms" and
+      "dense_latency_ms"; of several sizes a list, under "sizes".
     """
     if output is not None:
         with errors.at("--output"):
             checkpoint.check_new_folder(output)
-    if sizes or max_drop is not None:  # one that stands for all
+    if sizes or (max_drop, latency_ms) != (None, None):  # one that stands for all
         args = {**selector["args"], "fraction": min(sizes, default=1.0)}
         selector = {**selector, "args": args}
     selector = selecting.complete(selector)
@@ -73,14 +78,10 @@ def truncate_checkpoint(
         steps = checkpoint.complete_steps(path) or [Path(path)]
 
     def cut(step: Path) -> dict[str, Any]:
-        source = Source(step, data_dir, list(allow_imports))
+        source = Source(step, data_dir, list(allow_imports), timing)
         exporting.check_format(format, source.task)
-        cutter = _Cutter(source, selector, form, format, recalibration_batches)
-        if sizes:
-            return cutter.write_sizes(output, sizes)
-        if max_drop is not None:
-            return cutter.write_least(output, max_drop)
-        return cutter.write_one(output)
+        cutter = _Cutter(source, selector, format, recalibration_batches)
+        return cutter.write(output, sizes, max_drop, latency_ms)
 
     return first_whole(steps, cut)
 
@@ -92,18 +93,47 @@ class _Cutter:
         self,
         source: Source,
         selector: Mapping[str, Any],
-        form: str,
         format: str,
         batches: int,
     ):
         self._source, self._selector = source, selector
-        self._form, self._format, self._batches = form, format, batches
+        self._format, self._batches = format, batches
+        self._by_time = selector["args"].get("measure") == "latency"
+        if self._by_time or source.timing.form == timing.AUTO:
+            source.timing.open_table()
         if batches:
             _ = source.run  # data that are not there are missed before anything is read
 
-    def write_one(self, output: str | Path | None) -> dict[str, Any]:
-        ranks = selecting.select(self._selector, self._source.context())
-        return self._write(output, ranks, self._selector, ())
+    def write(
+        self,
+        output: str | Path | None,
+        sizes: Sequence[float],
+        max_drop: float | None,
+        latency_ms: float | None,
+    ) -> dict[str, Any]:
+        if sizes:
+            return self.write_sizes(output, sizes)
+        if max_drop is not None:
+            return self.write_least(output, max_drop)
+        fraction = self._selector["args"].get("fraction")
+        if latency_ms is not None:
+            fraction = min(latency_ms * 1e6 / self._source.times.dense, 1.0)
+        return self.write_one(output, fraction)
+
+    def write_one(
+        self, output: str | Path | None, fraction: float | None
+    ) -> dict[str, Any]:
+        selector, context = self._selector, self._source.context()
+        if not self._by_time or fraction in (None, 1):
+            selector = selector if fraction is None else self._with_fraction(fraction)
+            ranks = selecting.select(selector, context)
+            return self._write(output, ranks, selector, ())
+        ranks = timing.fitting(
+            fraction,
+            lambda share: selecting.select(self._with_fraction(share), context),
+            self._share_of_time,
+        )
+        return self._write(output, ranks, self._with_fraction(fraction), ())
 
     def write_least(self, output: str | Path | None, drop: float) -> dict[str, Any]:
         drops.check_drop(self._source, drop)
@@ -149,6 +179,19 @@ class _Cutter:
         args = {**self._selector["args"], "fraction": fraction}
         return {**self._selector, "args": args}
 
+    def _model(self, ranks: Ranks) -> nnx.Module:
+        """The model cut to some ranks, its layers in their form."""
+        return self._source.timing.formed(self._source.at(ranks), self._source.task)
+
+    def _share_of_time(self, ranks: Ranks) -> float:
+        """The share of the dense model's time that a cut one is measured to take."""
+        found = self._measured(self._model(ranks))
+        return found["latency_ms"] / found["dense_latency_ms"]
+
+    def _measured(self, model: nnx.Module) -> dict[str, float]:
+        models = {"latency_ms": model, "dense_latency_ms": self._source.dense}
+        return self._source.timing.measure(models, self._source.task)
+
     def _write(
         self,
         output: str | Path | None,
@@ -161,16 +204,15 @@ class _Cutter:
         if output is None:
             _print_table(source.cost, before, source.cost, ranks)
             return _figures(None, source.cost, ranks)
-        model = source.at(ranks)
-        if self._form != Factors.form:
-            model = surgery.truncate(model, {}, form=self._form)
+        form = source.timing.form
+        model = source.at(ranks) if form == Factors.form else self._model(ranks)
         if self._batches:
             model = source.recalibrated(model, self._batches)
         after = active.get_ranks(model)
         metadata = {key: source.saved.metadata[key] for key in ("config", "facts")}
         forms = {path: f.form for path, f in paths.find_factors(model).items()}
         metadata["truncated"] = {"selector": selector, "forms": forms, "from": before}
-        if self._form == Factors.form:  # another has no lower ranks
+        if form == Factors.form:  # another has no lower ranks
             metadata["family"] = [[fraction, dict(at)] for fraction, at in family]
         exporting.save(
             output,
@@ -180,9 +222,11 @@ class _Cutter:
             step=source.saved.step,
             metadata=metadata,
         )
-        after_cost = model_cost(model, source.task)
+        after_cost = source.cost_of(model)
         _print_table(source.cost, before, after_cost, after)
-        return _figures(output, after_cost, after)
+        figures = _figures(output, after_cost, after) | {"ranks": dict(ranks)}
+        timed = self._by_time or form == timing.AUTO
+        return {**figures, **self._measured(model)} if timed else figures
 
 
 def _figures(
@@ -204,10 +248,14 @@ def _print_table(
 ) -> None:
     rows = []
     for path, layer in cost.layers.items():
-        cut, old, new = after_cost.layers[path], before[path], after[path]
+        old, new = before[path], after.get(path, "merged")
+        cut = [layer.dense_params, layer.dense_macs]
+        if path in after:
+            now = after_cost.layers[path]
+            cut = [now.params(new), now.macs(new)]
         rows.append(
-            [path, str(old), str(new), layer.params(old), cut.params(new)]
-            + [layer.macs(old), cut.macs(new)]
+            [path, str(old), str(new), layer.params(old), cut[0]]
+            + [layer.macs(old), cut[1]]
         )
     total = ["all layers", "", "", cost.params(before), after_cost.params(after)]
     rows.append([*total, cost.macs(before), after_cost.macs(after)])

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,12 @@ def define_budget_flags() -> dict[str, flags.FlagHolder[Any]]:
         "macs": flags.DEFINE_float(
             "macs", None, "With --select: the share " + share % "MACs"
         ),
+        "latency": flags.DEFINE_float(
+            "latency", None, "With --select: the share of the dense model's time."
+        ),
+        "latency_ms": flags.DEFINE_float(
+            "latency_ms", None, "With --select: what a call may take, in ms."
+        ),
         "family": flags.DEFINE_list(
             "family",
             None,
@@ -83,7 +90,7 @@ def define_budget_flags() -> dict[str, flags.FlagHolder[Any]]:
         "measure": flags.DEFINE_enum(
             "measure",
             "macs",
-            ["macs", "params"],
+            ["macs", "params", "latency"],
             "What shares of --family or --max_drop are of.",
         ),
         "multiple_of": flags.DEFINE_integer(
@@ -100,11 +107,18 @@ class Wanted(NamedTuple):
       sizes: Several values of its `fraction`; none for one cut.
       max_drop: How much worse the headline figure may be at the least `fraction`; None
         where the selector has its own.
+      latency_ms: What a call of the model may take, in place of a `fraction`.
     """
 
     selector: Mapping[str, Any]
     sizes: Sequence[float] = ()
     max_drop: float | None = None
+    latency_ms: float | None = None
+
+    @property
+    def by_time(self) -> bool:
+        """Whether it is time that the budget is of."""
+        return self.selector["args"].get("measure") == "latency"
 
 
 def with_budget(
@@ -117,7 +131,8 @@ def with_budget(
         that is no number.
     """
     values = {name: holder.value for name, holder in holders.items()}
-    named = ("params", "macs", "family", "max_drop")
+    shares = ("params", "macs", "latency")
+    named = (*shares, "latency_ms", "family", "max_drop")
     given = [name for name in named if values[name] is not None]
     if len(given) > 1:
         raise UserError(
@@ -127,19 +142,25 @@ def with_budget(
     more: dict[str, Any] = {}
     sizes: list[float] = []
     for name in given:
-        if name in ("params", "macs"):
+        if name in shares:
             more |= {"measure": name, "fraction": values[name]}
+        elif name == "latency_ms":
+            more["measure"] = "latency"
         else:
             more["measure"] = values["measure"]
     if values["family"] is not None:
         sizes = numbers(values["family"], "--family")
     for name, share in [("family", one) for one in sizes] + [
-        (name, values[name]) for name in ("params", "macs") if name in given
+        (name, values[name]) for name in shares if name in given
     ]:
         if not 0 < share <= 1:
             raise UserError(
                 f"--{name}: must be in (0, 1], got {share}. Give a share of the cost."
             )
+    if values["latency_ms"] is not None and not 0 < values["latency_ms"] < math.inf:
+        raise UserError(
+            f"--latency_ms: must be positive, got {values['latency_ms']}. Give ms."
+        )
     folders = [f"{size:g}" for size in sizes]
     if len(set(folders)) < len(folders):
         raise UserError(f"--family: must have no size twice, got {folders}. Drop one.")
@@ -157,7 +178,7 @@ def with_budget(
             f" which has one value. Give it as --{selector['name']}."
         )
     chosen = {**selector, "args": {**selector["args"], **more}}
-    return Wanted(chosen, sizes, values["max_drop"])
+    return Wanted(chosen, sizes, values["max_drop"], values["latency_ms"])
 
 
 def numbers(texts: Sequence[str], where: str) -> list[float]:

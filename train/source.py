@@ -10,6 +10,7 @@ from lowrank_jax import (
     active,
     calibration,
     checkpoint,
+    counting,
     errors,
     factorization,
     paths,
@@ -17,6 +18,7 @@ from lowrank_jax import (
 )
 from lowrank_jax.ranks import Ranks, check_lower
 from lowrank_jax.selection import curves, selectors
+from lowrank_jax.times import ModelTimes
 from train import scoring
 from train.model import (
     abstract_checkpoint_model,
@@ -25,6 +27,7 @@ from train.model import (
     model_cost,
 )
 from train.run import Run, open_checkpoint_run
+from train.timing import Timing
 
 _FACTORIZED = ((".*", "full"),)
 
@@ -38,25 +41,34 @@ class Source:
       step: The checkpoint.
       data_dir: Where the data set is, if not where the config says.
       allowed: Packages that names in the checkpoint may be imported from.
+      timing: How times are measured, where something asks for them.
 
     Attributes:
       saved: The checkpoint.
       task: What it was trained for.
       cost: What the low-rank model costs.
       ranks: Active rank of each layer.
+      timing: As given.
     """
 
-    def __init__(self, step: Path, data_dir: str | None, allowed: Sequence[str]):
+    def __init__(
+        self,
+        step: Path,
+        data_dir: str | None,
+        allowed: Sequence[str],
+        timing: Timing | None = None,
+    ):
         with errors.at("--checkpoint"):
             self.saved = checkpoint.open_checkpoint(step)
             self._stored = abstract_checkpoint_model(self.saved, allow_imports=allowed)
         self._data_dir, self._allowed = data_dir, allowed
+        self.timing = timing or Timing()
         self._dense = not self.saved.metadata["ranks"]
         self._structure = self._stored
         if self._dense:
             self._structure = nnx.eval_shape(self._factorized, self._stored)
         self.task = checkpoint_task(self.saved, allow_imports=allowed)
-        self.cost = model_cost(self._structure, self.task)
+        self.cost = self.cost_of(self._structure)
         limits = active.rank_limits(self._structure)
         self.ranks = {path: at.active for path, at in limits.items()}
         self.ranks |= self.saved.metadata["ranks"]
@@ -73,6 +85,20 @@ class Source:
         """The low-rank model at its own ranks."""
         stored = checkpoint.load(self.saved, self._stored)
         return self._factorized(stored) if self._dense else stored
+
+    @functools.cached_property
+    def dense(self) -> nnx.Module:
+        """The dense model at its own ranks, which times are a share of."""
+        return surgery.merge(self.whole)
+
+    @functools.cached_property
+    def times(self) -> ModelTimes:
+        """How long the model takes as a function of its ranks."""
+        return self.timing.times(self.whole, self.task)
+
+    def cost_of(self, model: nnx.Module) -> counting.ModelCost:
+        """Counts a model for one unit of the task."""
+        return model_cost(model, self.task)
 
     def check(self, ranks: Ranks) -> None:
         """Raises UserError for ranks that the model cannot be cut to, as of another
@@ -118,6 +144,7 @@ class Source:
             lambda candidates: scorer()(candidates),
             paths.find_aliases(self._structure),
             () if self._dense else family_of(self.saved),
+            lambda: self.times,
         )
 
     def _factorized(self, model: nnx.Module) -> nnx.Module:

@@ -20,8 +20,9 @@ from absl import flags
 
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
-from lowrank_jax.forms import FORMS, Factors
-from train import binary, checkpoints, exporting, folders, selecting
+from lowrank_jax.forms import Factors
+from lowrank_jax.times import MERGED
+from train import binary, checkpoints, exporting, folders, selecting, timing
 from train.report import logs
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -36,9 +37,23 @@ _SELECTORS = selecting.define_flags()
 _BUDGETS = selecting.define_budget_flags()
 _FORM = flags.DEFINE_enum(
     "form",
-    Factors.form,
-    sorted(FORMS),
-    "Form of the cut layers: factored can be cut again, gauge is smaller.",
+    None,
+    timing.CHOICES,
+    "Form of the cut layers: factored can be cut again, gauge is smaller, auto is what"
+    " is measured to be fastest, layer by layer. The default is factored; with a budget"
+    " of time it is auto.",
+)
+_BATCH = flags.DEFINE_integer(
+    "latency_batch", 1, "Examples in a call whose time is measured.", lower_bound=1
+)
+_TABLE = flags.DEFINE_string(
+    "latency_table",
+    None,
+    "JSON file of the layers' times on this device, measured where it does not know"
+    " them; by default one in ~/.cache/lowrank_jax.",
+)
+_ANY_DEVICE = flags.DEFINE_bool(
+    "any_device", False, "Take a --latency_table of another device."
 )
 _FORMAT = flags.DEFINE_enum(
     "format",
@@ -71,11 +86,15 @@ def _main() -> None:
             "recalibration_batches": ["recalibrate"],
             "measure": ["family", "max_drop"],
             **dict.fromkeys(("select_args", "params", "macs"), ["select"]),
+            **dict.fromkeys(("latency", "latency_ms"), ["select"]),
             **dict.fromkeys(("family", "max_drop", "multiple_of"), ["select"]),
+            "any_device": ["latency_table"],
         },
     )
     wanted = selecting.with_budget(selecting.from_flags(_SELECTORS), _BUDGETS)
-    _check_outputs(wanted.sizes)
+    form = _FORM.value or (timing.AUTO if wanted.by_time else Factors.form)
+    _check_timing(wanted.by_time, form)
+    _check_outputs(wanted.sizes, wanted.by_time)
     with contextlib.ExitStack() as stack:
         if not _DRY_RUN.value:
             with errors.at("--output"):
@@ -87,7 +106,8 @@ def _main() -> None:
             wanted.selector,
             sizes=wanted.sizes,
             max_drop=wanted.max_drop,
-            form=_FORM.value,
+            latency_ms=wanted.latency_ms,
+            timing=timing.Timing(form, _TABLE.value, _ANY_DEVICE.value, _BATCH.value),
             format=_FORMAT.value,
             recalibration_batches=_RECALIBRATION_BATCHES.value
             if _RECALIBRATE.value
@@ -101,14 +121,29 @@ def _main() -> None:
     logs.emit(figures)
 
 
-def _check_outputs(sizes: Sequence[float]) -> None:
+def _check_timing(by_time: bool, form: str) -> None:
+    """Refuses what measures nothing."""
+    if by_time and form == MERGED:
+        raise UserError(
+            "--form: must be one whose time depends on the rank, got merged with a"
+            " budget of time. Use auto."
+        )
+    idle = [f"--{flag.name}" for flag in (_BATCH, _TABLE) if flag.present]
+    if idle and not by_time and form != timing.AUTO:
+        raise UserError(
+            f"{', '.join(idle)}: acts only where times are measured, got form {form}."
+            " Add --latency, --latency_ms, --measure=latency or --form=auto."
+        )
+
+
+def _check_outputs(sizes: Sequence[float], by_time: bool) -> None:
     """Refuses what would be found when the work is done."""
     if (_OUTPUT.value is None) != _DRY_RUN.value:
         raise UserError(
             "--output: must be given, or --dry_run, and not both, got"
             f" {_OUTPUT.value!r} and {_DRY_RUN.value}. Keep one."
         )
-    if _DRY_RUN.value and _FORM.present and _FORM.value != Factors.form:
+    if _DRY_RUN.value and _FORM.value not in (None, Factors.form) and not by_time:
         raise UserError(
             f"--form: acts only where a model is written, got {_FORM.value} with"
             " --dry_run. Drop one."

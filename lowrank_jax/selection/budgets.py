@@ -1,19 +1,27 @@
-"""Budgets: a share of what the factored layers cost when dense, and what they cost."""
+"""Budgets: a share of what the factored layers cost when dense, and what they cost.
+
+A cost is a `LayerCost`, in "params" or "macs", or a `LayerTimes`, in "latency".
+"""
 
 from collections.abc import Mapping
+from typing import TypeAlias
 
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import SmallBudget, UserError
 from lowrank_jax.ranks import Ranks, at_most
+from lowrank_jax.times import LayerTimes
+
+Costs: TypeAlias = Mapping[str, LayerCost] | Mapping[str, LayerTimes]
+"""What each layer costs at a rank, by path."""
 
 
-def total_cost(costs: Mapping[str, LayerCost], ranks: Ranks, measure: str) -> int:
-    """Sums what layers cost at these ranks, in "params" or "macs"."""
+def total_cost(costs: Costs, ranks: Ranks, measure: str) -> float:
+    """Sums what layers cost at these ranks, in "params", "macs" or "latency"."""
     return sum(getattr(costs[path], measure)(rank) for path, rank in ranks.items())
 
 
 def check_budget(
-    costs: Mapping[str, LayerCost],
+    costs: Costs,
     max_ranks: Ranks,
     fraction: float,
     measure: str,
@@ -25,9 +33,10 @@ def check_budget(
       UserError: The measure is another one, the share is out of bounds, or MACs are
         asked for of layers that were never run.
     """
-    if measure not in ("params", "macs"):
+    if measure not in ("params", "macs", "latency"):
         raise UserError(
-            f"measure: must be 'params' or 'macs', got {measure!r}. Choose one."
+            "measure: must be 'params', 'macs' or 'latency', got"
+            f" {measure!r}. Choose one."
         )
     if not 0 < fraction <= 1:
         raise UserError(
@@ -56,7 +65,7 @@ def check_budget(
     return fraction * dense
 
 
-def check_run(costs: Mapping[str, LayerCost], max_ranks: Ranks, measure: str) -> None:
+def check_run(costs: Costs, max_ranks: Ranks, measure: str) -> None:
     if measure != "macs" or not max_ranks:
         return
     if not any(_was_run(costs[path]) for path in max_ranks):

@@ -1,15 +1,15 @@
 """What a solver chooses from: for each matrix the ranks it may have, what they cost,
 and what they lose."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import SmallBudget, UserError
 from lowrank_jax.ranks import Ranks, flatten_rank
+from lowrank_jax.selection.budgets import Costs
 from lowrank_jax.selection.tails import Errors
 
 
@@ -42,7 +42,7 @@ class Profiles(NamedTuple):
 
 
 def list_options(
-    costs: Mapping[str, LayerCost],
+    costs: Costs,
     max_ranks: Ranks,
     errors: Errors,
     measure: str,
@@ -56,7 +56,7 @@ def list_options(
       costs: Cost of each layer.
       max_ranks: Active ranks.
       errors: What each rank loses.
-      measure: "params" or "macs".
+      measure: "params", "macs" or "latency".
       multiple_of: Leave out ranks that are no multiple of it, but for the active one,
         and where that one is lower.
 

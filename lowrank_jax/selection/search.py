@@ -1,20 +1,19 @@
 """Search for ranks with the real loss."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.ranks import Ranks, largest, lowest
-from lowrank_jax.selection.budgets import check_budget, total_cost
+from lowrank_jax.selection.budgets import Costs, check_budget, total_cost
 
 
 def beam_search(
     score: Callable[[Sequence[Ranks]], list[float]],
-    costs: Mapping[str, LayerCost],
+    costs: Costs,
     max_ranks: Ranks,
     fraction: float,
     *,
@@ -37,7 +36,7 @@ def beam_search(
       costs: Cost of each layer.
       max_ranks: Ranks to start from; the layers of a stack are lowered together.
       fraction: Budget as a share, in (0, 1], of what the layers cost when dense.
-      measure: "params" or "macs".
+      measure: "params", "macs" or "latency".
       width: States to keep.
       steps: How finely the way to the budget is divided.
 
@@ -73,7 +72,7 @@ def beam_search(
 
 def local_search(
     score: Callable[[Sequence[Ranks]], list[float]],
-    costs: Mapping[str, LayerCost],
+    costs: Costs,
     max_ranks: Ranks,
     starts: Sequence[Ranks],
     fraction: float,
@@ -135,7 +134,7 @@ def local_search(
 def _swaps(
     ranks: Ranks,
     max_ranks: Ranks,
-    costs: Mapping[str, LayerCost],
+    costs: Costs,
     measure: str,
     budget: float,
     amount: float,
@@ -180,7 +179,7 @@ def _best(
 
 def _children(
     ranks: Ranks,
-    costs: Mapping[str, LayerCost],
+    costs: Costs,
     measure: str,
     budget: float,
     step: float,

@@ -17,7 +17,9 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.families import Family
 from lowrank_jax.ranks import Ranks, at_most, lowest
 from lowrank_jax.selection import budgets, curves, search, solvers, spectral, tails
+from lowrank_jax.selection.budgets import Costs
 from lowrank_jax.selection.tails import Errors
+from lowrank_jax.times import ModelTimes
 
 Score: TypeAlias = Callable[[Sequence[Ranks]], list[float]]
 """Scores of rank vectors on held-out data, higher is better."""
@@ -34,6 +36,7 @@ class Context(NamedTuple):
       score: Scores rank vectors; None where there is nothing to score on.
       aliases: Further paths of shared factors, as of `find_aliases`.
       family: Ranks of sizes that the model was trained at, see `lowrank_jax.families`.
+      times: Measures how long the model takes; None where nothing is to be measured.
     """
 
     ranks: Ranks
@@ -43,6 +46,7 @@ class Context(NamedTuple):
     score: Score | None = None
     aliases: Mapping[str, str] = {}
     family: Family = ()
+    times: Callable[[], ModelTimes] | None = None
 
 
 def rank(context: Context, *, value: int) -> Ranks:
@@ -130,9 +134,10 @@ def macs_fraction(context: Context, *, value: float) -> Ranks:
 def energy_budget(
     context: Context, *, measure: str, fraction: float, multiple_of: int = 1
 ) -> Ranks:
-    """Keeps one share of energy in all layers, within a share of "params" or "macs".
+    """Keeps one share of energy in all layers, within a share of a cost.
 
-    The share is of the factored layers' cost in their dense form, here and below.
+    Of "params" or "macs" the share is of the factored layers in their dense form, of
+    "latency" of the whole dense model's time. So it is below.
     """
     return _within(solvers.by_level, context, measure, fraction, "energy", multiple_of)
 
@@ -190,24 +195,27 @@ def nested_knapsack(
     multiple_of: int = 1,
 ) -> list[Ranks]:
     """Finds nested ranks, for each of several budgets, with the least errors in all."""
-    return solvers.by_chain(
-        context.cost.layers,
+    found = solvers.by_chain(
+        _costs(context, measure),
         context.ranks,
         _errors(context, curve),
-        fractions,
+        [_share(context, measure, fraction) for fraction in fractions],
         measure=measure,
         multiple_of=multiple_of,
     )
+    return [_raised(context, measure, ranks, multiple_of) for ranks in found]
 
 
 def family(context: Context, *, measure: str, fraction: float) -> Ranks:
     """Keeps the largest size of the trained family, or between two, in the budget."""
-    return families.within(
+    costs, share = _costs(context, measure), _share(context, measure, fraction)
+    found = families.within(
         context.family,
         context.ranks,
-        lambda ranks: budgets.total_cost(context.cost.layers, ranks, measure),
-        budgets.check_budget(context.cost.layers, context.ranks, fraction, measure),
+        lambda ranks: budgets.total_cost(costs, ranks, measure),
+        budgets.check_budget(costs, context.ranks, share, measure),
     )
+    return _raised(context, measure, found)
 
 
 def greedy(context: Context, *, measure: str, fraction: float, steps: int) -> Ranks:
@@ -222,15 +230,16 @@ def beam(
 
     Beam search (BSR), see `search.beam_search`.
     """
-    return search.beam_search(
+    found = search.beam_search(
         _score_of(context),
-        context.cost.layers,
+        _costs(context, measure),
         context.ranks,
-        fraction,
+        _share(context, measure, fraction),
         measure=measure,
         width=width,
         steps=steps,
     )
+    return _raised(context, measure, found)
 
 
 def swaps(
@@ -250,15 +259,16 @@ def swaps(
         knapsack(context, **budget, curve="loss"),
         greedy(context, **budget, steps=20),
     ]
-    return search.local_search(
+    found = search.local_search(
         _score_of(context),
-        context.cost.layers,
+        _costs(context, measure),
         context.ranks,
         starts,
-        fraction,
+        _share(context, measure, fraction),
         measure=measure,
         rounds=rounds,
     )
+    return _raised(context, measure, found)
 
 
 def _errors(context: Context, curve: str) -> Errors:
@@ -286,14 +296,43 @@ def _within(
     multiple_of: int,
 ) -> Ranks:
     """Runs one of the solvers for a budget."""
-    return solver(
-        context.cost.layers,
+    found = solver(
+        _costs(context, measure),
         context.ranks,
         _errors(context, curve),
-        fraction,
+        _share(context, measure, fraction),
         measure=measure,
         multiple_of=multiple_of,
     )
+    return _raised(context, measure, found, multiple_of)
+
+
+def _costs(context: Context, measure: str) -> Costs:
+    """What the layers cost in a measure."""
+    if measure != "latency":
+        return context.cost.layers
+    if context.times is None:
+        raise UserError(
+            "measure: 'latency' must have measured times, got none. Give them as times,"
+            " see lowrank_jax.latency."
+        )
+    return context.times().layers
+
+
+def _share(context: Context, measure: str, fraction: float) -> float:
+    """A budget as a share of what the factored layers cost when dense."""
+    if measure != "latency" or context.times is None:
+        return fraction
+    return context.times().share_of_layers(fraction, context.ranks)
+
+
+def _raised(
+    context: Context, measure: str, ranks: Ranks, multiple_of: int = 1
+) -> Ranks:
+    """Ranks as high as takes no more time, where it is time that is paid for."""
+    if measure != "latency" or context.times is None:
+        return ranks
+    return context.times().raised(ranks, context.ranks, multiple_of)
 
 
 class Selector(NamedTuple):

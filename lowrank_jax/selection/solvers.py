@@ -4,20 +4,20 @@ The budget is a share of what the factored layers cost when dense. No solver exc
 and each returns the active ranks where they fit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from lowrank_jax.cost import LayerCost
 from lowrank_jax.ranks import Ranks, at_fraction
 from lowrank_jax.selection import budgets, hull, knapsack, options
+from lowrank_jax.selection.budgets import Costs
 from lowrank_jax.selection.options import Options, list_options
 from lowrank_jax.selection.tails import Errors
 
 
 def by_params_fraction(
-    costs: Mapping[str, LayerCost], max_ranks: Ranks, params_fraction: float
+    costs: Costs, max_ranks: Ranks, params_fraction: float
 ) -> dict[str, Any]:
     """Finds the largest common fraction of the ranks within a parameter budget.
 
@@ -34,14 +34,14 @@ def by_params_fraction(
 
 
 def by_macs_fraction(
-    costs: Mapping[str, LayerCost], max_ranks: Ranks, macs_fraction: float
+    costs: Costs, max_ranks: Ranks, macs_fraction: float
 ) -> dict[str, Any]:
     """Finds the same as `by_params_fraction` for a budget of MACs."""
     return _common_fraction(costs, max_ranks, macs_fraction, "macs")
 
 
 def by_level(
-    costs: Mapping[str, LayerCost],
+    costs: Costs,
     max_ranks: Ranks,
     errors: Errors,
     fraction: float,
@@ -62,7 +62,7 @@ def by_level(
       max_ranks: Ranks that are not exceeded.
       errors: What each rank loses, as of `tails.list_errors`.
       fraction: Budget as a share, in (0, 1], of what the layers cost when dense.
-      measure: "params" or "macs".
+      measure: "params", "macs" or "latency".
       multiple_of: Ranks are multiples of it, or the layer's own; those of a layer that
         has no multiple are any.
 
@@ -76,7 +76,7 @@ def by_level(
 
 
 def by_energy_at_fraction(
-    costs: Mapping[str, LayerCost],
+    costs: Costs,
     max_ranks: Ranks,
     errors: Errors,
     fraction: float,
@@ -104,7 +104,7 @@ def by_energy_at_fraction(
 
 
 def by_price(
-    costs: Mapping[str, LayerCost],
+    costs: Costs,
     max_ranks: Ranks,
     errors: Errors,
     fraction: float,
@@ -135,7 +135,7 @@ def by_price(
 
 
 def by_knapsack(
-    costs: Mapping[str, LayerCost],
+    costs: Costs,
     max_ranks: Ranks,
     errors: Errors,
     fraction: float,
@@ -164,7 +164,7 @@ def by_knapsack(
 
 
 def by_chain(
-    costs: Mapping[str, LayerCost],
+    costs: Costs,
     max_ranks: Ranks,
     errors: Errors,
     fractions: Sequence[float],
@@ -191,7 +191,7 @@ def by_chain(
 
 
 def _within(
-    costs: Mapping[str, LayerCost],
+    costs: Costs,
     max_ranks: Ranks,
     errors: Errors,
     fractions: Sequence[float],
@@ -232,7 +232,7 @@ def _at_level(table: list[Options], max_ranks: Ranks, budget: float) -> dict[str
 
 
 def _common_fraction(
-    costs: Mapping[str, LayerCost], max_ranks: Ranks, share: float, measure: str
+    costs: Costs, max_ranks: Ranks, share: float, measure: str
 ) -> dict[str, Any]:
     """Scans the fractions at which a rank changes, from the full ranks down.
 

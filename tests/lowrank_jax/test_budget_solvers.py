@@ -241,7 +241,7 @@ def test_budgets_name_their_measure():
     for share in (0, 1.01, float("nan")):
         with pytest.raises(ValueError, match=r"macs_fraction: must be in \(0, 1\]"):
             solvers.by_macs_fraction(COSTS, LIMITS, share)
-    with pytest.raises(ValueError, match="'params' or 'macs', got 'bytes'"):
+    with pytest.raises(ValueError, match="'params', 'macs' or 'latency', got 'bytes'"):
         solvers.by_level(COSTS, FULL, list_errors(SPECTRA, FULL), 0.5, measure="bytes")
 
 

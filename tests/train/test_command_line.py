@@ -227,8 +227,8 @@ def test_mistakes_are_one_line(run, tmp_path):
             "--macs=0.5",
             "--measure=params",
         ),
-        "flags: at most one of --params, --macs, --family, --max_drop may be"
-        " given, got": (
+        "flags: at most one of --params, --macs, --latency, --latency_ms, --family,"
+        " --max_drop may be given, got": (
             *cut,
             "--select=knapsack",
             "--macs=0.5",

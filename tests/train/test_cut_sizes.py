@@ -18,6 +18,7 @@ from lowrank_jax.active import get_ranks
 from lowrank_jax.errors import UserError
 from lowrank_jax.paths import find_factors
 from train import checkpoints, drops, exporting, loop, opening, selecting
+from train.timing import Timing
 
 KNAPSACK = {"name": "knapsack", "args": {"measure": "macs"}}
 SIZES = [0.5, 0.25, 0.75]
@@ -208,7 +209,9 @@ def test_a_form_without_lower_ranks_is_refused_before_anything_is_written(
 ):
     """By a dry run too."""
     rank = {"name": "rank", "args": {"value": 8}}
-    checkpoints.truncate_checkpoint(run, tmp_path / "gauge", rank, form="gauge")
+    checkpoints.truncate_checkpoint(
+        run, tmp_path / "gauge", rank, timing=Timing("gauge")
+    )
     rank["args"]["value"] = 4
     for output in (None, tmp_path / "cut"):
         with pytest.raises(UserError, match="rank must be 8, the only one of its form"):

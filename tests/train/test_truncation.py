@@ -21,6 +21,7 @@ from lowrank_jax.paths import find_factors
 from lowrank_jax.surgery import merge
 from train import loop, opening
 from train.data import pipeline
+from train.timing import Timing
 
 CUT = {"head": 3, "hidden/0": 16}
 
@@ -296,7 +297,7 @@ def gauge(run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gauge")
     (folder / "ranks.json").write_text(json.dumps(CUT))
     for form in ("factored", "gauge"):
-        cut_to(run, folder / form, "ranks", folder / "ranks.json", form=form)
+        cut_to(run, folder / form, "ranks", folder / "ranks.json", timing=Timing(form))
     return folder / "gauge"
 
 
