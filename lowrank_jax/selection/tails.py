@@ -35,7 +35,7 @@ def energy(importances: Importances) -> Tail:
 
 def squares(importances: Importances) -> Tail:
     """Returns the sum of the squares that go: the squared error in the matrix."""
-    return _sums(np.square(importances.astype(np.float64)))
+    return _sums(np.square(np.asarray(importances, np.float64)))
 
 
 def entropy(importances: Importances) -> Tail:
@@ -43,7 +43,7 @@ def entropy(importances: Importances) -> Tail:
 
     A single value has no entropy; it goes with itself.
     """
-    values = importances.astype(np.float64)
+    values = np.asarray(importances, np.float64)
     total = values.sum(axis=-1, keepdims=True)
     p = values / np.where(total > 0, total, 1)
     tails = _sums(-p * np.log(np.where(p > 0, p, 1)))
@@ -58,7 +58,7 @@ def operator_norm(importances: Importances) -> Tail:
 
     The relative error in operator norm (ALDS, Liebenwein et al., 2021).
     """
-    largest = _largest(importances.astype(np.float64))
+    largest = _largest(np.asarray(importances, np.float64))
     first = largest[..., :1]
     return largest / np.where(first > 0, first, 1)
 
@@ -69,7 +69,7 @@ def min_max(importances: Importances) -> Tail:
 
     Where all are equal the scale is 1 throughout.
     """
-    values = importances.astype(np.float64)
+    values = np.asarray(importances, np.float64)
     least = values.min(axis=-1, keepdims=True, initial=np.inf)
     span = values.max(axis=-1, keepdims=True, initial=0) - least
     scaled = np.where(span > 0, (values - least) / np.where(span > 0, span, 1), 1.0)
