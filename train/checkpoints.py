@@ -79,7 +79,6 @@ def truncate_checkpoint(
 
     def cut(step: Path) -> dict[str, Any]:
         source = Source(step, data_dir, list(allow_imports), timing)
-        exporting.check_format(format, source.task)
         cutter = _Cutter(source, selector, format, recalibration_batches)
         return cutter.write(output, sizes, max_drop, latency_ms)
 
@@ -181,7 +180,8 @@ class _Cutter:
 
     def _model(self, ranks: Ranks) -> nnx.Module:
         """The model cut to some ranks, its layers in their form."""
-        return self._source.timing.formed(self._source.at(ranks), self._source.task)
+        source = self._source
+        return source.timing.formed(source.at(ranks), source.inputs)
 
     def _share_of_time(self, ranks: Ranks) -> float:
         """The share of the dense model's time that a cut one is measured to take."""
@@ -190,7 +190,7 @@ class _Cutter:
 
     def _measured(self, model: nnx.Module) -> dict[str, float]:
         models = {"latency_ms": model, "dense_latency_ms": self._source.dense}
-        return self._source.timing.measure(models, self._source.task)
+        return self._source.timing.measure(models, self._source.inputs)
 
     def _write(
         self,
@@ -217,7 +217,7 @@ class _Cutter:
         exporting.save(
             output,
             model,
-            source.task,
+            source.inputs,
             name=self._format,
             step=source.saved.step,
             metadata=metadata,

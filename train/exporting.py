@@ -2,38 +2,25 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from lowrank_jax import checkpoint, export
 from lowrank_jax.errors import UserError
-from train.tasks.base import Task
 
 FORMATS = ("orbax", "safetensors", "stablehlo")
 _TOLERANCE = 1e-3  # of a program's outputs, relative: products may be in another order
 
 
-def check_format(name: str, task: Task) -> None:
-    """Refuses a format that a model cannot have, before anything is read.
-
-    Raises:
-      UserError: A program of a model that is not run on whole examples.
-    """
-    if name == "stablehlo" and task.unit != "example":
-        raise UserError(
-            "--format: stablehlo must be of a model that runs on whole examples, got"
-            f" one that is counted by the {task.unit}. Use safetensors."
-        )
-
-
 def save(
     output: str | Path,
     model: nnx.Module,
-    task: Task,
+    inputs: Sequence[jax.ShapeDtypeStruct],
     *,
     name: str,
     step: int,
@@ -46,7 +33,7 @@ def save(
     Args:
       output: The folder.
       model: The model.
-      task: What it is for.
+      inputs: Its inputs for one example.
       name: One of `FORMATS`.
       step: Of its training.
       metadata: What a checkpoint says of it.
@@ -67,12 +54,12 @@ def save(
             export.save_safetensors(path, model, metadata=metadata)
             _compare_arrays(export.load_safetensors(path, model), model)
         else:
-            program = export.to_stablehlo(model, *task.example)
+            program = export.to_stablehlo(model, *inputs)
             with path.open("wb") as file:
                 file.write(program)
                 file.flush()
                 os.fsync(file.fileno())
-            _compare_outputs(path.read_bytes(), model, task)
+            _compare_outputs(path.read_bytes(), model, inputs)
         os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -86,9 +73,11 @@ def _compare_arrays(read: nnx.Module, written: nnx.Module) -> None:
             raise OSError(f"{key}: is not as it was written. Mend the disk.")
 
 
-def _compare_outputs(program: bytes, model: nnx.Module, task: Task) -> None:
+def _compare_outputs(
+    program: bytes, model: nnx.Module, example: Sequence[jax.ShapeDtypeStruct]
+) -> None:
     """On two examples of ones."""
-    inputs = [np.ones((2, *one.shape[1:]), one.dtype) for one in task.example]
+    inputs = [np.ones((2, *one.shape[1:]), one.dtype) for one in example]
     model.eval()
     found = np.asarray(export.from_stablehlo(program)(*inputs))
     expected = np.asarray(model(*inputs))

@@ -112,6 +112,22 @@ def model_cost(model: nnx.Module, task: Task) -> counting.ModelCost:
     return counting.count(model, *task.example)
 
 
+def example_inputs(
+    task: Task, facts: Mapping[str, Any]
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Returns the model's inputs for one whole example, however many units it has.
+
+    Args:
+      task: What the model is for.
+      facts: What its data source knows, with the arrays of an example.
+    """
+    batch = {
+        name: jax.ShapeDtypeStruct((1, *array["shape"]), array["dtype"])
+        for name, array in facts["arrays"].items()
+    }
+    return jax.eval_shape(lambda batch: task.inputs(batch, None), batch)
+
+
 def about(saved: checkpoint.Saved) -> tuple[Any, Any, list[tuple[str, Any]]]:
     """Returns a checkpoint's config, the facts of its data, its structure's rules.
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from flax import nnx
 
 from lowrank_jax import (
@@ -23,6 +24,7 @@ from train import scoring
 from train.model import (
     abstract_checkpoint_model,
     checkpoint_task,
+    example_inputs,
     family_of,
     model_cost,
 )
@@ -94,7 +96,12 @@ class Source:
     @functools.cached_property
     def times(self) -> ModelTimes:
         """How long the model takes as a function of its ranks."""
-        return self.timing.times(self.whole, self.task)
+        return self.timing.times(self.whole, self.inputs)
+
+    @functools.cached_property
+    def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The model's inputs for one example."""
+        return example_inputs(self.task, self.saved.metadata["facts"])
 
     def cost_of(self, model: nnx.Module) -> counting.ModelCost:
         """Counts a model for one unit of the task."""

@@ -2,9 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 from flax import nnx
@@ -15,7 +15,9 @@ from lowrank_jax.forms import FORMS, Factors
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.times import MERGED, ModelTimes
 from train import folders
-from train.tasks.base import Task
+
+Inputs: TypeAlias = Sequence[jax.ShapeDtypeStruct]
+"""A model's inputs, for one example where nothing else is said."""
 
 AUTO = "auto"
 """The form that is the fastest, layer by layer."""
@@ -41,13 +43,13 @@ class Timing(NamedTuple):
     batch_size: int = 1
 
     def times(
-        self, model: nnx.Module, task: Task, at_ranks: Ranks | None = None
+        self, model: nnx.Module, inputs: Inputs, at_ranks: Ranks | None = None
     ) -> ModelTimes:
         """Returns a low-rank model's times, see `latency.LatencyTable.times`."""
         path = _cached_table() if self.table is None else self.table
         table = latency.LatencyTable(path, any_device=self.any_device)
         forms = (*FORMS, MERGED) if self.form == AUTO else (self.form,)
-        return table.times(model, *self._example(task), forms=forms, at_ranks=at_ranks)
+        return table.times(model, *self._batch(inputs), forms=forms, at_ranks=at_ranks)
 
     def open_table(self) -> latency.LatencyTable:
         """Opens the table of layers' times.
@@ -61,7 +63,7 @@ class Timing(NamedTuple):
                 folders.check_new_file(path)
             return latency.LatencyTable(path, any_device=self.any_device)
 
-    def formed(self, model: nnx.Module, task: Task) -> nnx.Module:
+    def formed(self, model: nnx.Module, inputs: Inputs) -> nnx.Module:
         """Returns a cut model with its layers in their form."""
         if self.form == Factors.form:
             return model
@@ -69,20 +71,22 @@ class Timing(NamedTuple):
         if self.form != AUTO:
             return surgery.take_forms(model, dict.fromkeys(found, self.form))
         ranks = {path: factors.get_rank() for path, factors in found.items()}
-        times = self.times(model, task, ranks)
+        times = self.times(model, inputs, ranks)
         return surgery.take_forms(
             model, {path: times.layers[path].fastest(ranks[path]) for path in ranks}
         )
 
-    def measure(self, models: Mapping[str, nnx.Module], task: Task) -> dict[str, float]:
+    def measure(
+        self, models: Mapping[str, nnx.Module], inputs: Inputs
+    ) -> dict[str, float]:
         """Returns what a call of each takes, in ms, measured in turn."""
-        found = latency.measure(models, *self._example(task))
+        found = latency.measure(models, *self._batch(inputs))
         return {name: nanoseconds / 1e6 for name, nanoseconds in found.items()}
 
-    def _example(self, task: Task) -> list[jax.ShapeDtypeStruct]:
+    def _batch(self, inputs: Inputs) -> Inputs:
         return [
             jax.ShapeDtypeStruct((self.batch_size, *one.shape[1:]), one.dtype)
-            for one in task.example
+            for one in inputs
         ]
 
 

@@ -9,9 +9,11 @@ import commands
 import numpy as np
 import pytest
 import support
+from cutting import load
+from reference import relative_error
 from text_configs import make_config, write
 
-from lowrank_jax import checkpoint
+from lowrank_jax import checkpoint, export
 from train import checkpoints, loop, opening, writing
 
 STEPS = 4
@@ -78,6 +80,22 @@ def test_a_run_of_text_is_cut_and_writes(run, tmp_path):
         for opened in ((workdir, selector), (tmp_path / "cut",))
     ]
     assert texts[0] == texts[1] and len(texts[0]["texts"][0]) == 20
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.2])
+def test_a_program_of_a_text_model(run, text, tmp_path, fraction):
+    """Of whole windows, for a batch of any size: its logits are the cut model's."""
+    selector = {"name": "rank_fraction", "args": {"value": fraction}}
+    for name, chosen in (("program", "stablehlo"), ("cut", "orbax")):
+        checkpoints.truncate_checkpoint(
+            run[0], tmp_path / name, selector, format=chosen
+        )
+    program = (tmp_path / "program" / "model.stablehlo").read_bytes()
+    model = load(tmp_path / "cut")
+    context = make_config(text)["data"]["args"]["context"]
+    windows = np.random.default_rng(0).integers(0, 5, (3, context), np.int32)
+    logits = export.from_stablehlo(program)(windows)
+    assert relative_error(logits, model(windows)) <= 1e-6
 
 
 def test_the_binary_writes_at_any_rank(run, tmp_path):

@@ -16,9 +16,12 @@ from messages import check_form
 from reference import relative_error
 
 from configs import common
+from lowrank_jax import export, factorize, max_ranks, truncate
 from lowrank_jax.errors import UserError
+from lowrank_jax.ranks import at_fraction
 from train import loop, opening, writing
 from train.data import pairs, tokenizers
+from train.model import example_inputs
 from train.models import encoder_decoder
 from train.run import open_run
 from train.tasks.translation import score, translation
@@ -386,3 +389,21 @@ def test_a_trained_model_copies(tmp_path):
     assert rows[1]["bleu"] <= 50
     written = writing.open_writer(tmp_path / "run").write(["!#$%"], max_tokens=20)
     assert written["texts"] == ["!#$%"]
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.2])
+def test_a_program_of_a_translation_model(fraction):
+    """Of whole rows of packed pairs: its logits are the model's, for other rows too."""
+    batch = packed([("ab", "ba"), ("b", "a")], (6, 7))
+    facts = facts_of(batch)
+    task = translation(facts)
+    sizes = {"depth": 1, "embed_dim": 8, "num_heads": 2, "mlp_dim": 16}
+    model = factorize(
+        encoder_decoder.build(**task.model_args, **sizes, rngs=nnx.Rngs(0))
+    )
+    model = truncate(model, at_fraction(max_ranks(model), fraction))
+    model.eval()
+    example = example_inputs(task, facts)
+    function = export.from_stablehlo(export.to_stablehlo(model, *example))
+    inputs = [jnp.repeat(one, 3, axis=0) for one in task.inputs(batch, None)]
+    assert relative_error(function(*inputs), model(*inputs)) <= 1e-6
