@@ -10,7 +10,6 @@ from flax import nnx
 from lowrank_jax import (
     active,
     checkpoint,
-    counting,
     errors,
     paths,
 )
@@ -19,7 +18,7 @@ from lowrank_jax.forms import Factors
 from lowrank_jax.ranks import Ranks
 from train import drops, exporting, selecting, timing
 from train.opening import first_whole
-from train.report import logs
+from train.report import cuts
 from train.source import Source
 from train.timing import Timing
 
@@ -35,6 +34,7 @@ def truncate_checkpoint(
     timing: Timing | None = None,
     format: str = "orbax",
     recalibration_batches: int = 0,
+    plot: str | Path | None = None,
     data_dir: str | None = None,
     allow_imports: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -55,10 +55,10 @@ def truncate_checkpoint(
       max_drop: In place of the selector's `fraction`: the least one whose model is no
         more than this worse by the task's headline figure on the held-out examples.
       latency_ms: In place of the selector's `fraction`: what the model may take.
-      timing: The form of the cut layers, and how it is measured what they take;
-        factored, and nothing, by default.
+      timing: The form of the cut layers (factored by default), and how times are taken.
       format: One of `exporting.FORMATS`: a checkpoint, or a file of other programs.
       recalibration_batches: Training batches to re-estimate BatchNorm on; 0 for none.
+      plot: A PNG of the ranks and of what a search has scored.
       data_dir: Where the data set is, if not where the config says.
       allow_imports: Packages that names in the checkpoint may be imported from.
 
@@ -80,7 +80,7 @@ def truncate_checkpoint(
     def cut(step: Path) -> dict[str, Any]:
         source = Source(step, data_dir, list(allow_imports), timing)
         cutter = _Cutter(source, selector, format, recalibration_batches)
-        return cutter.write(output, sizes, max_drop, latency_ms)
+        return cutter.write(output, sizes, max_drop, latency_ms, plot)
 
     return first_whole(steps, cut)
 
@@ -97,6 +97,7 @@ class _Cutter:
     ):
         self._source, self._selector = source, selector
         self._format, self._batches = format, batches
+        self._chosen: dict[str, Ranks] = {}
         self._by_time = selector["args"].get("measure") == "latency"
         if self._by_time or source.timing.form == timing.AUTO:
             source.timing.open_table()
@@ -104,6 +105,23 @@ class _Cutter:
             _ = source.run  # data that are not there are missed before anything is read
 
     def write(
+        self,
+        output: str | Path | None,
+        sizes: Sequence[float],
+        max_drop: float | None,
+        latency_ms: float | None,
+        plot: str | Path | None,
+    ) -> dict[str, Any]:
+        figures = self._write_all(output, sizes, max_drop, latency_ms)
+        if plot is not None:
+            measure = self._selector["args"].get("measure")
+            source = self._source
+            cuts.draw(
+                plot, source.cost, source.ranks, self._chosen, source.scored, measure
+            )
+        return figures
+
+    def _write_all(
         self,
         output: str | Path | None,
         sizes: Sequence[float],
@@ -201,9 +219,12 @@ class _Cutter:
     ) -> dict[str, Any]:
         source, before = self._source, self._source.ranks
         source.check(ranks)
+        name = selector["name"]
+        size = selector["args"].get("fraction")
+        self._chosen[name if size is None else f"{name}, {size:g}"] = ranks
         if output is None:
-            _print_table(source.cost, before, source.cost, ranks)
-            return _figures(None, source.cost, ranks)
+            cuts.print_table(source.cost, before, source.cost, ranks)
+            return cuts.figures(None, source.cost, ranks)
         form = source.timing.form
         model = source.at(ranks) if form == Factors.form else self._model(ranks)
         if self._batches:
@@ -223,41 +244,7 @@ class _Cutter:
             metadata=metadata,
         )
         after_cost = source.cost_of(model)
-        _print_table(source.cost, before, after_cost, after)
-        figures = _figures(output, after_cost, after) | {"ranks": dict(ranks)}
+        cuts.print_table(source.cost, before, after_cost, after)
+        figures = cuts.figures(output, after_cost, after) | {"ranks": dict(ranks)}
         timed = self._by_time or form == timing.AUTO
         return {**figures, **self._measured(model)} if timed else figures
-
-
-def _figures(
-    output: str | Path | None, cost: counting.ModelCost, ranks: Ranks
-) -> dict[str, Any]:
-    return {
-        "output": None if output is None else str(output),
-        "params": cost.params(ranks),
-        "macs": cost.macs(ranks),
-        "ranks": dict(ranks),
-    }
-
-
-def _print_table(
-    cost: counting.ModelCost,
-    before: Ranks,
-    after_cost: counting.ModelCost,
-    after: Ranks,
-) -> None:
-    rows = []
-    for path, layer in cost.layers.items():
-        old, new = before[path], after.get(path, "merged")
-        cut = [layer.dense_params, layer.dense_macs]
-        if path in after:
-            now = after_cost.layers[path]
-            cut = [now.params(new), now.macs(new)]
-        rows.append(
-            [path, str(old), str(new), layer.params(old), cut[0]]
-            + [layer.macs(old), cut[1]]
-        )
-    total = ["all layers", "", "", cost.params(before), after_cost.params(after)]
-    rows.append([*total, cost.macs(before), after_cost.macs(after)])
-    headers = ["path", "rank", "cut to", "params", "cut to", "MACs", "cut to"]
-    print(logs.table(headers, rows))

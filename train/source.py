@@ -51,6 +51,7 @@ class Source:
       cost: What the low-rank model costs.
       ranks: Active rank of each layer.
       timing: As given.
+      scored: The rank vectors that a context has scored, with minus their loss.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Source:
             self._stored = abstract_checkpoint_model(self.saved, allow_imports=allowed)
         self._data_dir, self._allowed = data_dir, allowed
         self.timing = timing or Timing()
+        self.scored: list[tuple[Ranks, float]] = []
         self._dense = not self.saved.metadata["ranks"]
         self._structure = self._stored
         if self._dense:
@@ -143,12 +145,17 @@ class Source:
             model = self.run.placement.put_model(self.whole)
             return scoring.make_score(model, self.run)
 
+        def scored(candidates: Sequence[Ranks]) -> list[float]:
+            found = scorer()(candidates)
+            self.scored += zip(candidates, found, strict=True)
+            return found
+
         return selectors.Context(
             self.ranks,
             self.cost,
             lambda: curves.column_importances(paths.find_factors(self.whole)),
             lambda: curves.singular_values(paths.find_factors(self.whole)),
-            lambda candidates: scorer()(candidates),
+            scored,
             paths.find_aliases(self._structure),
             () if self._dense else family_of(self.saved),
             lambda: self.times,

@@ -62,6 +62,9 @@ _FORMAT = flags.DEFINE_enum(
     "A checkpoint, or a file for other programs: model.safetensors has the ranks in its"
     " header, model.stablehlo is a program for a batch of any size.",
 )
+_PLOT = flags.DEFINE_string(
+    "plot", None, "PNG of the ranks by layer, and of all that a search has scored."
+)
 _RECALIBRATE = flags.DEFINE_bool(
     "recalibrate", False, "Re-estimate BatchNorm on training data."
 )
@@ -112,6 +115,7 @@ def _main() -> None:
             recalibration_batches=_RECALIBRATION_BATCHES.value
             if _RECALIBRATE.value
             else 0,
+            plot=_PLOT.value,
             data_dir=_DATA_DIR.value,
             allow_imports=_ALLOW.value,
         )
@@ -163,6 +167,9 @@ def _check_outputs(sizes: Sequence[float], by_time: bool) -> None:
             )
         with errors.at("--ranks_file"):
             folders.check_new_file(path)
+    if _PLOT.value is not None:
+        with errors.at("--plot"):
+            folders.check_new_file(_PLOT.value)
 
 
 def _output_path() -> Path | None:

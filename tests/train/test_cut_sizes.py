@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import support
 from cutting import FULL, load
+from PIL import Image
 from reference import relative_error
 
 from configs import common
@@ -123,6 +124,7 @@ def test_flags_for_sizes_ranks_and_nothing(run, tmp_path):
                 "--family=0.5,0.25",
                 "--multiple_of=4",
                 f"--output={tmp_path / 'family'}",
+                f"--plot={tmp_path / 'family.png'}",
             ),
         }
     )
@@ -138,6 +140,7 @@ def test_flags_for_sizes_ranks_and_nothing(run, tmp_path):
         "ranks.json",
         "file",
         "family",
+        "family.png",
     }
     about = checkpoint.open_checkpoint(tmp_path / "family" / "0.25").metadata
     assert about["truncated"]["selector"]["args"] == {
@@ -147,6 +150,22 @@ def test_flags_for_sizes_ranks_and_nothing(run, tmp_path):
         "multiple_of": 4,
     }
     assert json.loads(json.dumps(about["family"])) == []
+
+
+def test_a_picture_of_a_search(run, tmp_path):
+    """Wider than one of ranks alone, by a panel of what was scored."""
+    for name in ("greedy", "minimax"):
+        args = {"measure": "macs", "fraction": 0.5}
+        args |= {"steps": 4} if name == "greedy" else {}
+        plot = tmp_path / f"{name}.png"
+        checkpoints.truncate_checkpoint(
+            run, None, {"name": name, "args": args}, plot=plot
+        )
+    widths = []
+    for name in ("greedy", "minimax"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            widths.append(image.width)
+    assert widths[0] > widths[1]
 
 
 def test_the_least_budget_that_keeps_the_figure(run, tmp_path):

@@ -10,11 +10,11 @@ from lowrank_jax.errors import raise_all
 
 # Okabe and Ito's palette, told apart with every common colour blindness; markers and
 # dashes repeat the difference for print in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", "-.", ":")
 _PANELS = {"params": "parameters", "macs": "MACs"}
-_INK, _FAINT = "#333333", "#E3E3E3"
+INK, FAINT = "#333333", "#E3E3E3"
 
 
 def plot_frontier(
@@ -53,11 +53,11 @@ def plot_frontier(
             points = sorted(rows, key=lambda row: row[cost])
             mark = marks[name] if marks is not None else (index, index)
             _draw(panel, mark, name, points, cost, headline, higher_is_better)
-        _decorate(
+        decorate(
             panel, labels[cost], [row[cost] for rows in series.values() for row in rows]
         )
     direction = "higher" if higher_is_better else "lower"
-    panels[0].set_ylabel(f"{headline} ({direction} is better)", color=_INK)
+    panels[0].set_ylabel(f"{headline} ({direction} is better)", color=INK)
     if len(series) > 1:
         handles, names = panels[0].get_legend_handles_labels()
         drawing.legend(
@@ -66,7 +66,7 @@ def plot_frontier(
             loc="outside upper left",
             ncols=min(len(series), 4),
             frameon=False,
-            labelcolor=_INK,
+            labelcolor=INK,
         )
     drawing.savefig(path, format="png", facecolor="white")
 
@@ -102,12 +102,12 @@ def _draw(
     higher_is_better: bool,
 ) -> None:
     index, shape = mark
-    colour = _COLOURS[index % len(_COLOURS)]
+    colour = COLOURS[index % len(COLOURS)]
     panel.plot(
         [row[cost] for row in rows],
         [row[headline] for row in rows],
         color=colour,
-        marker=_MARKERS[shape % len(_MARKERS)],
+        marker=MARKERS[shape % len(MARKERS)],
         linestyle=_DASHES[shape % len(_DASHES)],
         linewidth=1.8,
         markersize=6.5,
@@ -133,16 +133,17 @@ def _draw(
             )
 
 
-def _decorate(panel: axes.Axes, label: str, costs: Sequence[float]) -> None:
+def decorate(panel: axes.Axes, label: str, costs: Sequence[float]) -> None:
+    """Gives a panel a logarithmic axis of costs, all above 0."""
     panel.set_xscale("log")
     panel.margins(x=0.11, y=0.14)
     panel.xaxis.set_major_locator(_ticks(max(costs) / min(costs)))
     panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     panel.xaxis.set_minor_formatter(ticker.NullFormatter())
-    panel.set_xlabel(label, color=_INK)
-    panel.grid(True, color=_FAINT, linewidth=0.8)
+    panel.set_xlabel(label, color=INK)
+    panel.grid(True, color=FAINT, linewidth=0.8)
     panel.set_axisbelow(True)
-    panel.tick_params(which="both", length=0, colors=_INK)
+    panel.tick_params(which="both", length=0, colors=INK)
     panel.spines[["top", "right"]].set_visible(False)
     panel.spines[["left", "bottom"]].set_color("#BBBBBB")
 
