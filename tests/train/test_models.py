@@ -169,7 +169,7 @@ def test_group_normalization_holds_no_batch_statistics(name):
         groups=2,
         **OPTIONS[name],
     )
-    assert paths(model, nnx.GroupNorm) and not paths(model, norms.BatchNorm)
+    assert paths(model, norms.GroupNorm) and not paths(model, norms.BatchNorm)
     assert not jax.tree.leaves(nnx.state(model, nnx.BatchStat))
     call = nnx.jit(lambda model, images: model(images))
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
@@ -325,7 +325,11 @@ def test_vit_reports_all_offenders():
 @pytest.mark.parametrize(
     ("build", "options", "messages"),
     [
-        (resnet.build, {"depth": 19}, [r"depth must be one of \[18, 20, 32, 50, 56\]"]),
+        (
+            resnet.build,
+            {"depth": 19},
+            [r"depth must be one of \[8, 18, 20, 32, 50, 56\]"],
+        ),
         (
             resnet.build,
             {"stem": "5x5", "norm": "layer", "width_multiplier": 0.3},

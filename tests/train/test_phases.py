@@ -154,6 +154,8 @@ class TestEveryMethod:
         cut = support.truncate(workdir, output, "rank", 3)
         assert set(cut["ranks"].values()) <= {1, 2, 3}
         whole = load(checkpoint.open_checkpoint(workdir))
+        if not get_ranks(whole):  # a dense one is factorized first
+            whole = factorization.factorize(whole)
         small = load(checkpoint.open_checkpoint(output))
         expected = surgery.truncate(whole, cut["ranks"])
         np.testing.assert_array_equal(logits(small), logits(expected))

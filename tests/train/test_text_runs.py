@@ -30,6 +30,7 @@ def train(
     """The frontier after some dense and as many nested steps with two layers."""
     config = make_config(text)
     config["mesh"] |= mesh or {}
+    config["data"]["batch_size"] = 16  # four parts on four shares of a mesh
     config["model"]["args"] |= {"depth": 2, **model_args}
     for phase in config["phases"]:
         phase["until"] = {"steps": STEPS}
