@@ -45,6 +45,7 @@ LONG = {
     "tests/fuzz/test_malformed_ranks.py",
     "tests/launch/test_files.py",
     "tests/launch/test_sweep.py",
+    "tests/lowrank_jax/test_elastic.py",
     "tests/lowrank_jax/test_layers_contract.py",
     "tests/lowrank_jax/test_layers_transforms.py",
     "tests/lowrank_jax/test_layers_twins.py",

@@ -24,7 +24,7 @@ LAYERS = (
     {"paths"},
     {"active", "factorization", "calibration", "counting", "penalties", "projections"},
     {"samplers", "surgery", "contents"},
-    {"checkpoint", "export", "selection", "shrinking", "summary"},
+    {"checkpoint", "elastic", "export", "selection", "shrinking", "summary"},
     {"lowrank_jax"},
 )
 """Parts of the library, lowest first: each may import the ones above it in this list.
