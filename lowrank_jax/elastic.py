@@ -1,37 +1,35 @@
 """One model at several sizes: chosen call by call, on one set of weights.
 
-Factors are kept rank-major, the rank axis first (`u (i, r)` as `(r, i)`), so that what
-a size keeps of an array is its beginning, without gaps. Every size has programs of its
-own, compiled before the first call, one for each of a few batch sizes; a call chooses
-one, and nothing is traced or compiled then. Everything that has no rank (biases, norms,
-dense layers) is the same array in all of them.
-
-How a program gets the beginning of an array:
+Factors are kept rank-major, so that what a size keeps of an array is its beginning,
+without gaps. Every size has programs of its own, compiled before the first call, one
+for each of a few batch sizes; a call chooses one, and nothing is traced or compiled
+then. Everything that has no rank (biases, norms, dense layers) is the same array in all
+of them. How a program gets the beginning of an array:
 
 - As a *view*: an array of its own whose memory is the beginning of the other's. Nothing
-  is copied in a call, and its time is that of a model cut to the size. JAX can make
-  these of what lies in the memory of the host, so on CPUs.
-- As a *slice* of the whole array, in the program. XLA copies it in every call on CPUs
-  (jax 0.10), which for one example takes several times what its product does; what it
-  does on accelerators has not been measured.
+  is copied in a call but the kernels of convolutions, which XLA turns round. JAX can
+  make views of what lies in the memory of the host, so on CPUs.
+- As a *slice* of the whole array, in the program. On CPUs XLA copies it in every call,
+  or multiplies by it more slowly where there is one row (jax 0.10.2: 2 to 5 times the
+  time); what it does on accelerators has not been measured.
 
-Both hold what the largest size holds. Programs transpose `u` back, which XLA does
-inside the product.
+Both hold what the largest size holds. The ranks of a size are constants of its
+programs, in which nothing is masked.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from lowrank_jax import rank_major
 from lowrank_jax.active import check_ranks, rank_limits, set_ranks
 from lowrank_jax.errors import UserError, at, raise_all
 from lowrank_jax.factors import Rank
-from lowrank_jax.paths import RankArray, find_rank_arrays
+from lowrank_jax.paths import find_factors, find_rank_arrays
 from lowrank_jax.ranks import Ranks, RankValue, largest, lowest
 
 Forward: TypeAlias = Callable[..., Any]
@@ -100,17 +98,23 @@ class Elastic:
         self._batches = sorted(batches)
         self._example = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in example]
         ranks = {name: _ranks_of(name, model, given) for name, given in sizes.items()}
-        views = _check_views(views, model)
-        self._buffers = _rank_major(model, list(ranks.values()))
-        layers = {key: found.layer for key, found in find_rank_arrays(model).items()}
+        on_cpu = next(iter(_devices(model))).platform == "cpu"
+        if views and not on_cpu:
+            raise UserError(
+                "views: must be of arrays in the host's memory, got a model on"
+                f" {_devices(model)}. Leave it out, for slices."
+            )
+        most = {
+            path: max(largest(of[path]) for of in ranks.values())
+            for path in find_factors(model)
+        }
+        self._buffers = factors = rank_major.rank_major(model, most)
         self._sizes = {}
         for name, chosen in ranks.items():
-            factors = self._buffers
-            if views:
-                kept = {key: largest(chosen[path]) for key, path in layers.items()}
-                factors = {key: _view(x, kept[key]) for key, x in factors.items()}
-            stats = statistics.get(name)
-            run, others = _function(model, chosen, stats, forward)
+            if views or (views is None and on_cpu):
+                factors = rank_major.views(model, self._buffers, chosen)
+            statistic = statistics.get(name)
+            run, others = _function(model, chosen, statistic, forward, on_cpu)
             self._sizes[name] = _Size(chosen, factors, others, run)
         self._programs = {
             (name, rows): self._compile(one, rows)
@@ -253,9 +257,7 @@ def _check(
                 f"statistics[{name!r}]: must be a model's nnx.BatchStat state, of"
                 f" {own}, got {given}. Give nnx.state(..., nnx.BatchStat) of this one."
             )
-    leaves = jax.tree.leaves(nnx.state(model))
-    devices = {d for x in leaves if isinstance(x, jax.Array) for d in x.devices()}
-    if len(devices) != 1 or not all(isinstance(x, jax.Array) for x in leaves):
+    if len(devices := _devices(model)) != 1:
         problems.append(
             "model: must have its arrays on one device, got them on"
             f" {sorted(map(str, devices))}. Put it on one by jax.device_put."
@@ -271,16 +273,12 @@ def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _check_views(views: bool | None, model: nnx.Module) -> bool:
-    """Returns whether sizes shall be views."""
-    (device,) = jax.tree.leaves(nnx.state(model))[0].devices()
-    on_host = device.platform == "cpu"
-    if views and not on_host:
-        raise UserError(
-            "views: must be of arrays in the host's memory, got a model on"
-            f" {device}. Leave it out, for slices."
-        )
-    return on_host if views is None else views
+def _devices(model: nnx.Module) -> set[jax.Device]:
+    """The devices that the arrays of a model are on; none where it is abstract."""
+    arrays = jax.tree.leaves(nnx.state(model))
+    if not all(isinstance(array, jax.Array) for array in arrays):
+        return set()
+    return set().union(*(array.devices() for array in arrays))
 
 
 def _ranks_of(name: str, model: nnx.Module, ranks: Ranks) -> dict[str, RankValue]:
@@ -291,44 +289,12 @@ def _ranks_of(name: str, model: nnx.Module, ranks: Ranks) -> dict[str, RankValue
     return {path: lowest(chosen.get(path, rank), rank) for path, rank in active.items()}
 
 
-def _rank_major(
-    model: nnx.Module, sizes: Sequence[Mapping[str, RankValue]]
-) -> dict[str, Array]:
-    """The factors by key, the rank axis first, at the largest rank of any size."""
-    buffers = {}
-    for key, (path, axes, variable) in find_rank_arrays(model).items():
-        rank = max(largest(ranks[path]) for ranks in sizes)
-        buffers[key] = jnp.moveaxis(_prefix(variable[...], axes, rank), axes[0], 0)
-    return buffers
-
-
-def _prefix(array: Array, axes: Sequence[int], rank: int) -> Array:
-    """The part of an array within a rank; axes count from the end."""
-    for axis in axes:
-        array = jax.lax.slice_in_dim(array, 0, rank, axis=array.ndim + axis)
-    return array
-
-
-def _view(buffer: Array, rank: int) -> Array:
-    """The first rows of an array in the host's memory, in the same memory.
-
-    It keeps the array alive.
-    """
-    if rank == len(buffer):
-        return buffer
-    (device,) = buffer.devices()
-    rows = np.asarray(buffer)[:rank]
-    view = jax.device_put(rows, device, may_alias=True)
-    shared = view.unsafe_buffer_pointer() == buffer.unsafe_buffer_pointer()
-    assert shared or not rows.size, "jax copied what it may share"
-    return view
-
-
 def _function(
     model: nnx.Module,
     ranks: Mapping[str, RankValue],
     statistics: nnx.State | None,
     forward: Forward,
+    on_cpu: bool,
 ) -> tuple[Callable[..., Any], list[Array]]:
     """Returns `run(factors, others, *inputs)` of a size, and the others.
 
@@ -350,18 +316,13 @@ def _function(
         given = iter(others)
         filled = [next(given) if isinstance(x, jax.Array) else x for x in leaves]
         model = nnx.merge(graphdef, active, tree.unflatten(filled), copy=True)
-        for key, found in find_rank_arrays(model).items():
-            _put(found, factors[key], largest(ranks[found.layer]))
+        rank_major.put(model, factors, ranks)
         set_ranks(model, ranks)
+        if on_cpu:
+            rank_major.multiply_from_left(model)
         return forward(model, *inputs)
 
     return run, others
-
-
-def _put(found: RankArray, factors: Array, rank: int) -> None:
-    """Sets an array to its part of rank-major ones, in place."""
-    array = jnp.moveaxis(factors[:rank], 0, found.axes[0])
-    found.variable.set_value(_prefix(array, found.axes, rank))
 
 
 def _padded(array: np.ndarray, rows: int) -> np.ndarray:

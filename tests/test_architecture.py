@@ -23,7 +23,7 @@ LAYERS = (
     {"layers"},
     {"paths"},
     {"active", "factorization", "calibration", "counting", "penalties", "projections"},
-    {"samplers", "surgery", "contents"},
+    {"samplers", "surgery", "contents", "rank_major"},
     {"checkpoint", "elastic", "export", "selection", "shrinking", "summary"},
     {"lowrank_jax"},
 )
