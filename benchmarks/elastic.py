@@ -1,6 +1,6 @@
 """Several sizes on one set of weights: time, memory, and a server under load.
 
-`python -m benchmarks.elastic --subjects=lenet,vit --checkpoint=runs/quickstart/run`
+`python -m benchmarks.elastic --subjects=mlp,vit --checkpoint=runs/quickstart/run`
 
 - For each subject the time of a call at each size and batch, from NumPy to NumPy: with
   sizes as views, as slices, and of models that were cut and compiled alone. They run in
@@ -235,7 +235,9 @@ def _show(title: str, first: str, rows: Mapping[Any, Row]) -> None:
 
 def _define_flags() -> None:
     report.define_flags()
-    flags.DEFINE_list("subjects", ["lenet", "vit", "shakespeare:cpu"], "What to time.")
+    flags.DEFINE_list(
+        "subjects", ["mlp", "lenet", "vit", "shakespeare:cpu"], "What to time."
+    )
     flags.DEFINE_list("batches", ["1", "8"], "Rows of a call.")
     flags.DEFINE_integer("rounds", 15, "Rounds; each variant runs once in each.", 1)
     flags.DEFINE_integer("calls", 20, "Calls of each variant in a round.", 1)

@@ -55,8 +55,9 @@ class Elastic:
     zeros to the next larger one, so rows must not depend on each other, as they do not
     in evaluation. Calls may come from several threads.
 
-    Beside the largest size it holds nothing on the device; the model that it is made
-    of holds its own `u`, so let go of that, and donate no array of it.
+    On the device it holds what the largest size holds, and statistics that sizes have
+    of their own. It shares arrays with the model that it is made of, so donate none of
+    them, and let go of the model, which holds `u` once more.
 
     Args:
       model: A low-rank model, its arrays on one device.
@@ -78,8 +79,9 @@ class Elastic:
 
     >>> from lowrank_jax import factorize
     >>> model = factorize(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
-    >>> elastic = Elastic(model, {"whole": {}, "half": {"": 2}}, jnp.ones((1, 8)))
-    >>> elastic(np.ones((1, 8), np.float32), size="half").shape
+    >>> x = np.ones((1, 8), np.float32)
+    >>> elastic = Elastic(model, {"whole": {}, "half": {"": 2}}, x)
+    >>> elastic(x, size="half").shape
     (1, 4)
     """
 

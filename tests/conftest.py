@@ -38,6 +38,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_device", jax.devices()[0])
 
 LONG = {
+    "tests/examples/test_serve_digits.py",
     "tests/faults/test_campaign.py",
     "tests/fuzz/test_malformed_commands.py",
     "tests/fuzz/test_malformed_configs.py",
