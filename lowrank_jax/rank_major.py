@@ -4,7 +4,6 @@
 o)` and `s (r)` are so already. Letters as in `factors`.
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lowrank_jax.layers import LowRankLayer
+from lowrank_jax.layers.linear import ProductLayer
 from lowrank_jax.paths import find_rank_arrays, walk
 from lowrank_jax.ranks import Ranks, largest
 
@@ -99,26 +98,20 @@ def multiply_from_left(model: nnx.Module) -> None:
     times as long for the latter on 2 to 32 rows of 1,024 numbers, and less on many.
     """
     for _, node in walk(model):
-        if not isinstance(node, LowRankLayer) or getattr(node, "dot_general_cls", None):
+        if not isinstance(node, ProductLayer) or getattr(node, "dot_general_cls", None):
             continue
-        own = getattr(node, "dot_general", "no linear layer")
-        if own is None or own is jax.lax.dot_general:
-            factors = node.factors
-            u, v = (factors.in_size, factors.max_rank), factors.v.shape[-2:]
-            if u != v:  # else nothing tells them apart
-                node.dot_general = functools.partial(_dot_general, u)
+        if getattr(node, "dot_general", None) in (None, jax.lax.dot_general):
+            node.hidden_product = _dot_general
 
 
 def _dot_general(
-    turned: tuple[int, int],
     inputs: Float[Array, "..."],
     kernel: Float[Array, "..."],
     dimension_numbers: tuple[tuple[Axes, Axes], tuple[Axes, Axes]],
     precision: Any = None,
     **options: Any,
 ) -> Float[Array, "..."]:
-    """As `lax.dot_general`; few rows are multiplied by a matrix of this shape from its
-    side."""
+    """As `lax.dot_general`; few rows are multiplied from the kernel's side."""
     (contracted, by), batch = dimension_numbers
     count, first = len(contracted), inputs.ndim - len(contracted)
     plain = (
@@ -129,8 +122,8 @@ def _dot_general(
         and options.get("out_sharding") is None
     )
     shape = (math.prod(kernel.shape[:count]), math.prod(kernel.shape[count:]))
-    few = inputs.size <= _MOST_ROWS * shape[0] and inputs.size > shape[0]
-    if not plain or not few or shape != turned:
+    rows = inputs.size // max(shape[0], 1)
+    if not plain or not 1 < rows <= _MOST_ROWS:
         return jax.lax.dot_general(
             inputs, kernel, dimension_numbers, precision=precision, **options
         )
