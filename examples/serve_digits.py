@@ -316,7 +316,8 @@ def _main() -> None:
     elastic, costs = load(
         given.checkpoint, fractions, allow_imports=given.allow_imports
     )
-    print(f"{elastic.nbytes:,} bytes of weights for sizes {list(elastic.sizes)}")
+    sizes = ", ".join(elastic.sizes)
+    print(f"sizes {sizes} ({elastic.nbytes:,} bytes) on {given.host}:{given.port}")
     uvicorn.run(
         make_app(elastic, costs), host=given.host, port=given.port, log_level="warning"
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import support
 import text_configs
-from cutting import cut_to, load, make_config
+from cutting import FULL, cut_to, load, make_config
 from sklearn import datasets
 from starlette.testclient import TestClient
 
@@ -78,6 +78,19 @@ def test_answers_are_those_of_the_cut_checkpoint(run, client, tmp_path):
         labels[size] = [one["label"] for one in answers]
         assert labels[size] == wanted.tolist()
     assert labels["1"] != labels["0.1"]
+
+
+def test_sizes_are_those_of_the_checkpoints_family(run, tmp_path):
+    """Where it has one: by layer, and on the line between two."""
+    saved = checkpoint.open_checkpoint(run)
+    about = {key: saved.metadata[key] for key in ("config", "facts")}
+    half = {"head": 10, "hidden/0": 8}
+    about["family"] = [[0.5, half]]
+    checkpoint.save(tmp_path / "family", load(run), metadata=about)
+    elastic, costs = serve_digits.load(tmp_path / "family", [0.75, 1.0, 0.5])
+    assert elastic.sizes == {"1": FULL, "0.75": {**FULL, "hidden/0": 36}, "0.5": half}
+    params = [cost["params"] for cost in costs.values()]
+    assert params == sorted(params, reverse=True) and params[-1] < params[0]
 
 
 def test_pixels_may_be_written_as_decimals(client):
