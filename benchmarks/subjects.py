@@ -8,7 +8,7 @@ from flax import nnx
 
 from configs import shakespeare
 from configs import text as text_configs
-from train.models import lenet, resnet, transformer, vit
+from train.models import lenet, mlp, resnet, transformer, vit
 from train.tasks.base import Task
 from train.tasks.classification import classification
 from train.tasks.language_model import language_model
@@ -62,6 +62,10 @@ def _of_text(arg: str, size: int) -> Subject:
 
 
 SUBJECTS: dict[str, tuple[Callable[[int], Subject], int]] = {
+    "mlp": (
+        lambda size: _of_images(mlp.build, (8, 8, 1), size, hidden=(1024, 1024)),
+        8,
+    ),
     "lenet": (lambda size: _of_images(lenet.build, (28, 28, 1), size), 128),
     "resnet18": (lambda size: _of_images(resnet.build, (32, 32, 3), size), 32),
     "vit": (lambda size: _of_images(vit.build, (16, 16, 3), size), 128),
@@ -81,9 +85,10 @@ SUBJECTS: dict[str, tuple[Callable[[int], Subject], int]] = {
     "shakespeare:cpu": (lambda size: _of_text("cpu", size), 32),
     "transformer": (lambda size: _of_text("", size), 4),
 }
-"""By name: what makes one for so many examples, and how many a CPU is given: ResNet-18
-with the 3x3 stem, a small ViT and ViT-S/4 on 32x32 pixels, the language models of
-configs/shakespeare.py, with 4 layers of width 128 and 6 of width 384."""
+"""By name: what makes one for so many examples, and how many a CPU is given: a wide
+perceptron, LeNet, ResNet-18 with the 3x3 stem, a small ViT and ViT-S/4 on 32x32 pixels,
+the language models of configs/shakespeare.py, with 4 layers of width 128 and 6 of width
+384."""
 
 
 def make(name: str, batch_size: int = 0) -> Subject:

@@ -17,6 +17,7 @@ from lowrank_jax import (
 )
 from lowrank_jax.active import at_ranks, get_ranks, max_ranks, set_ranks
 from lowrank_jax.counting import count
+from lowrank_jax.elastic import Elastic
 from lowrank_jax.errors import UserError
 from lowrank_jax.factorization import factorize
 from lowrank_jax.factors import Factors, Rank
@@ -28,6 +29,7 @@ from lowrank_jax.surgery import canonicalize, merge, truncate
 from lowrank_jax.version import __version__
 
 __all__ = [
+    "Elastic",
     "Factors",
     "Rank",
     "UserError",

@@ -9,7 +9,7 @@ whatever runs StableHLO runs it, without this library.
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,8 @@ from lowrank_jax import placement
 from lowrank_jax.active import set_ranks
 from lowrank_jax.contents import at_ranks, contents, differences, flatten, model_items
 from lowrank_jax.errors import MissingFile, UserError
-from lowrank_jax.factors import Factors
 from lowrank_jax.metadata import check_metadata
-from lowrank_jax.paths import find_factors
+from lowrank_jax.paths import find_factors, find_rank_arrays
 from lowrank_jax.pieces import check_seal
 from lowrank_jax.ranks import largest, name_of
 
@@ -214,7 +213,7 @@ def to_stablehlo(
     function = functools.partial(forward, {})
     if any_rank:
         by_path = dict(zip(layers, ranks, strict=True))
-        function, specs = forward, [_at_ranks(layers, by_path), *specs]
+        function, specs = forward, [_at_ranks(model, by_path), *specs]
     try:
         exporting = export.export(jax.jit(function), platforms=list(platforms))
         return bytes(exporting(*specs).serialize())
@@ -240,39 +239,27 @@ def factor_arrays(model: nnx.Module) -> dict[str, jax.Array]:
                 f" for a program of any rank, got {factors.get_rank()} of"
                 f" {factors.max_rank}. Cut the model to such ranks."
             )
-    return {key: array[...] for key, _, _, array in _each_array(layers)}
+    return {key: x.variable[...] for key, x in find_rank_arrays(model).items()}
 
 
 def _put_factors(model: nnx.Module, given: Mapping[str, jax.Array]) -> None:
     """Puts factors of any rank in the place of a model's own, all of them active."""
-    layers = find_factors(model)
-    for key, _, _, array in _each_array(layers):
-        array.set_value(given[key])
-    for factors in layers.values():
+    for key, array in find_rank_arrays(model).items():
+        array.variable.set_value(given[key])
+    for factors in find_factors(model).values():
         shape = factors.stack_shape
         factors.rank.set_value(jax.numpy.full(shape, factors.max_rank, np.int32))
 
 
-def _at_ranks(layers: Mapping[str, Factors], ranks: Mapping[str, Any]) -> Any:
+def _at_ranks(model: nnx.Module, ranks: Mapping[str, Any]) -> Any:
     """The shapes of the factors at ranks that are symbols."""
     specs = {}
-    for key, path, axes, array in _each_array(layers):
-        shape = list(array.shape)
-        for axis in axes:
-            shape[axis] = ranks[path]
-        specs[key] = jax.ShapeDtypeStruct(tuple(shape), array.dtype)
+    for key, array in find_rank_arrays(model).items():
+        shape = list(array.variable.shape)
+        for axis in array.axes:
+            shape[axis] = ranks[array.layer]
+        specs[key] = jax.ShapeDtypeStruct(tuple(shape), array.variable.dtype)
     return specs
-
-
-def _each_array(
-    layers: Mapping[str, Factors],
-) -> Iterator[tuple[str, str, tuple[int, ...], nnx.Variable]]:
-    """Yields key, layer, rank axes and variable of each array that has a rank axis."""
-    for path, factors in layers.items():
-        for name, axes in factors.rank_axes.items():
-            if getattr(factors, name) is not None:
-                key = f"{path}/{name}".removeprefix("/")
-                yield key, path, axes, getattr(factors, name)
 
 
 def from_stablehlo(program: bytes) -> Any:

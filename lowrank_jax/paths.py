@@ -8,7 +8,7 @@ that another node has, the model is refused.
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 
@@ -106,6 +106,32 @@ def find_aliases(model: nnx.Module) -> dict[str, str]:
         if first.setdefault(id(factors), path) != path:
             aliases[path] = first[id(factors)]
     return aliases
+
+
+class RankArray(NamedTuple):
+    """An array of which a prefix is a lower rank.
+
+    Args:
+      layer: Path of its factors in `find_factors`.
+      axes: Its rank axes, counted from the end.
+      variable: What holds it.
+    """
+
+    layer: str
+    axes: tuple[int, ...]
+    variable: nnx.Variable
+
+
+def find_rank_arrays(model: nnx.Module) -> dict[str, RankArray]:
+    """Finds the arrays that a cut makes smaller, each once, by `LAYER/NAME`."""
+    return {
+        f"{path}/{name}".removeprefix("/"): RankArray(
+            path, axes, getattr(factors, name)
+        )
+        for path, factors in find_factors(model).items()
+        for name, axes in factors.rank_axes.items()
+        if getattr(factors, name) is not None
+    }
 
 
 def _walk_factors(model: nnx.Module) -> Iterator[tuple[str, Factors]]:

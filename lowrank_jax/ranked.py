@@ -1,5 +1,6 @@
 """The active rank in a model: a traced array beside the factors, and its mask."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -58,7 +59,11 @@ class Ranked(nnx.Module):
                 " the parameters: nnx.StateAxes({(nnx.Param, Rank): 0, ...: None})."
             )
         shape = (*rank.shape, self.max_rank)
-        return jax.lax.broadcasted_iota(jnp.int32, shape, rank.ndim) < rank[..., None]
+        traced = self.rank_is_traced
+        # a known mask is a constant of the program, which drops one that masks nothing
+        with contextlib.nullcontext() if traced else jax.ensure_compile_time_eval():
+            columns = jax.lax.broadcasted_iota(jnp.int32, shape, rank.ndim)
+            return columns < rank[..., None]
 
     def zero_masked(self) -> None:
         """Sets what lies past the active rank to zero, in place; it may be traced."""

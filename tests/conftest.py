@@ -38,6 +38,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_device", jax.devices()[0])
 
 LONG = {
+    "tests/examples/test_serve_digits.py",
     "tests/faults/test_campaign.py",
     "tests/fuzz/test_malformed_commands.py",
     "tests/fuzz/test_malformed_configs.py",
@@ -45,6 +46,7 @@ LONG = {
     "tests/fuzz/test_malformed_ranks.py",
     "tests/launch/test_files.py",
     "tests/launch/test_sweep.py",
+    "tests/lowrank_jax/test_elastic.py",
     "tests/lowrank_jax/test_layers_contract.py",
     "tests/lowrank_jax/test_layers_transforms.py",
     "tests/lowrank_jax/test_layers_twins.py",

@@ -12,6 +12,7 @@ from support import compiled_anew
 
 from benchmarks import (
     any_rank,
+    elastic,
     host_time,
     inference,
     input_share,
@@ -26,6 +27,7 @@ from benchmarks import (
     subjects,
 )
 from configs import common
+from examples import serve_digits
 from lowrank_jax import checkpoint, factorize
 from lowrank_jax.errors import UserError
 from lowrank_jax.penalties import PENALTIES
@@ -77,6 +79,33 @@ def test_predicted_times_stand_beside_measured_ones(dense):
     assert len(rows) in (3, 4)
     for row in rows.values():
         assert row["measured"] > 0 and 0 < row["predicted"] <= 1
+
+
+def test_sizes_are_timed_beside_models_that_are_cut(dense):
+    """Each at both batches; one set of weights is the largest size's, not all."""
+    subject = subjects.Subject(dense, *subjects.images((4, 4, 1), 8))
+    found = elastic.measure_calls(subject, (1, 8), rounds=2, calls=1)
+    for rows in found.values():
+        assert list(rows) == ["1", "0.5", "0.25", "0.125"]
+        for row in rows.values():
+            assert row["cut_ms"] > 0 < row["views"] and row["slices"] > 0
+    row = elastic.measure_switching(subject, rounds=2, calls=1)
+    assert row["kib"] == row["largest_kib"] < row["all_kib"]
+    assert np.isfinite(row["switch_us"]) and row["staying_us"] > 0
+
+
+def test_the_server_is_asked_while_its_size_changes(tmp_path):
+    """Rows by default size; requests that begin before a switch may run after it."""
+    config = loop_configs.make_config(loop_configs.phase(3))
+    loop.train_and_evaluate(config, tmp_path / "run")
+    served = serve_digits.load(tmp_path / "run", (1.0, 0.25), batches=(1, 4))
+    with elastic.serving(*served) as port:
+        rows = elastic.measure_load(port, ["1", "0.25"], clients=3, seconds=0.3)
+    assert list(rows) == ["1", "0.25"]
+    assert "1" in rows["1"]["ran"].split() and rows["0.25"]["ran"] == "0.25"
+    for row in rows.values():
+        assert row["failed"] == 0 < row["requests_per_s"]
+        assert 0 < row["p50_ms"] <= row["p95_ms"] and row["put_ms"] > 0
 
 
 def test_the_time_on_the_host_is_what_calls_take_longer():

@@ -64,7 +64,8 @@ def test_documented_names_are_there():
         assert callable(getattr(lr, name)) and getattr(lr, name).__doc__
     for name in MODULES:
         assert isinstance(getattr(lr, name), types.ModuleType)
-    assert {*FUNCTIONS, *MODULES, "Factors", "Rank", "UserError"} <= set(lr.__all__)
+    types_ = {"Elastic", "Factors", "Rank", "UserError"}
+    assert {*FUNCTIONS, *MODULES, *types_} <= set(lr.__all__)
     assert all(hasattr(lr, name) for name in lr.__all__)
     assert issubclass(lr.UserError, ValueError)
 

@@ -4,12 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 import lowrank_jax as lr
 
 ROOT = Path(__file__).parents[1]
-FIRST, FUNCTIONAL = re.findall(
+FIRST, FUNCTIONAL, ELASTIC = re.findall(
     r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S
 )
 
@@ -40,3 +41,15 @@ def test_the_functional_loop_shrinks_its_state():
     rank = names["model"].factors.max_rank
     assert rank < 10 and names["restarted"] == []
     assert names["opt_state"][0].mu["factors"]["u"].shape == (64, rank)
+
+
+def test_the_served_sizes_are_the_cut_models():
+    """Of five rows; the default is the smaller size from then on."""
+    names = run(ELASTIC)
+    elastic, x = names["elastic"], names["x"]
+    cut = lr.truncate(names["model"], names["sizes"]["half"])
+    np.testing.assert_allclose(names["y"], cut(x), atol=1e-5)
+    np.testing.assert_array_equal(elastic(x), names["y"])
+    assert len(names["y"]) == 5 and not np.allclose(
+        elastic(x, size="whole"), elastic(x)
+    )

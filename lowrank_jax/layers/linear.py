@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,14 @@ from lowrank_jax.layers.base import LowRankLayer, hidden_sharding
 
 
 class ProductLayer(LowRankLayer):
-    """A layer whose input is rows, each of which every factor multiplies once."""
+    """A layer whose input is rows, each of which every factor multiplies once.
+
+    Attributes:
+      hidden_product: What computes `x u` in the place of the dense layer's own
+        `dot_general`, where it is set.
+    """
+
+    hidden_product: Callable[..., Array] | None = None
 
     @classmethod
     def cost_of(
@@ -29,6 +36,12 @@ class ProductLayer(LowRankLayer):
         rows = _rows_per_matrix(inputs, fold)
         matrices = math.prod(fold.stack_shape)
         return LayerCost(fold.input_size, fold.output_size, matrices, rows, rows, rows)
+
+    def _hidden_call(self, inputs: Array, **attributes: Any) -> Array:
+        """Multiplies by the first factor."""
+        if self.hidden_product is not None:
+            attributes["dot_general"] = self.hidden_product
+        return self._first_call(inputs, **attributes)
 
     def _merges(self, inputs: Array) -> bool:
         """Whether the merged order is the cheaper one for this many rows."""
@@ -85,7 +98,7 @@ class LowRankLinear(ProductLayer):
             kernel = self.merged_kernel(self.dtype)
             return self._dense_call(inputs, kernel=kernel, out_sharding=out_sharding)
         factors = self.factors
-        hidden = self._first_call(
+        hidden = self._hidden_call(
             inputs,
             kernel=factors.active_u(self.dtype),
             out_sharding=hidden_sharding(out_sharding, inputs.ndim),
@@ -160,7 +173,7 @@ class LowRankLinearGeneral(ProductLayer):
         rank, features = factors.max_rank, len(self.out_features)
         u, v = factors.active_u(self.dtype), factors.active_v(self.dtype)
         ndim = inputs.ndim - len(self.in_features) + features
-        hidden = self._first_call(
+        hidden = self._hidden_call(
             inputs,
             kernel=placement.reshape(u, *stack, *self.in_features, rank),
             out_sharding=hidden_sharding(out_sharding, ndim, features),
