@@ -107,14 +107,15 @@ def run_once(
         while len(ended) < num_processes and time.monotonic() < deadline:
             for number in signals.take():
                 processes.send(started, number)
-            for index, process in enumerate(started):
-                status = processes.status(process)
-                if status is None or index in ended:
-                    continue
-                ended[index] = status
-                if status and deadline == float("inf"):
-                    deadline = time.monotonic() + grace_s
-                    log.say(f"process {index} ended with status {status}")
+            statuses = dict(enumerate(map(processes.status, started)))
+            new = {i: s for i, s in statuses.items() if s is not None}
+            failed = [i for i in new if new[i] and i not in ended]
+            ended |= new
+            if failed and deadline == float("inf"):
+                # Of several at once, not one that another has brought to its end.
+                first = min(failed, key=lambda index: new[index] == processes.REQUEUE)
+                deadline = time.monotonic() + grace_s
+                log.say(f"process {first} ended with status {new[first]}")
             processes.pause()
         if len(ended) < num_processes:
             log.say(f"ending the others, {grace_s:g} s later")
