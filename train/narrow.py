@@ -6,7 +6,7 @@ rows of 2 or 4 columns, is one pixel with more filters, each the kernel moved to
 place in the block, with zeros around it; and columns beside each other are channels of
 one, by a change of shape. The same products are added, beside zeros.
 
-500 images of LeNet on a core, with bias, pooling and relu: 1 to 6 channels by 5x5
+500 inputs of LeNet on a core, with bias, pooling and relu: 1 to 6 channels by 5x5
 kernels 3.4 ms for 19.6, 6 to 16 channels 1.9 for 3.8 (jax 0.10.2).
 
 Letters: `b` batch, `s t k` space, `c` channels, `f` filters, `x y` a block's rows and
