@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from lowrank_jax import active, calibration, factorization, paths
-from lowrank_jax.selection import choosing, selectors
+from lowrank_jax.selection import choosing, selectors, tails
 from train import scoring, selecting
 from train.actions import Context
 from train.phases import Phase, Selected
@@ -34,6 +34,9 @@ def in_run(
         context = choosing.context_of(
             model, run.cost(model), score=score, family=selected.family or ()
         )
+        if run.holds_out:
+            measure = functools.partial(scoring.output_losses, model, run)
+            context = context._replace(activations=measure)
         return selecting.select(spec, context)
 
     def batch_statistics(model: nnx.Module, batches: int) -> nnx.State:
@@ -85,14 +88,18 @@ def before_run(run: Run, selected: Selected) -> Context:
         }
 
     def select(model: nnx.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
+        ranks = {path: at.active for path, at in active.rank_limits(model).items()}
         context = selectors.Context(
-            {path: at.active for path, at in active.rank_limits(model).items()},
+            ranks,
             run.cost(model),
             functools.partial(importances, model),
             functools.partial(importances, model),
             (lambda candidates: [0.0] * len(candidates)) if run.holds_out else None,
             paths.find_aliases(model),
             selected.family or (),
+            (lambda: tails.list_errors(importances(model), ranks))
+            if run.holds_out
+            else None,
         )
         return selecting.select(spec, context)
 

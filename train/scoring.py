@@ -1,10 +1,12 @@
-"""How good rank vectors are, for searches: minus the loss on held-out examples."""
+"""What is asked of held-out examples to choose ranks: losses, and layers' outputs."""
 
 from collections.abc import Callable, Sequence
 
 from flax import nnx
 
 from lowrank_jax.ranks import Ranks
+from lowrank_jax.selection import activations
+from lowrank_jax.selection.tails import Errors
 from train import convolution, evaluation, narrow
 from train.report.searches import SearchProgress
 from train.run import Run
@@ -21,10 +23,7 @@ def make_score(model: nnx.Module, run: Run) -> Callable[[Sequence[Ranks]], list[
       model: The model to score.
       run: What it is about: `config.scoring_batches` validation batches are used.
     """
-    model = nnx.clone(model)
-    if run.placement.mesh.size == 1:
-        convolution.use_in(model, narrow.convolve)
-    structure, params, model_state = split_model(model)
+    structure, params, model_state = split_model(_fast(model, run))
     evaluate = evaluation.make_evaluator(structure, run.task, batch_statistics=True)
     batches = run.scoring_batches()
 
@@ -46,3 +45,27 @@ def make_score(model: nnx.Module, run: Run) -> Callable[[Sequence[Ranks]], list[
         return [known[key] for key in keys]
 
     return score
+
+
+def output_losses(model: nnx.Module, run: Run) -> Errors:
+    """Measures what each rank loses of its layer's outputs on held-out examples.
+
+    BatchNorm uses its running statistics, which are of the model's own ranks.
+
+    Args:
+      model: The model, at these ranks.
+      run: As of `make_score`.
+    """
+    return activations.output_losses(
+        _fast(model, run),
+        run.stop.polled(run.scoring_batches()),
+        lambda model, batch: model(*run.task.inputs(batch, None)),
+    )
+
+
+def _fast(model: nnx.Module, run: Run) -> nnx.Module:
+    """A copy of a model whose forward passes are fast on a CPU."""
+    model = nnx.clone(model)
+    if run.placement.mesh.size == 1:
+        convolution.use_in(model, narrow.convolve)
+    return model

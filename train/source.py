@@ -118,6 +118,9 @@ class Source:
             lambda candidates: scorer()(candidates),
             paths.find_aliases(self._structure),
             () if self._dense else family_of(self.saved),
+            lambda: scoring.output_losses(
+                self.run.placement.put_model(self.whole), self.run
+            ),
         )
 
     def _factorized(self, model: nnx.Module) -> nnx.Module:

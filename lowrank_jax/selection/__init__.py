@@ -2,6 +2,7 @@
 and the selectors that have a name."""
 
 from lowrank_jax.selection import (
+    activations,
     budgets,
     choosing,
     curves,
@@ -19,6 +20,7 @@ __all__ = [
     "SELECTORS",
     "Context",
     "Selector",
+    "activations",
     "budgets",
     "choose",
     "choosing",

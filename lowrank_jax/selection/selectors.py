@@ -34,6 +34,8 @@ class Context(NamedTuple):
       score: Scores rank vectors; None where there is nothing to score on.
       aliases: Further paths of shared factors, as of `find_aliases`.
       family: Ranks of sizes that the model was trained at, see `lowrank_jax.families`.
+      activations: Runs the model: what each rank loses of its layer's outputs, as of
+        `activations.output_losses`; None where there is nothing to run it on.
     """
 
     ranks: Ranks
@@ -43,6 +45,7 @@ class Context(NamedTuple):
     score: Score | None = None
     aliases: Mapping[str, str] = {}
     family: Family = ()
+    activations: Callable[[], Errors] | None = None
 
 
 def rank(context: Context, *, value: int) -> Ranks:
@@ -163,8 +166,9 @@ def lc(
 ) -> Ranks:
     """Weighs error against one price of cost for all, within the budget (LC).
 
-    The error is a key of `tails.TAILS`, or "loss": what the score loses when one layer
-    alone is cut. So it is below.
+    The error is a key of `tails.TAILS`; "loss", what the score loses when one layer
+    alone is cut; or "activations", the share of its outputs' energy that goes with a
+    cut of it (`activations.output_losses`). So it is below.
     """
     return _within(solvers.by_price, context, measure, fraction, curve, multiple_of)
 
@@ -262,9 +266,16 @@ def swaps(
 
 
 def _errors(context: Context, curve: str) -> Errors:
-    """What each rank loses: by the weights, or by the score of the model."""
+    """What each rank loses: by the weights, the score or the outputs of layers."""
     if curve == "loss":
         return curves.losses(_score_of(context), context.ranks)
+    if curve == "activations":
+        if context.activations is None:
+            raise UserError(
+                "activations: must be there, from held-out training data, got none."
+                " Give a function as activations, or hold out training examples."
+            )
+        return context.activations()
     return tails.list_errors(context.importances(), context.ranks, curve)
 
 
