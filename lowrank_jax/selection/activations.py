@@ -67,14 +67,14 @@ def output_losses(
     curves.check_common(factors)
     probe, layers = _measuring(model)
     sums = _sums(probe, layers, batches, forward)
-    called = {path: one for path, one in layers.items() if one.measured.calls}
+    called = {path: one for path, one in layers.items() if one.measured_record.calls}
     _check(called, sums)
     # Layers that share factors add up.
     owners = {id(one): path for path, one in find_factors(probe).items()}
     found: dict[str, dict[int, Float[np.ndarray, "*stack"]]] = {}
     for path, layer in called.items():
         of_owner = found.setdefault(owners[id(layer.factors)], {})
-        for rank, lost in layer.measured.by_rank(sums[path][..., 0]).items():
+        for rank, lost in layer.measured_record.by_rank(sums[path][..., 0]).items():
             of_owner[rank] = of_owner.get(rank, 0.0) + lost
     unseen = {path: rank for path, rank in ranks.items() if path not in found}
     importances = curves.column_importances({path: factors[path] for path in unseen})
@@ -158,9 +158,11 @@ def _measuring(model: nnx.Module) -> tuple[nnx.Module, dict[str, Any]]:
     for path, (layer, _) in find_layers(probe).items():
         if isinstance(layer, LowRankLayer) and not isinstance(layer, LowRankParam):
             change_type(layer, _measuring_type(type(layer)))
-            layer.measured = _Measured(layer, numbers)
-            layer.cap = _Cap(jnp.asarray(layer.measured.cap(0)))
-            layer.lost = _Lost(jnp.zeros((*layer.measured.outer, 2), jnp.float32))
+            layer.measured_record = _Measured(layer, numbers)
+            layer.measured_cap = _Cap(jnp.asarray(layer.measured_record.cap(0)))
+            layer.measured_lost = _Lost(
+                jnp.zeros((*layer.measured_record.outer, 2), jnp.float32)
+            )
             layers[path] = layer
     return probe, layers
 
@@ -171,16 +173,17 @@ def _measuring_type(cls: type[LowRankLayer]) -> type[LowRankLayer]:
 
     def measuring(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            self.measured.note()
-            rank = jnp.minimum(self.factors.rank[...], self.cap[...])
+            self.measured_record.note()
+            rank = jnp.minimum(self.factors.rank[...], self.measured_cap[...])
             factors = view_as(type(self.factors), self.factors, rank=Rank(rank))
             whole = method(view_as(cls, self), *args, **kwargs)
             cut = method(view_as(cls, self, factors=factors), *args, **kwargs)
             # A layer of the user's may give several arrays: the first counts.
             (first, *rest), tree = jax.tree.flatten(whole)
-            gone = (first - jax.tree.leaves(cut)[0]).astype(jnp.float32)
+            ends = (first, jax.tree.leaves(cut)[0])
+            gone = jnp.subtract(*(end.astype(jnp.float32) for end in ends))
             lost = jnp.stack([jnp.sum(jnp.square(gone)), jnp.ones(())])
-            return tree.unflatten([_noted(first, self.lost[...], lost), *rest])
+            return tree.unflatten([_noted(first, self.measured_lost[...], lost), *rest])
 
         return call
 
@@ -229,21 +232,26 @@ def _sums(
 
         return jax.grad(total)(places)
 
-    settings = {path: len(layer.measured.settings) for path, layer in layers.items()}
+    settings = {
+        path: len(layer.measured_record.settings) for path, layer in layers.items()
+    }
     sums = {
-        path: np.zeros((settings[path], *layer.lost.shape))
+        path: np.zeros((settings[path], *layer.measured_lost.shape))
         for path, layer in layers.items()
     }
-    count = 0
-    for count, batch in enumerate(batches, 1):  # noqa: B007 - the last one is wanted
+    ran = False
+    for batch in batches:
+        ran = True
         for number in range(max(settings.values(), default=0)):
             for layer in layers.values():
-                layer.cap.set_value(jnp.asarray(layer.measured.cap(number)))
+                layer.measured_cap.set_value(
+                    jnp.asarray(layer.measured_record.cap(number))
+                )
             nnx.update(probe, gradient(places, nnx.state(probe, _Cap), rest, batch))
             for path, layer in layers.items():
                 if number < settings[path]:
-                    sums[path][number] += placement.to_host(layer.lost[...])
-    if not count:
+                    sums[path][number] += placement.to_host(layer.measured_lost[...])
+    if not ran:
         raise UserError(
             "activations: batches must hold at least one batch, got none. Give held-out"
             " or training batches."
@@ -253,7 +261,7 @@ def _sums(
 
 def _check(called: Mapping[str, Any], sums: Mapping[str, np.ndarray]) -> None:
     """Refuses the first layer, as the model calls them, that cannot be measured."""
-    for path in sorted(called, key=lambda path: called[path].measured.calls[0]):
+    for path in sorted(called, key=lambda path: called[path].measured_record.calls[0]):
         if not np.isfinite(sums[path]).all():
             raise UserError(
                 f"{name_of(path)}: activations must be finite, got NaN or infinity."
