@@ -32,6 +32,7 @@ SELECTORS = (
     "welore",
     "lc",
     "knapsack",
+    "knapsack:curve=activations",
     "knapsack:curve=loss",
     "greedy:steps=20",
     "beam:steps=20,width=4",

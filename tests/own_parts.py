@@ -12,7 +12,7 @@ from flax import nnx
 from lowrank_jax import penalties, projections, samplers
 from lowrank_jax.paths import find_factors
 from lowrank_jax.samplers import RankSampler
-from lowrank_jax.selection.selectors import Context
+from lowrank_jax.selection.context import Context
 from train import actions, teachers
 from train.actions import Action
 from train.tasks.base import Task

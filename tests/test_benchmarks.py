@@ -22,6 +22,7 @@ from benchmarks import (
     recompilation,
     report,
     scaling,
+    search_speed,
     selectors,
     step_time,
     subjects,
@@ -32,7 +33,9 @@ from lowrank_jax import checkpoint, factorize
 from lowrank_jax.errors import UserError
 from lowrank_jax.penalties import PENALTIES
 from train import loop, opening, start
+from train.config import to_json
 from train.models import mlp
+from train.run import open_run
 from train.source import Source
 
 
@@ -175,6 +178,19 @@ def test_selectors_are_judged_within_their_budgets(tmp_path):
     headers, *cells = selectors.table(found, "loss")
     assert headers == ["selector", "1", "0.4", "s"]
     assert [row[0] for row in cells] == list(named)
+
+
+def test_searches_are_timed_with_what_is_compiled():
+    """Vectors drawn for one round, and a beam, by one program."""
+    config = loop_configs.make_config(loop_configs.phase(1))
+    with compiled_anew():
+        beam = {**search_speed.BEAM, "width": 1, "steps": 2}
+        run = open_run(to_json(config))
+        figures = search_speed.measure(run, count=8, rounds=1, beam=beam)
+    assert figures["traced"] == figures["compiled"] == 1
+    assert figures["layers"] == 2 and figures["examples"] == 1177 // 600 * 600
+    for name in ("vectors_per_second", "first_seconds", "beam_seconds"):
+        assert figures[name] > 0
 
 
 @pytest.mark.slow

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from lowrank_jax import active, calibration, factorization, paths
-from lowrank_jax.selection import choosing, selectors
+from lowrank_jax import active, calibration, factorization, paths, selection
+from lowrank_jax.selection import tails
 from train import scoring, selecting
 from train.actions import Context
 from train.phases import Phase, Selected
@@ -30,9 +30,16 @@ def in_run(
     """
 
     def select(model: nnx.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
-        score = scoring.make_score(model, run) if run.holds_out else None
-        context = choosing.context_of(
-            model, run.cost(model), score=score, family=selected.family or ()
+        score = measure = None
+        if run.holds_out:
+            score = scoring.make_score(model, run)
+            measure = functools.partial(scoring.output_losses, model, run)
+        context = selection.context_of(
+            model,
+            run.cost(model),
+            score=score,
+            family=selected.family or (),
+            activations=measure,
         )
         return selecting.select(spec, context)
 
@@ -85,14 +92,18 @@ def before_run(run: Run, selected: Selected) -> Context:
         }
 
     def select(model: nnx.Module, spec: Mapping[str, Any]) -> dict[str, Any]:
-        context = selectors.Context(
-            {path: at.active for path, at in active.rank_limits(model).items()},
+        ranks = {path: at.active for path, at in active.rank_limits(model).items()}
+        context = selection.Context(
+            ranks,
             run.cost(model),
             functools.partial(importances, model),
             functools.partial(importances, model),
             (lambda candidates: [0.0] * len(candidates)) if run.holds_out else None,
             paths.find_aliases(model),
             selected.family or (),
+            activations=(lambda: tails.list_errors(importances(model), ranks))
+            if run.holds_out
+            else None,
         )
         return selecting.select(spec, context)
 

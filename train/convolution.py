@@ -8,7 +8,7 @@ it is written in that form: the same numbers, bit for bit.
 Letters: `b` batch, `s t k` space, `c` channels, `f` filters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +20,19 @@ from lowrank_jax.layers import conv
 from lowrank_jax.paths import walk
 
 
-def use_in(model: nnx.Module) -> None:
+def use_in(model: nnx.Module, function: Callable[..., Array] | None = None) -> None:
     """Sets the convolution of all layers of a model that have Flax's own, dense and
-    low-rank, in place; on other devices than CPUs none."""
+    low-rank, in place; on other devices than CPUs none.
+
+    Args:
+      model: The model.
+      function: The convolution, `convolve` by default.
+    """
     if jax.default_backend() != "cpu":
         return
     for _, node in walk(model):
         if getattr(node, "conv_general_dilated", None) is jax.lax.conv_general_dilated:
-            node.conv_general_dilated = convolve
+            node.conv_general_dilated = function or convolve
 
 
 def convolve(
@@ -38,7 +43,7 @@ def convolve(
     **options: Any,
 ) -> Float[Array, "b *t f"]:
     """Returns `lax.conv_general_dilated`, for first derivatives by reverse mode."""
-    if not _is_plain(inputs.ndim, **options):
+    if not is_plain(inputs.ndim, **options):
         return jax.lax.conv_general_dilated(inputs, kernel, strides, padding, **options)
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(
@@ -59,7 +64,7 @@ def convolve(
     return value(inputs, kernel)
 
 
-def _is_plain(
+def is_plain(
     ndim: int,
     *,
     dimension_numbers: Any = None,

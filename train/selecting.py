@@ -12,6 +12,7 @@ from absl import flags
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from lowrank_jax.selection import choosing, selectors
+from lowrank_jax.selection.context import Context
 from train import registry, schema
 
 TABLE = {name: row.function for name, row in selectors.SELECTORS.items()}
@@ -28,7 +29,7 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
         return registry.complete(spec, TABLE, positional=1)
 
 
-def select(spec: Mapping[str, Any], context: selectors.Context) -> dict[str, Any]:
+def select(spec: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Returns the ranks that a selector, given by name and arguments, chooses."""
     function = registry.resolve(spec["name"], TABLE, allow_imports=None)
     with errors.at("selector"), errors.at(spec["name"]):
@@ -36,7 +37,7 @@ def select(spec: Mapping[str, Any], context: selectors.Context) -> dict[str, Any
 
 
 def select_family(
-    spec: Mapping[str, Any], context: selectors.Context, fractions: Sequence[float]
+    spec: Mapping[str, Any], context: Context, fractions: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Returns the nested ranks that a selector chooses for several budgets; its own
     `fraction` does not matter."""

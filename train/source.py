@@ -18,7 +18,8 @@ from lowrank_jax import (
     surgery,
 )
 from lowrank_jax.ranks import Ranks, check_lower
-from lowrank_jax.selection import curves, selectors
+from lowrank_jax.selection import curves
+from lowrank_jax.selection.context import Context, Score
 from lowrank_jax.times import ModelTimes
 from train import scoring
 from train.model import (
@@ -136,12 +137,12 @@ class Source:
             lambda model, batch: model(*run.task.inputs(batch, None)),
         )
 
-    def context(self) -> selectors.Context:
+    def context(self) -> Context:
         """What a selector may look at; the weights and the data are read when it
         does."""
 
         @functools.cache
-        def scorer() -> selectors.Score:
+        def scorer() -> Score:
             model = self.run.placement.put_model(self.whole)
             return scoring.make_score(model, self.run)
 
@@ -150,7 +151,7 @@ class Source:
             self.scored += zip(candidates, found, strict=True)
             return found
 
-        return selectors.Context(
+        return Context(
             self.ranks,
             self.cost,
             lambda: curves.column_importances(paths.find_factors(self.whole)),
@@ -159,6 +160,9 @@ class Source:
             paths.find_aliases(self._structure),
             () if self._dense else family_of(self.saved),
             lambda: self.times,
+            lambda: scoring.output_losses(
+                self.run.placement.put_model(self.whole), self.run
+            ),
         )
 
     def _factorized(self, model: nnx.Module) -> nnx.Module:

@@ -2,6 +2,7 @@
 and the selectors that have a name."""
 
 from lowrank_jax.selection import (
+    activations,
     budgets,
     choosing,
     curves,
@@ -13,12 +14,14 @@ from lowrank_jax.selection import (
     tails,
 )
 from lowrank_jax.selection.choosing import choose, context_of, ranks_for
-from lowrank_jax.selection.selectors import SELECTORS, Context, Selector
+from lowrank_jax.selection.context import Context
+from lowrank_jax.selection.selectors import SELECTORS, Selector
 
 __all__ = [
     "SELECTORS",
     "Context",
     "Selector",
+    "activations",
     "budgets",
     "choose",
     "choosing",

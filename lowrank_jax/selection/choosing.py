@@ -15,7 +15,10 @@ from lowrank_jax.families import Family, check_nested
 from lowrank_jax.paths import find_aliases, find_factors
 from lowrank_jax.ranks import Limits, Ranks, check_lower, largest, lowest
 from lowrank_jax.selection import curves
-from lowrank_jax.selection.selectors import CHAINS, SELECTORS, Context, Score
+from lowrank_jax.selection.context import Context, Score
+from lowrank_jax.selection.selectors import CHAINS, SELECTORS
+from lowrank_jax.selection.tails import Errors
+from lowrank_jax.times import ModelTimes
 
 
 def context_of(
@@ -24,6 +27,8 @@ def context_of(
     *,
     score: Score | None = None,
     family: Family = (),
+    times: Callable[[], ModelTimes] | None = None,
+    activations: Callable[[], Errors] | None = None,
 ) -> Context:
     """Makes the context of a model whose arrays are there."""
     return Context(
@@ -34,6 +39,8 @@ def context_of(
         score,
         find_aliases(model),
         family,
+        times,
+        activations,
     )
 
 
@@ -95,7 +102,12 @@ def choose_family(
 
 
 def ranks_for(
-    model: nnx.Module, *example: Any, score: Score | None = None, **choice: Any
+    model: nnx.Module,
+    *example: Any,
+    score: Score | None = None,
+    times: Callable[[], ModelTimes] | None = None,
+    activations: Callable[[], Errors] | None = None,
+    **choice: Any,
 ) -> dict[str, Any]:
     """Returns the ranks to cut a model at, by one of the `SELECTORS`.
 
@@ -103,7 +115,11 @@ def ranks_for(
       model: A low-rank model.
       *example: Its inputs for a batch of one (arrays or `jax.ShapeDtypeStruct`), to
         count MACs on; other selectors need none.
-      score: Scores rank vectors, for "beam".
+      score: Scores rank vectors, for "beam" and what else searches.
+      times: Measures how long the model takes, for budgets of "latency": see
+        `lowrank_jax.latency`.
+      activations: Measures what ranks lose of layers' outputs, for the curve of this
+        name: see `selection.activations`.
       **choice: One selector by name, and its value: `rank=8`, `rank_fraction=0.5`,
         `energy=0.9`, `params_fraction=0.25`, `macs_fraction=0.25`; or its arguments as
         a mapping, `energy_budget={"measure": "params", "fraction": 0.25}`.
@@ -131,7 +147,7 @@ def ranks_for(
     args = value if SELECTORS[name].value_type is None else {"value": value}
     # A model that is not run is counted all the same: its parameters, and no MACs.
     cost = count(model, *example, **({} if example else {"forward": lambda model: ()}))
-    context = context_of(model, cost, score=score)
+    context = context_of(model, cost, score=score, times=times, activations=activations)
     with errors.at(name):
         return check_ranks(model, choose(SELECTORS[name].function, context, args))
 

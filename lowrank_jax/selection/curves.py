@@ -23,7 +23,7 @@ def column_importances(
     Raises:
       UserError: Factors with one rank per example.
     """
-    _check_common(factors)
+    check_common(factors)
     return {
         path: _norms(layer.active_u(None), -2) * _norms(layer.active_v(None), -1)
         for path, layer in factors.items()
@@ -38,7 +38,7 @@ def singular_values(
     Raises:
       UserError: Factors with one rank per example.
     """
-    _check_common(factors)
+    check_common(factors)
     return {
         path: placement.to_host(
             linalg.singular_values(layer.active_u(None), None, layer.active_v(None))
@@ -98,13 +98,27 @@ def losses(
         found[path] = []
         for active, several in zip(flatten_rank(rank), spaced[path], strict=True):
             values = [max(whole - next(taken), 0.0) for _ in several]
-            falling = np.maximum.accumulate([0.0, *reversed(values)])[::-1]
-            columns = np.arange(active + 1)
-            found[path].append(np.interp(columns, [*several, active], falling))
+            found[path].append(falling(several, values, active))
     return found
 
 
-def _check_common(factors: Mapping[str, Factors]) -> None:
+def falling(
+    levels: Sequence[int], values: Sequence[float], active: int
+) -> Float[np.ndarray, " n"]:
+    """Returns a curve from what is lost at some ranks, rising, below the active one.
+
+    A rank that loses less than a higher one counts as that one, the active rank loses
+    nothing, and between these ranks the loss is on a line.
+
+    >>> falling([0, 2], [1.0, 0.5], 3).tolist()
+    [1.0, 0.75, 0.5, 0.0]
+    """
+    highest = np.maximum.accumulate([0.0, *reversed(values)])[::-1]
+    return np.interp(np.arange(active + 1), [*levels, active], highest)
+
+
+def check_common(factors: Mapping[str, Factors]) -> None:
+    """Raises UserError for factors with one rank per example."""
     if several := [path for path in factors if factors[path].per_example]:
         raise UserError(
             f"{', '.join(map(name_of, several))}: rank must be one number to read"

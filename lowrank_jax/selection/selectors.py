@@ -5,48 +5,13 @@ those that everybody can name are rows of `SELECTORS`. `choosing` runs them.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias, get_origin
-
-import numpy as np
-from jaxtyping import Float
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, get_origin
 
 from lowrank_jax import families, linalg
-from lowrank_jax.counting import ModelCost
-from lowrank_jax.errors import UserError
-from lowrank_jax.families import Family
 from lowrank_jax.ranks import Ranks, at_most, lowest
-from lowrank_jax.selection import budgets, curves, search, solvers, spectral, tails
-from lowrank_jax.selection.budgets import Costs
-from lowrank_jax.selection.tails import Errors
-from lowrank_jax.times import ModelTimes
-
-Score: TypeAlias = Callable[[Sequence[Ranks]], list[float]]
-"""Scores of rank vectors on held-out data, higher is better."""
-
-
-class Context(NamedTuple):
-    """What a selector may look at.
-
-    Args:
-      ranks: Active rank of each layer: none is raised.
-      cost: What the model costs.
-      importances: Reads the weights: importance of each column by path.
-      spectra: Reads the weights: singular values of each product by path.
-      score: Scores rank vectors; None where there is nothing to score on.
-      aliases: Further paths of shared factors, as of `find_aliases`.
-      family: Ranks of sizes that the model was trained at, see `lowrank_jax.families`.
-      times: Measures how long the model takes; None where nothing is to be measured.
-    """
-
-    ranks: Ranks
-    cost: ModelCost
-    importances: Callable[[], Mapping[str, Float[np.ndarray, "*stack r"]]]
-    spectra: Callable[[], Mapping[str, Float[np.ndarray, "*stack n"]]]
-    score: Score | None = None
-    aliases: Mapping[str, str] = {}
-    family: Family = ()
-    times: Callable[[], ModelTimes] | None = None
+from lowrank_jax.selection import budgets, search, solvers, spectral
+from lowrank_jax.selection.context import Context
 
 
 def rank(context: Context, *, value: int) -> Ranks:
@@ -111,7 +76,7 @@ def evbmf(context: Context) -> Ranks:
 def energy_fraction(context: Context, *, value: float) -> Ranks:
     """Keeps one share of energy in all layers, at this fraction of all ranks' MACs."""
     return solvers.by_energy_at_fraction(
-        context.cost.layers, context.ranks, _errors(context, "energy"), value
+        context.cost.layers, context.ranks, context.errors("energy"), value
     )
 
 
@@ -168,8 +133,9 @@ def lc(
 ) -> Ranks:
     """Weighs error against one price of cost for all, within the budget (LC).
 
-    The error is a key of `tails.TAILS`, or "loss": what the score loses when one layer
-    alone is cut. So it is below.
+    The error is a key of `tails.TAILS`; "loss", what the score loses when one layer
+    alone is cut; or "activations", the share of its outputs' energy that goes with a
+    cut of it (`activations.output_losses`). So it is below.
     """
     return _within(solvers.by_price, context, measure, fraction, curve, multiple_of)
 
@@ -196,26 +162,26 @@ def nested_knapsack(
 ) -> list[Ranks]:
     """Finds nested ranks, for each of several budgets, with the least errors in all."""
     found = solvers.by_chain(
-        _costs(context, measure),
+        context.costs(measure),
         context.ranks,
-        _errors(context, curve),
-        [_share(context, measure, fraction) for fraction in fractions],
+        context.errors(curve),
+        [context.share(measure, fraction) for fraction in fractions],
         measure=measure,
         multiple_of=multiple_of,
     )
-    return [_raised(context, measure, ranks, multiple_of) for ranks in found]
+    return [context.raised(measure, ranks, multiple_of) for ranks in found]
 
 
 def family(context: Context, *, measure: str, fraction: float) -> Ranks:
     """Keeps the largest size of the trained family, or between two, in the budget."""
-    costs, share = _costs(context, measure), _share(context, measure, fraction)
+    costs, share = context.costs(measure), context.share(measure, fraction)
     found = families.within(
         context.family,
         context.ranks,
         lambda ranks: budgets.total_cost(costs, ranks, measure),
         budgets.check_budget(costs, context.ranks, share, measure),
     )
-    return _raised(context, measure, found)
+    return context.raised(measure, found)
 
 
 def greedy(context: Context, *, measure: str, fraction: float, steps: int) -> Ranks:
@@ -231,15 +197,15 @@ def beam(
     Beam search (BSR), see `search.beam_search`.
     """
     found = search.beam_search(
-        _score_of(context),
-        _costs(context, measure),
+        context.scorer(),
+        context.costs(measure),
         context.ranks,
-        _share(context, measure, fraction),
+        context.share(measure, fraction),
         measure=measure,
         width=width,
         steps=steps,
     )
-    return _raised(context, measure, found)
+    return context.raised(measure, found)
 
 
 def swaps(
@@ -260,31 +226,15 @@ def swaps(
         greedy(context, **budget, steps=20),
     ]
     found = search.local_search(
-        _score_of(context),
-        _costs(context, measure),
+        context.scorer(),
+        context.costs(measure),
         context.ranks,
         starts,
-        _share(context, measure, fraction),
+        context.share(measure, fraction),
         measure=measure,
         rounds=rounds,
     )
-    return _raised(context, measure, found)
-
-
-def _errors(context: Context, curve: str) -> Errors:
-    """What each rank loses: by the weights, or by the score of the model."""
-    if curve == "loss":
-        return curves.losses(_score_of(context), context.ranks)
-    return tails.list_errors(context.importances(), context.ranks, curve)
-
-
-def _score_of(context: Context) -> Score:
-    if context.score is None:
-        raise UserError(
-            "score: must be there, from held-out training data, got none. Give a"
-            " function as score, or hold out training examples."
-        )
-    return context.score
+    return context.raised(measure, found)
 
 
 def _within(
@@ -297,42 +247,14 @@ def _within(
 ) -> Ranks:
     """Runs one of the solvers for a budget."""
     found = solver(
-        _costs(context, measure),
+        context.costs(measure),
         context.ranks,
-        _errors(context, curve),
-        _share(context, measure, fraction),
+        context.errors(curve),
+        context.share(measure, fraction),
         measure=measure,
         multiple_of=multiple_of,
     )
-    return _raised(context, measure, found, multiple_of)
-
-
-def _costs(context: Context, measure: str) -> Costs:
-    """What the layers cost in a measure."""
-    if measure != "latency":
-        return context.cost.layers
-    if context.times is None:
-        raise UserError(
-            "measure: 'latency' must have measured times, got none. Give them as times,"
-            " see lowrank_jax.latency."
-        )
-    return context.times().layers
-
-
-def _share(context: Context, measure: str, fraction: float) -> float:
-    """A budget as a share of what the factored layers cost when dense."""
-    if measure != "latency" or context.times is None:
-        return fraction
-    return context.times().share_of_layers(fraction, context.ranks)
-
-
-def _raised(
-    context: Context, measure: str, ranks: Ranks, multiple_of: int = 1
-) -> Ranks:
-    """Ranks as high as takes no more time, where it is time that is paid for."""
-    if measure != "latency" or context.times is None:
-        return ranks
-    return context.times().raised(ranks, context.ranks, multiple_of)
+    return context.raised(measure, found, multiple_of)
 
 
 class Selector(NamedTuple):

@@ -29,7 +29,8 @@ from lowrank_jax.selection.choosing import (
     context_of,
     ranks_for,
 )
-from lowrank_jax.selection.selectors import SELECTORS, Context
+from lowrank_jax.selection.context import Context
+from lowrank_jax.selection.selectors import SELECTORS
 from lowrank_jax.surgery import truncate
 
 

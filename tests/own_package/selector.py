@@ -1,7 +1,7 @@
 """Rank selectors of a user's own."""
 
 from lowrank_jax.ranks import Ranks, at_fraction
-from lowrank_jax.selection.selectors import Context
+from lowrank_jax.selection.context import Context
 
 
 def all_but(context: Context, *, path: str, fraction: float = 0.5) -> Ranks:
