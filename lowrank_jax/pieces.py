@@ -25,7 +25,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,12 @@ from lowrank_jax.errors import DamagedCheckpoint
 
 BLOCK_BYTES = 4 * 2**20
 """Blocks are not made larger than this, but for the sake of a single row."""
+
+_TILE = 512
+"""Numbers of an axis that are copied at once where another axis is to be the last."""
+
+_ALIGNED = 64
+"""Bytes at whose multiples JAX wants memory that it takes as it is."""
 
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
@@ -110,25 +116,34 @@ def write_pieces(folder: Path, pieces: list[Piece], process: int, count: int) ->
     offset = 0
     with _synced(folder / f"process_{process}.bin") as file:
         for key, start, axis, values in pieces:
-            rows = np.ascontiguousarray(np.moveaxis(values, axis, 0))
-            data = rows.reshape(-1).view(np.uint8)
-            row_bytes = data.size // len(rows)
-            ends = block_ends(len(rows), row_bytes)
-            blocks = [
-                data[first * row_bytes : end * row_bytes]
-                for first, end in zip([0, *ends], ends, strict=False)
-            ]
-            for block in blocks:
+            rows = np.moveaxis(values, axis, 0)
+            row_bytes = values.nbytes // len(rows)
+            ends, crc32 = block_ends(len(rows), row_bytes), []
+            for first, end in zip([0, *ends], ends, strict=False):
+                block = _in_order(rows[first:end]).reshape(-1).view(np.uint8)
+                crc32.append(zlib.crc32(block))
                 file.write(block)
             entry = {"start": start, "shape": values.shape, "axis": axis % values.ndim}
-            crc32 = [zlib.crc32(block) for block in blocks]
             entry |= {"offset": offset, "row_bytes": row_bytes}
             entry |= {"ends": ends, "crc32": crc32}
             index.setdefault(key, []).append(entry)
-            offset += data.size
+            offset += values.nbytes
     about = {"processes": count, "process": process, "pieces": index}
     with _synced(folder / f"process_{process}.json") as file:
         file.write(json.dumps(seal(about)).encode())
+
+
+def _in_order(rows: np.ndarray) -> np.ndarray:
+    """Numbers in the order of their axes, copied in tiles where they are not: along a
+    whole axis, each number of a row would be on a page of its own (a tenth of the
+    speed)."""
+    if rows.flags.c_contiguous:
+        return rows
+    block = np.empty(rows.shape, rows.dtype)
+    for first in range(0, rows.shape[-1], _TILE):
+        tile = slice(first, first + _TILE)
+        block[..., tile] = rows[..., tile]
+    return block
 
 
 def block_ends(rows: int, row_bytes: int) -> list[int]:
@@ -239,7 +254,7 @@ def _read_array(
     regions = [_bounds(index, shape) for index in indices]
     low = tuple(map(min, zip(*(start for start, _ in regions), strict=True)))
     high = tuple(map(max, zip(*(end for _, end in regions), strict=True)))
-    values = np.empty([b - a for a, b in zip(low, high, strict=True)], dtype)
+    values = _empty([b - a for a, b in zip(low, high, strict=True)], dtype)
     filled = 0
     for piece in pieces:
         with _named(key, piece):
@@ -256,6 +271,14 @@ def _read_array(
         return values[tuple(slice(a - n, b - n) for a, b, n in inside)]
 
     return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
+
+
+def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that JAX does not copy on a CPU, for the numbers of an array."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNED, np.uint8)
+    first = -memory.ctypes.data % _ALIGNED
+    return memory[first : first + size].view(dtype).reshape(shape)
 
 
 def _sharding_of(template: Any) -> jax.sharding.Sharding:
@@ -288,13 +311,17 @@ def _read_piece(
         return 0
     first, last = begin[axis] - start[axis], begin[axis] - start[axis] + sizes[axis]
     blocks = range(bisect.bisect_right(ends, first), bisect.bisect_left(ends, last) + 1)
-    file = open_file(piece["process"])
-    data = b"".join(_read_block(file, piece, block) for block in blocks)
+    file, edges = open_file(piece["process"]), [0, *ends]
     row_shape = [n for i, n in enumerate(piece["shape"]) if i != axis]
-    rows = np.frombuffer(data, values.dtype).reshape(-1, *row_shape)
-    start[axis] += [0, *ends][blocks[0]]  # what was read begins there
     source, into = _slices(begin - start, sizes), _slices(begin - low, sizes)
-    values[into] = np.moveaxis(rows, 0, axis)[source]
+    inside = [part for i, part in enumerate(source) if i != axis]
+    target = np.moveaxis(values[into], axis, 0)
+    for block in blocks:
+        data = _read_block(file, piece, block)
+        rows = np.frombuffer(data, values.dtype).reshape(-1, *row_shape)
+        a, b = max(first, edges[block]), min(last, edges[block + 1])
+        part = slice(a - edges[block], b - edges[block])
+        target[a - first : b - first] = rows[(part, *inside)]
     return math.prod(sizes.tolist())
 
 

@@ -24,6 +24,7 @@ LAYERS = (
     {"paths"},
     {"active", "factorization", "calibration", "counting", "penalties", "projections"},
     {"samplers", "surgery", "contents"},
+    {"steps"},
     {"checkpoint", "export", "selection", "shrinking", "summary"},
     {"lowrank_jax"},
 )

@@ -1,9 +1,11 @@
 """A checkpoint opened to be cut: what its ranks can be chosen by, and loads at them."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax
+import numpy as np
 from flax import nnx
 
 from lowrank_jax import (
@@ -15,6 +17,7 @@ from lowrank_jax import (
     paths,
     surgery,
 )
+from lowrank_jax.factors import Factors
 from lowrank_jax.ranks import Ranks, check_lower
 from lowrank_jax.selection import curves, selectors
 from train import scoring
@@ -113,12 +116,35 @@ class Source:
         return selectors.Context(
             self.ranks,
             self.cost,
-            lambda: curves.column_importances(paths.find_factors(self.whole)),
-            lambda: curves.singular_values(paths.find_factors(self.whole)),
+            lambda: self._importances,
+            lambda: self._spectra,
             lambda candidates: scorer()(candidates),
             paths.find_aliases(self._structure),
             () if self._dense else family_of(self.saved),
         )
+
+    @functools.cached_property
+    def _importances(self) -> dict[str, np.ndarray]:
+        return self._curves(curves.column_importances)
+
+    @functools.cached_property
+    def _spectra(self) -> dict[str, np.ndarray]:
+        return self._curves(curves.singular_values)
+
+    def _curves(
+        self, curve: Callable[[Mapping[str, Factors]], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """A curve of each layer; of a stored low-rank model one layer is in memory at a
+        time."""
+        if self._dense:
+            return curve(paths.find_factors(self.whole))
+        found: dict[str, np.ndarray] = {}
+        for path in paths.find_factors(self._stored):
+            factors = checkpoint.load_layer(self.saved, self._stored, path)
+            found |= curve({path: factors})
+            for array in jax.tree.leaves(nnx.state(factors)):
+                array.delete()  # Flax has it in a cycle, until Python collects those
+        return found
 
     def _factorized(self, model: nnx.Module) -> nnx.Module:
         with errors.at("--checkpoint"):
