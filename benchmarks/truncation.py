@@ -6,13 +6,14 @@ twin, cut to a quarter of them by `python -m train.truncate` in a process of its
 `params_fraction` looks at ranks alone, `energy_budget` at all weights, so it reads all
 of them.
 
-- Memory: the largest resident size of that process (VmHWM, Linux) over what it had when
-  all modules were imported; to be at most 1.5 times the largest layer plus what is kept.
+- Memory: the largest resident size of that process (VmHWM, Linux) over what it had
+  when all modules were imported; to be at most 1.5 times the largest layer plus what is
+  kept.
 - Time: from then to its end, and whole, with the start of Python and its imports. The
   floor is to read as many bytes as are kept from the same file into a buffer of 4 MiB
-  and to write them to a plain file beside it (fsync on both sides); the second floor
-  reads all bytes, for what looks at all. Least of `--rounds`, in turn. The checkpoint is
-  in the system's cache, or dropped from it before each (`--cold`).
+  and to write them to a plain file beside it, with an fsync; the second floor reads all
+  bytes, for what looks at all. Least of `--rounds`, in turn. The checkpoint is in the
+  system's cache, or dropped from it before each (`--cold`).
 
 The checkpoint (4 bytes a parameter) is made once and deleted at the end. Ends with one
 line of JSON.
@@ -146,7 +147,9 @@ def cut(source: Path, output: Path, selector: Sequence[str]) -> Cut:
     whole = time.perf_counter() - began
     kept = arrays_of(output).stat().st_size
     shutil.rmtree(output)
-    return Cut(**json.loads(figures.read_text()), whole_seconds=whole, kept=kept)
+    found = json.loads(figures.read_text())
+    figures.unlink()
+    return Cut(**found, whole_seconds=whole, kept=kept)
 
 
 def arrays_of(path: Path) -> Path:

@@ -19,13 +19,11 @@ read, and none is used unchecked.
 import bisect
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import math
 import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.blocks import read_blocks, write_rows
 from lowrank_jax.errors import DamagedCheckpoint
-
-BLOCK_BYTES = 4 * 2**20
-"""Blocks are not made larger than this, but for the sake of a single row."""
-
-_TILE = 512
-"""Numbers of an axis that are copied at once where another axis is to be the last."""
 
 _ALIGNED = 64
 """Bytes at whose multiples JAX wants memory that it takes as it is."""
@@ -116,48 +109,13 @@ def write_pieces(folder: Path, pieces: list[Piece], process: int, count: int) ->
     offset = 0
     with _synced(folder / f"process_{process}.bin") as file:
         for key, start, axis, values in pieces:
-            rows = np.moveaxis(values, axis, 0)
-            row_bytes = values.nbytes // len(rows)
-            ends, crc32 = block_ends(len(rows), row_bytes), []
-            for first, end in zip([0, *ends], ends, strict=False):
-                block = _in_order(rows[first:end]).reshape(-1).view(np.uint8)
-                crc32.append(zlib.crc32(block))
-                file.write(block)
+            rows = write_rows(file, offset, np.moveaxis(values, axis, 0))
             entry = {"start": start, "shape": values.shape, "axis": axis % values.ndim}
-            entry |= {"offset": offset, "row_bytes": row_bytes}
-            entry |= {"ends": ends, "crc32": crc32}
-            index.setdefault(key, []).append(entry)
+            index.setdefault(key, []).append({**entry, **rows})
             offset += values.nbytes
     about = {"processes": count, "process": process, "pieces": index}
     with _synced(folder / f"process_{process}.json") as file:
         file.write(json.dumps(seal(about)).encode())
-
-
-def _in_order(rows: np.ndarray) -> np.ndarray:
-    """Numbers in the order of their axes, copied in tiles where they are not: along a
-    whole axis, each number of a row would be on a page of its own (a tenth of the
-    speed)."""
-    if rows.flags.c_contiguous:
-        return rows
-    block = np.empty(rows.shape, rows.dtype)
-    for first in range(0, rows.shape[-1], _TILE):
-        tile = slice(first, first + _TILE)
-        block[..., tile] = rows[..., tile]
-    return block
-
-
-def block_ends(rows: int, row_bytes: int) -> list[int]:
-    """Returns where the blocks of some rows end.
-
-    >>> block_ends(40, 4)[14:]
-    [15, 16, 18, 20, 22, 24, 27, 30, 33, 37, 40]
-    """
-    most = max(1, BLOCK_BYTES // row_bytes)
-    ends = [1]
-    while ends[-1] < rows:
-        last = ends[-1]
-        ends.append(min(rows, last + most, max(last + 1, 9 * last // 8)))
-    return ends
 
 
 def read_arrays(folder: Path, templates: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -182,9 +140,9 @@ def read_arrays(folder: Path, templates: Mapping[str, Any]) -> dict[str, jax.Arr
     filled = {key: leaf for key, leaf in templates.items() if key not in arrays}
     if not filled:
         return arrays
-    with _opened(folder) as (index, open_file):
+    with _opened(folder) as index:
         read = {
-            key: _read_array(key, index.get(key, []), leaf, open_file)
+            key: _read_array(key, index.get(key, []), leaf, folder)
             for key, leaf in filled.items()
         }
     return {**arrays, **read}
@@ -196,12 +154,12 @@ def verify_pieces(folder: Path) -> None:
     Raises:
       DamagedCheckpoint: Something is missing, cut off, or differs from its checksum.
     """
-    with _opened(folder) as (index, open_file):
+    with _opened(folder) as index:
         for key, pieces in index.items():
             for piece in pieces:
                 with _named(key, piece):
-                    for block in range(len(piece["ends"])):
-                        _read_block(open_file(piece["process"]), piece, block)
+                    blocks = range(len(piece["ends"]))
+                    read_blocks(_file_of(folder, piece), piece, blocks, lambda *_: None)
 
 
 def seal(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,7 +204,7 @@ def _read_array(
     key: str,
     pieces: list[dict[str, Any]],
     template: Any,
-    open_file: Callable[[int], Any],
+    folder: Path,
 ) -> jax.Array:
     shape, dtype = template.shape, jnp.dtype(template.dtype)
     sharding = _sharding_of(template)
@@ -259,7 +217,7 @@ def _read_array(
     for piece in pieces:
         with _named(key, piece):
             region = values.reshape(values.shape or 1)
-            filled += _read_piece(piece, region, low or (0,), open_file)
+            filled += _read_piece(piece, region, low or (0,), folder)
     if filled != values.size:
         raise DamagedCheckpoint(
             f"array {key}: must have {values.size} numbers, got {filled}."
@@ -300,7 +258,7 @@ def _read_piece(
     piece: Mapping[str, Any],
     values: np.ndarray,
     low: tuple[int, ...],
-    open_file: Callable[[int], Any],
+    folder: Path,
 ) -> int:
     """Fills what a piece has of a region that begins at `low`; returns how much."""
     axis, ends, start = piece["axis"], piece["ends"], np.array(piece["start"])
@@ -311,36 +269,27 @@ def _read_piece(
         return 0
     first, last = begin[axis] - start[axis], begin[axis] - start[axis] + sizes[axis]
     blocks = range(bisect.bisect_right(ends, first), bisect.bisect_left(ends, last) + 1)
-    file, edges = open_file(piece["process"]), [0, *ends]
     row_shape = [n for i, n in enumerate(piece["shape"]) if i != axis]
     source, into = _slices(begin - start, sizes), _slices(begin - low, sizes)
     inside = [part for i, part in enumerate(source) if i != axis]
     target = np.moveaxis(values[into], axis, 0)
-    for block in blocks:
-        data = _read_block(file, piece, block)
-        rows = np.frombuffer(data, values.dtype).reshape(-1, *row_shape)
-        a, b = max(first, edges[block]), min(last, edges[block + 1])
-        part = slice(a - edges[block], b - edges[block])
+
+    def take(block_first: int, block_end: int, data: np.ndarray) -> None:
+        rows = data.view(values.dtype).reshape(-1, *row_shape)
+        a, b = max(first, block_first), min(last, block_end)
+        part = slice(a - block_first, b - block_first)
         target[a - first : b - first] = rows[(part, *inside)]
+
+    read_blocks(_file_of(folder, piece), piece, blocks, take)
     return math.prod(sizes.tolist())
+
+
+def _file_of(folder: Path, piece: Mapping[str, Any]) -> Path:
+    return folder / f"process_{piece['process']}.bin"
 
 
 def _slices(start: np.ndarray, sizes: np.ndarray) -> tuple[slice, ...]:
     return tuple(slice(a, a + n) for a, n in zip(start, sizes, strict=True))
-
-
-def _read_block(file: Any, piece: Mapping[str, Any], block: int) -> bytes:
-    edges, row_bytes = [0, *piece["ends"]], piece["row_bytes"]
-    begin, end = (piece["offset"] + row_bytes * row for row in edges[block : block + 2])
-    data = os.pread(file.fileno(), end - begin, begin)
-    if len(data) < end - begin:
-        raise DamagedCheckpoint(f"must have {end} bytes, got {begin + len(data)}.")
-    expected, found = piece["crc32"][block], zlib.crc32(data)
-    if found != expected:
-        raise DamagedCheckpoint(
-            f"its checksum must be {expected:08x}, got {found:08x}."
-        )
-    return data
 
 
 def _bounds(
@@ -372,24 +321,16 @@ def _named(key: str, piece: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[tuple[Index, Callable[[int], Any]]]:
-    """The pieces in a folder, and what opens the file of a process; says of what goes
-    wrong in which folder it is."""
-    with contextlib.ExitStack() as stack:
-
-        @functools.cache
-        def open_file(process: int) -> Any:
-            path = folder / f"process_{process}.bin"
-            return stack.enter_context(path.open("rb", buffering=0))
-
-        try:
-            yield _read_index(folder), open_file
-        except DamagedCheckpoint as error:
-            raise DamagedCheckpoint(f"{folder.name}/{error}") from error
-        except OSError as error:
-            if error.errno not in _DAMAGE:
-                raise
-            name = Path(error.filename or folder).name
-            raise DamagedCheckpoint(
-                f"{folder.name}/{name}: must be readable, got {error.strerror}."
-            ) from error
+def _opened(folder: Path) -> Iterator[Index]:
+    """The pieces in a folder; says of what goes wrong in which folder it is."""
+    try:
+        yield _read_index(folder)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{folder.name}/{error}") from error
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
+        name = Path(error.filename or folder).name
+        raise DamagedCheckpoint(
+            f"{folder.name}/{name}: must be readable, got {error.strerror}."
+        ) from error

@@ -15,6 +15,7 @@ TREES = ("lowrank_jax", "train", "configs", "benchmarks", "launch")
 
 LAYERS = (
     {"errors", "placement", "version"},
+    {"blocks"},
     {"linalg", "rules", "ranks", "folds", "optimizer_state", "purity", "pieces"}
     | {"nnx_internals"},
     {"cost", "ranked", "storage", "metadata", "families"},

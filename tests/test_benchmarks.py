@@ -23,6 +23,7 @@ from benchmarks import (
     selectors,
     step_time,
     subjects,
+    truncation,
 )
 from configs import common
 from lowrank_jax import checkpoint, factorize
@@ -135,6 +136,23 @@ def test_selectors_are_judged_within_their_budgets(tmp_path):
     headers, *cells = selectors.table(found, "loss")
     assert headers == ["selector", "1", "0.4", "s"]
     assert [row[0] for row in cells] == list(named)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cold", [False, True])
+def test_large_cuts_are_measured(tmp_path, cold):
+    """In processes of their own; what they keep is a quarter, and nothing stays."""
+    found = truncation.measure(tmp_path, 1e5, rounds=1, cold=cold)
+    assert found.keys() == truncation.SELECTORS.keys()
+    layer = 4 * truncation.width(1e5) ** 2
+    for row in found.values():
+        assert row["layer"] == layer and 0 < row["bytes"]
+        assert 0.2 < row["kept"] / (truncation.LAYERS * layer) <= 0.27
+        assert 0 < row["seconds"] < row["whole_seconds"]
+        assert 0 < row["floor"] and 0 < row["floor_reading_all"]
+    headers, *cells = truncation.table(found)
+    assert all(len(row) == len(headers) for row in cells)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

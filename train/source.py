@@ -95,6 +95,26 @@ class Source:
             return surgery.truncate(self.whole, ranks)
         return checkpoint.load(self.saved, self._stored, ranks={**self.ranks, **ranks})
 
+    def layer_by_layer(
+        self, curve: Callable[[Mapping[str, Factors]], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Returns a curve of each layer's factors.
+
+        No more than one layer is in memory at a time; of a dense checkpoint all are.
+
+        Args:
+          curve: From factors by path, which it must not keep, as `curves` has them.
+        """
+        if self._dense:
+            return curve(paths.find_factors(self.whole))
+        found: dict[str, np.ndarray] = {}
+        for path in paths.find_factors(self._stored):
+            factors = checkpoint.load_layer(self.saved, self._stored, path)
+            found |= curve({path: factors})
+            for array in jax.tree.leaves(nnx.state(factors)):
+                array.delete()  # Flax has it in a cycle, until Python collects those
+        return found
+
     def recalibrated(self, model: nnx.Module, batches: int) -> nnx.Module:
         """Re-estimates BatchNorm on training batches."""
         run = self.run
@@ -125,26 +145,11 @@ class Source:
 
     @functools.cached_property
     def _importances(self) -> dict[str, np.ndarray]:
-        return self._curves(curves.column_importances)
+        return self.layer_by_layer(curves.column_importances)
 
     @functools.cached_property
     def _spectra(self) -> dict[str, np.ndarray]:
-        return self._curves(curves.singular_values)
-
-    def _curves(
-        self, curve: Callable[[Mapping[str, Factors]], dict[str, np.ndarray]]
-    ) -> dict[str, np.ndarray]:
-        """A curve of each layer; of a stored low-rank model one layer is in memory at a
-        time."""
-        if self._dense:
-            return curve(paths.find_factors(self.whole))
-        found: dict[str, np.ndarray] = {}
-        for path in paths.find_factors(self._stored):
-            factors = checkpoint.load_layer(self.saved, self._stored, path)
-            found |= curve({path: factors})
-            for array in jax.tree.leaves(nnx.state(factors)):
-                array.delete()  # Flax has it in a cycle, until Python collects those
-        return found
+        return self.layer_by_layer(curves.singular_values)
 
     def _factorized(self, model: nnx.Module) -> nnx.Module:
         with errors.at("--checkpoint"):
