@@ -139,10 +139,10 @@ def write(path: Path, params: float) -> None:
 def cut(source: Path, output: Path, selector: Sequence[str]) -> Cut:
     """Runs `train.truncate` in a process of its own; its output is deleted."""
     figures = output.with_suffix(".json")
-    flags = (f"--checkpoint={source}", f"--output={output}", *selector)
+    arguments = (f"--checkpoint={source}", f"--output={output}", *selector)
     began = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-c", _CUT, str(figures), *flags],
+        [sys.executable, "-c", _CUT, str(figures), *arguments],
         check=True,
         cwd=Path(__file__).parents[1],
         stdout=subprocess.DEVNULL,

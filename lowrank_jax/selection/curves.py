@@ -120,8 +120,8 @@ def _check_common(factors: Mapping[str, Factors]) -> None:
 def _scaled_norms(
     structure: nnx.GraphDef[Factors], state: nnx.State
 ) -> list[tuple[Array, Array]]:
-    """The parts of the norms of the columns of u and the rows of v (`_norms`); in one
-    program, which makes no copy of the factors."""
+    """The parts of the norms of the columns of u and the rows of v (`_norms`); one
+    program, since step by step there would be several copies of the factors."""
     layer = nnx.merge(structure, state)
     sides = ((layer.active_u(None), -2), (layer.active_v(None), -1))
     found = []
