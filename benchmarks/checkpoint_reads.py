@@ -77,17 +77,18 @@ def save(path: Path, inputs: int, outputs: int, rank: int) -> None:
 def read_cut(path: Path, abstract: nnx.Module, rank: int) -> Reading:
     """Opens a checkpoint and loads it at a rank."""
     checkpoint.load(checkpoint.open_checkpoint(path), abstract, ranks={"layer": rank})
-    own = -_bytes_read() + _bytes_read()
-    before = _bytes_read()  # whatever had to be compiled is there
+    own = -bytes_read() + bytes_read()
+    before = bytes_read()  # whatever had to be compiled is there
     saved = checkpoint.open_checkpoint(path)
     model = checkpoint.load(saved, abstract, ranks={"layer": rank})
-    total = _bytes_read() - before - own
+    total = bytes_read() - before - own
     kept = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     files = (saved.path / "metadata/metadata", saved.path / "params/process_0.json")
     return Reading(kept, sum(file.stat().st_size for file in files), total)
 
 
-def _bytes_read() -> int:
+def bytes_read() -> int:
+    """Returns how many bytes this process has read so far."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["rchar"])
 

@@ -18,13 +18,9 @@ A step that is being written is a folder `STEP.orbax-checkpoint-tmp`. Nothing in
 checkpoint is executed, and no array is returned whose bytes differ from what was saved.
 """
 
-import itertools
-import json
-import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +29,6 @@ from jax.experimental import multihost_utils
 
 from lowrank_jax.active import set_ranks
 from lowrank_jax.contents import (
-    FORMAT_VERSION,
     at_ranks,
     contents,
     differences,
@@ -41,38 +36,44 @@ from lowrank_jax.contents import (
     model_items,
     read_axes,
 )
-from lowrank_jax.errors import (
-    DamagedCheckpoint,
-    ExistingFile,
-    MissingFile,
-    UserError,
-    at,
+from lowrank_jax.errors import DamagedCheckpoint, ExistingFile, UserError, at
+from lowrank_jax.factors import Factors
+from lowrank_jax.paths import find_aliases, find_factors, walk
+from lowrank_jax.pieces import read_arrays
+from lowrank_jax.ranks import (
+    Limits,
+    Ranks,
+    check_lower,
+    flatten_rank,
+    largest,
+    name_of,
 )
-from lowrank_jax.metadata import check_metadata
-from lowrank_jax.paths import find_aliases, find_factors
-from lowrank_jax.pieces import check_seal, read_arrays, verify_pieces
-from lowrank_jax.ranks import Limits, Ranks, check_lower, largest
-from lowrank_jax.storage import METADATA_FILE, StepWriter
+from lowrank_jax.steps import (
+    Saved,
+    complete_steps,
+    damaged_step,
+    open_checkpoint,
+    part_of,
+    set_aside,
+    verify,
+)
+from lowrank_jax.storage import StepWriter
 
-
-class Saved(NamedTuple):
-    """A checkpoint on disk, read as far as its metadata.
-
-    Args:
-      path: Folder of the step.
-      metadata: What it says about itself.
-    """
-
-    path: Path
-    metadata: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return self.metadata["step"]
-
-    @property
-    def max_ranks(self) -> dict[str, Any]:
-        return self.metadata["max_ranks"]
+__all__ = [
+    "CheckpointWriter",
+    "Saved",
+    "check_new_folder",
+    "complete_steps",
+    "flatten",
+    "load",
+    "load_layer",
+    "model_items",
+    "open_checkpoint",
+    "restore",
+    "save",
+    "set_aside",
+    "verify",
+]
 
 
 class CheckpointWriter:
@@ -165,9 +166,8 @@ def save(
       ExistingFile: The folder is there already.
     """
     check_new_folder(directory)
-    contents(
-        step, model, metadata or {}, items, None
-    )  # a bad value leaves no folder behind
+    # a bad value leaves no folder behind
+    contents(step, model, metadata or {}, items, None)
     writer = CheckpointWriter(directory)
     writer.save(step, model, metadata or {}, items)
     writer.close()
@@ -180,112 +180,6 @@ def check_new_folder(directory: str | Path) -> None:
             f"must not exist yet, got {directory}. Nothing is overwritten;"
             " name a new folder, or move this one away."
         )
-
-
-def open_checkpoint(path: str | Path) -> Saved:
-    """Finds a checkpoint and reads its metadata.
-
-    Args:
-      path: A step's folder, a folder of steps, or a workdir with a folder
-        `checkpoints`; of several steps the latest that is complete.
-
-    Raises:
-      MissingFile: There is no (complete) checkpoint.
-      UserError: The folder or its metadata is of another kind or another format.
-    """
-    complete = complete_steps(path)
-    if not complete:
-        names = sorted(p.name for p in _root(path).iterdir())
-        raise MissingFile(
-            f"must hold a complete checkpoint of this library, got {path}, which has"
-            f" {names}. A save that was cut off leaves a temporary or half-written"
-            " folder; use another one."
-        )
-    try:
-        metadata = json.loads((complete[0] / METADATA_FILE).read_bytes())
-        version = metadata.get("format_version")
-        if version == FORMAT_VERSION or "sha256" in metadata:
-            check_seal(metadata)
-    except DamagedCheckpoint as error:
-        raise _damaged(complete[0], f"metadata: {error}") from error
-    except (ValueError, AttributeError, RecursionError) as error:
-        text = f"metadata: must be JSON of this library, not another's, got {error}."
-        raise _damaged(complete[0], text) from error
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"must be of format {FORMAT_VERSION}, got {version} in {complete[0]}. Use"
-            f" the library version {metadata.get('library_version')} that wrote it."
-        )
-    with at(f"checkpoint {complete[0]}"):
-        check_metadata(metadata)
-    return Saved(complete[0], metadata)
-
-
-def complete_steps(path: str | Path) -> list[Path]:
-    """Finds the checkpoints that were written to their end, the latest first.
-
-    Whether their files are still as they were written, only reading them shows: go on
-    with the next one after a `DamagedCheckpoint`.
-
-    Args:
-      path: A step's folder, a folder of steps, or a workdir with a folder
-        `checkpoints`.
-
-    Raises:
-      MissingFile: There is no such folder.
-    """
-    root = _root(path)
-    steps = [p for p in root.iterdir() if p.name.isdigit()]
-    candidates = sorted(steps, key=lambda p: -int(p.name)) or [root]
-    marks = (METADATA_FILE, "_CHECKPOINT_METADATA")
-    return [p for p in candidates if all((p / mark).is_file() for mark in marks)]
-
-
-def set_aside(step: Path) -> Path:
-    """Renames a damaged step's folder, so that the step can be saved again.
-
-    Returns:
-      The new path, `STEP.damaged` or, if that is there, `STEP.damaged.1` and so on.
-    """
-    names = (f".{n}" * bool(n) for n in itertools.count())
-    paths = (step.with_name(f"{step.name}.damaged{name}") for name in names)
-    return step.rename(next(path for path in paths if not path.exists()))
-
-
-def verify(saved: Saved) -> None:
-    """Reads a whole checkpoint.
-
-    Raises:
-      DamagedCheckpoint: A file is not as it was written.
-    """
-    try:
-        for name, leaves in saved.metadata["arrays"].items():
-            if any(math.prod(shape) for shape, _ in leaves.values()):
-                verify_pieces(saved.path / name)
-    except DamagedCheckpoint as error:
-        raise _damaged(saved.path, str(error)) from error
-
-
-def _root(path: str | Path) -> Path:
-    """The folder of steps, or of one step."""
-    root = Path(path).absolute()
-    if not os.path.isdir(root):  # of a name that is too long as well
-        raise MissingFile(
-            f"must be a folder with a checkpoint, got {path}, which is not"
-            " there. Check the path."
-        )
-    return root / "checkpoints" if (root / "checkpoints").is_dir() else root
-
-
-def _damaged(step: Path, text: str) -> DamagedCheckpoint:
-    """The error for a step, with the checkpoint to use in its place."""
-    older = [
-        path
-        for path in (complete_steps(step.parent) if step.name.isdigit() else [])
-        if path.name.isdigit() and int(path.name) < int(step.name)
-    ]
-    use = f"Use the one before it, {older[0]}." if older else "Use another checkpoint."
-    return DamagedCheckpoint(f"checkpoint {step}: {text} {use}")
 
 
 def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.Module:
@@ -307,13 +201,7 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
       UserError: The checkpoint is of another model (all differences are named), or a
         rank is out of bounds.
     """
-    layers = find_factors(model)
-    if set(saved.max_ranks) != set(layers):
-        raise UserError(
-            f"checkpoint {saved.path}: low-rank layers must be {sorted(layers)}, as in"
-            f" the model, got {sorted(saved.max_ranks)}. Load it with the config it was"
-            " trained with."
-        )
+    layers = _check_layers(saved, model)
     active, allocated = saved.metadata["ranks"], saved.max_ranks
     if ranks is not None:
         aliases = find_aliases(model)
@@ -332,12 +220,43 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
     restored = restore(saved, items)
     model = nnx.merge(graphdef, restored["params"], rest, copy=True)
     nnx.update(model, restored["model_state"])
-    if ranks is None:
-        set_ranks(model, active)
-    else:  # what is allocated fits already; a stack of different ranks gets its zeros
+    set_ranks(model, active)
+    if ranks is not None:  # a stack of different ranks gets its zeros
         for path, factors in find_factors(model).items():
-            factors.cut(active[path])
+            if min(flatten_rank(active[path]), default=0) < factors.max_rank:
+                factors.zero_masked()
     return model
+
+
+def load_layer(saved: Saved, model: nnx.Module, path: str) -> Factors:
+    """Returns the factors of one layer as `load` does, at their own ranks; reads no
+    others.
+
+    Args:
+      saved: An opened checkpoint.
+      model: As for `load`.
+      path: As of `find_factors`.
+
+    Raises:
+      DamagedCheckpoint: As `load`.
+      UserError: As `load`.
+    """
+    factors = _check_layers(saved, model)[path]
+    places = [place for place, node in walk(model) if node is factors]
+    with at(name_of(path)):
+        return load(part_of(saved, path, places), factors)
+
+
+def _check_layers(saved: Saved, model: nnx.Module) -> dict[str, Factors]:
+    """Returns the model's factors, which are those of the checkpoint."""
+    layers = find_factors(model)
+    if set(saved.max_ranks) != set(layers):
+        raise UserError(
+            f"checkpoint {saved.path}: low-rank layers must be {sorted(layers)}, as in"
+            f" the model, got {sorted(saved.max_ranks)}. Load it with the config it was"
+            " trained with."
+        )
+    return layers
 
 
 def restore(saved: Saved, items: Mapping[str, Any]) -> dict[str, Any]:
@@ -384,9 +303,11 @@ def _read_together(
     arrays, problem = {}, None
     try:
         for name, leaves in templates.items():
-            arrays[name] = read_arrays(saved.path / name, leaves)
+            full = {saved.prefix + key: leaf for key, leaf in leaves.items()}
+            found = read_arrays(saved.path / name, full)
+            arrays[name] = {key: found[saved.prefix + key] for key in leaves}
     except DamagedCheckpoint as error:
-        problem = _damaged(saved.path, str(error))
+        problem = damaged_step(saved.path, str(error))
     except OSError as error:
         problem = error
     if jax.process_count() > 1:
@@ -394,7 +315,7 @@ def _read_together(
         if problem is None and failed.any():
             others = np.flatnonzero(failed).tolist()
             text = f"must be readable, got errors on processes {others}."
-            problem = _damaged(saved.path, text)
+            problem = damaged_step(saved.path, text)
     if problem is not None:
         raise problem
     return arrays

@@ -19,13 +19,11 @@ read, and none is used unchecked.
 import bisect
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import math
 import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +31,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lowrank_jax.blocks import read_blocks, write_rows
 from lowrank_jax.errors import DamagedCheckpoint
 
-BLOCK_BYTES = 4 * 2**20
-"""Blocks are not made larger than this, but for the sake of a single row."""
+_ALIGNED = 64
+"""Bytes at whose multiples JAX wants memory that it takes as it is."""
 
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
@@ -110,39 +109,13 @@ def write_pieces(folder: Path, pieces: list[Piece], process: int, count: int) ->
     offset = 0
     with _synced(folder / f"process_{process}.bin") as file:
         for key, start, axis, values in pieces:
-            rows = np.ascontiguousarray(np.moveaxis(values, axis, 0))
-            data = rows.reshape(-1).view(np.uint8)
-            row_bytes = data.size // len(rows)
-            ends = block_ends(len(rows), row_bytes)
-            blocks = [
-                data[first * row_bytes : end * row_bytes]
-                for first, end in zip([0, *ends], ends, strict=False)
-            ]
-            for block in blocks:
-                file.write(block)
+            rows = write_rows(file, offset, np.moveaxis(values, axis, 0))
             entry = {"start": start, "shape": values.shape, "axis": axis % values.ndim}
-            crc32 = [zlib.crc32(block) for block in blocks]
-            entry |= {"offset": offset, "row_bytes": row_bytes}
-            entry |= {"ends": ends, "crc32": crc32}
-            index.setdefault(key, []).append(entry)
-            offset += data.size
+            index.setdefault(key, []).append({**entry, **rows})
+            offset += values.nbytes
     about = {"processes": count, "process": process, "pieces": index}
     with _synced(folder / f"process_{process}.json") as file:
         file.write(json.dumps(seal(about)).encode())
-
-
-def block_ends(rows: int, row_bytes: int) -> list[int]:
-    """Returns where the blocks of some rows end.
-
-    >>> block_ends(40, 4)[14:]
-    [15, 16, 18, 20, 22, 24, 27, 30, 33, 37, 40]
-    """
-    most = max(1, BLOCK_BYTES // row_bytes)
-    ends = [1]
-    while ends[-1] < rows:
-        last = ends[-1]
-        ends.append(min(rows, last + most, max(last + 1, 9 * last // 8)))
-    return ends
 
 
 def read_arrays(folder: Path, templates: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -167,9 +140,9 @@ def read_arrays(folder: Path, templates: Mapping[str, Any]) -> dict[str, jax.Arr
     filled = {key: leaf for key, leaf in templates.items() if key not in arrays}
     if not filled:
         return arrays
-    with _opened(folder) as (index, open_file):
+    with _opened(folder) as index:
         read = {
-            key: _read_array(key, index.get(key, []), leaf, open_file)
+            key: _read_array(key, index.get(key, []), leaf, folder)
             for key, leaf in filled.items()
         }
     return {**arrays, **read}
@@ -181,12 +154,12 @@ def verify_pieces(folder: Path) -> None:
     Raises:
       DamagedCheckpoint: Something is missing, cut off, or differs from its checksum.
     """
-    with _opened(folder) as (index, open_file):
+    with _opened(folder) as index:
         for key, pieces in index.items():
             for piece in pieces:
                 with _named(key, piece):
-                    for block in range(len(piece["ends"])):
-                        _read_block(open_file(piece["process"]), piece, block)
+                    blocks = range(len(piece["ends"]))
+                    read_blocks(_file_of(folder, piece), piece, blocks, lambda *_: None)
 
 
 def seal(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,7 +204,7 @@ def _read_array(
     key: str,
     pieces: list[dict[str, Any]],
     template: Any,
-    open_file: Callable[[int], Any],
+    folder: Path,
 ) -> jax.Array:
     shape, dtype = template.shape, jnp.dtype(template.dtype)
     sharding = _sharding_of(template)
@@ -239,12 +212,12 @@ def _read_array(
     regions = [_bounds(index, shape) for index in indices]
     low = tuple(map(min, zip(*(start for start, _ in regions), strict=True)))
     high = tuple(map(max, zip(*(end for _, end in regions), strict=True)))
-    values = np.empty([b - a for a, b in zip(low, high, strict=True)], dtype)
+    values = _empty([b - a for a, b in zip(low, high, strict=True)], dtype)
     filled = 0
     for piece in pieces:
         with _named(key, piece):
             region = values.reshape(values.shape or 1)
-            filled += _read_piece(piece, region, low or (0,), open_file)
+            filled += _read_piece(piece, region, low or (0,), folder)
     if filled != values.size:
         raise DamagedCheckpoint(
             f"array {key}: must have {values.size} numbers, got {filled}."
@@ -256,6 +229,14 @@ def _read_array(
         return values[tuple(slice(a - n, b - n) for a, b, n in inside)]
 
     return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
+
+
+def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that JAX does not copy on a CPU, for the numbers of an array."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNED, np.uint8)
+    first = -memory.ctypes.data % _ALIGNED
+    return memory[first : first + size].view(dtype).reshape(shape)
 
 
 def _sharding_of(template: Any) -> jax.sharding.Sharding:
@@ -277,7 +258,7 @@ def _read_piece(
     piece: Mapping[str, Any],
     values: np.ndarray,
     low: tuple[int, ...],
-    open_file: Callable[[int], Any],
+    folder: Path,
 ) -> int:
     """Fills what a piece has of a region that begins at `low`; returns how much."""
     axis, ends, start = piece["axis"], piece["ends"], np.array(piece["start"])
@@ -288,32 +269,27 @@ def _read_piece(
         return 0
     first, last = begin[axis] - start[axis], begin[axis] - start[axis] + sizes[axis]
     blocks = range(bisect.bisect_right(ends, first), bisect.bisect_left(ends, last) + 1)
-    file = open_file(piece["process"])
-    data = b"".join(_read_block(file, piece, block) for block in blocks)
     row_shape = [n for i, n in enumerate(piece["shape"]) if i != axis]
-    rows = np.frombuffer(data, values.dtype).reshape(-1, *row_shape)
-    start[axis] += [0, *ends][blocks[0]]  # what was read begins there
     source, into = _slices(begin - start, sizes), _slices(begin - low, sizes)
-    values[into] = np.moveaxis(rows, 0, axis)[source]
+    inside = [part for i, part in enumerate(source) if i != axis]
+    target = np.moveaxis(values[into], axis, 0)
+
+    def take(block_first: int, block_end: int, data: np.ndarray) -> None:
+        rows = data.view(values.dtype).reshape(-1, *row_shape)
+        a, b = max(first, block_first), min(last, block_end)
+        part = slice(a - block_first, b - block_first)
+        target[a - first : b - first] = rows[(part, *inside)]
+
+    read_blocks(_file_of(folder, piece), piece, blocks, take)
     return math.prod(sizes.tolist())
+
+
+def _file_of(folder: Path, piece: Mapping[str, Any]) -> Path:
+    return folder / f"process_{piece['process']}.bin"
 
 
 def _slices(start: np.ndarray, sizes: np.ndarray) -> tuple[slice, ...]:
     return tuple(slice(a, a + n) for a, n in zip(start, sizes, strict=True))
-
-
-def _read_block(file: Any, piece: Mapping[str, Any], block: int) -> bytes:
-    edges, row_bytes = [0, *piece["ends"]], piece["row_bytes"]
-    begin, end = (piece["offset"] + row_bytes * row for row in edges[block : block + 2])
-    data = os.pread(file.fileno(), end - begin, begin)
-    if len(data) < end - begin:
-        raise DamagedCheckpoint(f"must have {end} bytes, got {begin + len(data)}.")
-    expected, found = piece["crc32"][block], zlib.crc32(data)
-    if found != expected:
-        raise DamagedCheckpoint(
-            f"its checksum must be {expected:08x}, got {found:08x}."
-        )
-    return data
 
 
 def _bounds(
@@ -345,24 +321,16 @@ def _named(key: str, piece: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[tuple[Index, Callable[[int], Any]]]:
-    """The pieces in a folder, and what opens the file of a process; says of what goes
-    wrong in which folder it is."""
-    with contextlib.ExitStack() as stack:
-
-        @functools.cache
-        def open_file(process: int) -> Any:
-            path = folder / f"process_{process}.bin"
-            return stack.enter_context(path.open("rb", buffering=0))
-
-        try:
-            yield _read_index(folder), open_file
-        except DamagedCheckpoint as error:
-            raise DamagedCheckpoint(f"{folder.name}/{error}") from error
-        except OSError as error:
-            if error.errno not in _DAMAGE:
-                raise
-            name = Path(error.filename or folder).name
-            raise DamagedCheckpoint(
-                f"{folder.name}/{name}: must be readable, got {error.strerror}."
-            ) from error
+def _opened(folder: Path) -> Iterator[Index]:
+    """The pieces in a folder; says of what goes wrong in which folder it is."""
+    try:
+        yield _read_index(folder)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{folder.name}/{error}") from error
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
+        name = Path(error.filename or folder).name
+        raise DamagedCheckpoint(
+            f"{folder.name}/{name}: must be readable, got {error.strerror}."
+        ) from error

@@ -54,8 +54,9 @@ class LayerTimes:
         return rank
 
     def less(self, nanoseconds: float) -> "LayerTimes":
-        """Returns the times without some that all of them hold; 1 ns is left."""
-        return self._each(lambda time: max(time - nanoseconds, 1.0))
+        """Returns the times without some that all of them hold; a hundredth is left,
+        so that what is faster stays so."""
+        return self._each(lambda time: max(time - nanoseconds, time / 100))
 
     def scaled(self, factor: float) -> "LayerTimes":
         """Returns the times multiplied."""

@@ -15,6 +15,7 @@ TREES = ("lowrank_jax", "train", "configs", "benchmarks", "launch", "examples")
 
 LAYERS = (
     {"errors", "placement", "version"},
+    {"blocks"},
     {"linalg", "rules", "ranks", "folds", "optimizer_state", "purity", "pieces"}
     | {"nnx_internals"},
     {"cost", "ranked", "storage", "metadata", "families", "times"},
@@ -24,6 +25,7 @@ LAYERS = (
     {"paths"},
     {"active", "factorization", "calibration", "counting", "penalties", "projections"},
     {"samplers", "surgery", "contents", "rank_major"},
+    {"steps"},
     {"checkpoint", "elastic", "export", "latency", "selection", "shrinking", "summary"},
     {"lowrank_jax"},
 )

@@ -26,6 +26,7 @@ from benchmarks import (
     selectors,
     step_time,
     subjects,
+    truncation,
 )
 from configs import common
 from examples import serve_digits
@@ -191,6 +192,23 @@ def test_searches_are_timed_with_what_is_compiled():
     assert figures["layers"] == 2 and figures["examples"] == 1177 // 600 * 600
     for name in ("vectors_per_second", "first_seconds", "beam_seconds"):
         assert figures[name] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cold", [False, True])
+def test_large_cuts_are_measured(tmp_path, cold):
+    """In processes of their own; what they keep is a quarter, and nothing stays."""
+    found = truncation.measure(tmp_path, 1e5, rounds=1, pause=0.0, cold=cold)
+    assert found.keys() == truncation.SELECTORS.keys()
+    layer = 4 * truncation.width(1e5) ** 2
+    for row in found.values():
+        assert row["layer"] == layer and 0 < row["bytes"]
+        assert 0.2 < row["kept"] / (truncation.LAYERS * layer) <= 0.27
+        assert 0 < row["seconds"] < row["whole_seconds"]
+        assert 0 < row["floor"] and 0 < row["floor_reading_all"]
+    headers, *cells = truncation.table(found)
+    assert all(len(row) == len(headers) for row in cells)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

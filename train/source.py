@@ -1,10 +1,11 @@
 """A checkpoint opened to be cut: what its ranks can be chosen by, and loads at them."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from lowrank_jax import (
@@ -17,6 +18,7 @@ from lowrank_jax import (
     paths,
     surgery,
 )
+from lowrank_jax.factors import Factors
 from lowrank_jax.ranks import Ranks, check_lower
 from lowrank_jax.selection import curves
 from lowrank_jax.selection.context import Context, Score
@@ -128,6 +130,26 @@ class Source:
             return surgery.truncate(self.whole, ranks)
         return checkpoint.load(self.saved, self._stored, ranks={**self.ranks, **ranks})
 
+    def layer_by_layer(
+        self, curve: Callable[[Mapping[str, Factors]], dict[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Returns a curve of each layer's factors.
+
+        No more than one layer is in memory at a time; of a dense checkpoint all are.
+
+        Args:
+          curve: From factors by path, which it must not keep, as `curves` has them.
+        """
+        if self._dense:
+            return curve(paths.find_factors(self.whole))
+        found: dict[str, np.ndarray] = {}
+        for path in paths.find_factors(self._stored):
+            factors = checkpoint.load_layer(self.saved, self._stored, path)
+            found |= curve({path: factors})
+            for array in jax.tree.leaves(nnx.state(factors)):
+                array.delete()  # Flax has it in a cycle, until Python collects those
+        return found
+
     def recalibrated(self, model: nnx.Module, batches: int) -> nnx.Module:
         """Re-estimates BatchNorm on training batches."""
         run = self.run
@@ -154,8 +176,8 @@ class Source:
         return Context(
             self.ranks,
             self.cost,
-            lambda: curves.column_importances(paths.find_factors(self.whole)),
-            lambda: curves.singular_values(paths.find_factors(self.whole)),
+            lambda: self._importances,
+            lambda: self._spectra,
             scored,
             paths.find_aliases(self._structure),
             () if self._dense else family_of(self.saved),
@@ -164,6 +186,14 @@ class Source:
                 self.run.placement.put_model(self.whole), self.run
             ),
         )
+
+    @functools.cached_property
+    def _importances(self) -> dict[str, np.ndarray]:
+        return self.layer_by_layer(curves.column_importances)
+
+    @functools.cached_property
+    def _spectra(self) -> dict[str, np.ndarray]:
+        return self.layer_by_layer(curves.singular_values)
 
     def _factorized(self, model: nnx.Module) -> nnx.Module:
         with errors.at("--checkpoint"):

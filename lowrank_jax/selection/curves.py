@@ -1,10 +1,13 @@
 """What each rank of each layer keeps: curves from factors, as plain numbers."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float
 
 from lowrank_jax import linalg, placement
@@ -24,10 +27,11 @@ def column_importances(
       UserError: Factors with one rank per example.
     """
     check_common(factors)
-    return {
-        path: _norms(layer.active_u(None), -2) * _norms(layer.active_v(None), -1)
-        for path, layer in factors.items()
-    }
+    found = {}
+    for path, layer in factors.items():
+        left, right = _scaled_norms(*nnx.split(layer))
+        found[path] = _norms(*left) * _norms(*right)
+    return found
 
 
 def singular_values(
@@ -126,11 +130,27 @@ def check_common(factors: Mapping[str, Factors]) -> None:
         )
 
 
-def _norms(matrix: Float[Array, "*stack a b"], axis: int) -> Float[np.ndarray, "..."]:
-    """Returns norms along an axis, without the underflow of squares in float32."""
-    wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-    largest = jnp.max(jnp.abs(wide), axis=axis, keepdims=True, initial=0)
-    unit = wide / jnp.where(largest == 0, 1, largest)
-    squares = placement.to_host(jnp.sum(jnp.square(unit), axis=axis))
-    largest = placement.to_host(jnp.squeeze(largest, axis))
-    return np.sqrt(squares.astype(np.float64)) * largest.astype(np.float64)
+@functools.partial(jax.jit, static_argnums=0)
+def _scaled_norms(
+    structure: nnx.GraphDef[Factors], state: nnx.State
+) -> list[tuple[Array, Array]]:
+    """The parts of the norms of the columns of u and the rows of v (`_norms`); one
+    program, since step by step there would be several copies of the factors."""
+    layer = nnx.merge(structure, state)
+    sides = ((layer.active_u(None), -2), (layer.active_v(None), -1))
+    found = []
+    for matrix, axis in sides:
+        wide = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+        largest = jnp.max(jnp.abs(wide), axis=axis, keepdims=True, initial=0)
+        unit = wide / jnp.where(largest == 0, 1, largest)
+        found.append((jnp.sum(jnp.square(unit), axis=axis), jnp.squeeze(largest, axis)))
+    return found
+
+
+def _norms(
+    squares: Float[Array, "*stack r"], largest: Float[Array, "*stack r"]
+) -> Float[np.ndarray, "*stack r"]:
+    """Returns norms by the squares over the largest number, and that: squares alone
+    would underflow in float32."""
+    roots = np.sqrt(placement.to_host(squares).astype(np.float64))
+    return roots * placement.to_host(largest).astype(np.float64)

@@ -66,7 +66,7 @@ def test_layers_with_the_same_factors_add_up():
 def test_layers_take_no_more_than_their_model():
     """What a call costs is taken off; of what is still too much, the same share."""
     less = LAYER.less(50.0)
-    assert less.dense_latency == 50 and less.at("factored", 1) == 1
+    assert less.dense_latency == 50 and less.at("factored", 1) == 0.2
     assert [less.at("factored", rank) for rank in (4, 8)] == [30, 70]
     model = ModelTimes.of(40.0, {"a": less, "b": less})
     assert model.layers["a"].dense_latency == 20
