@@ -41,7 +41,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 benchmark: $(READY)
-	for name in step_time inference scaling host_time penalty_time elastic; do \
+	for name in step_time inference scaling host_time penalty_time latency elastic; do \
 	  $(BIN)/python -m benchmarks.$$name --docs=docs/results.md || exit 1; done
 	$(MAKE) peers
 
