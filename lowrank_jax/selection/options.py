@@ -102,6 +102,11 @@ def ranks_at(table: Sequence[Options], chosen: Sequence[int]) -> list[int]:
     return [int(one.ranks[at]) for one, at in zip(table, chosen, strict=True)]
 
 
+def all_fit(table: Sequence[Options], budget: float) -> bool:
+    """Returns whether the active ranks of all matrices are within a budget."""
+    return sum(one.costs[-1] for one in table) <= budget
+
+
 def check_least(table: Sequence[Options], budget: float, multiple_of: int) -> None:
     """Raises SmallBudget where the cheapest options of all matrices exceed a budget."""
     least = sum(one.costs.min() for one in table)

@@ -107,6 +107,8 @@ def local_search(
             " them."
         )
     budget = check_budget(costs, max_ranks, fraction, measure)
+    if total_cost(costs, max_ranks, measure) <= budget:
+        return dict(max_ranks)
     fitting = _unique(
         ranks for ranks in starts if total_cost(costs, ranks, measure) <= budget
     )

@@ -129,6 +129,8 @@ def by_price(
     table, (budget,) = _within(
         costs, max_ranks, errors, [fraction], measure, multiple_of
     )
+    if options.all_fit(table, budget):
+        return dict(max_ranks)
     path = hull.nested_path(table)
     first = int(np.argmax(path.costs <= budget))
     return options.as_ranks(max_ranks, options.ranks_at(table, path.options[first]))
@@ -159,6 +161,8 @@ def by_knapsack(
     table, (budget,) = _within(
         costs, max_ranks, errors, [fraction], measure, multiple_of
     )
+    if options.all_fit(table, budget):
+        return dict(max_ranks)
     chosen = knapsack.solve(table, budget)
     return options.as_ranks(max_ranks, options.ranks_at(table, chosen))
 
@@ -185,8 +189,12 @@ def by_chain(
     """
     table, totals = _within(costs, max_ranks, errors, fractions, measure, multiple_of)
     return [
-        options.as_ranks(max_ranks, options.ranks_at(table, chosen))
-        for chosen in knapsack.best_chain(table, totals)
+        dict(max_ranks)
+        if options.all_fit(table, budget)
+        else options.as_ranks(max_ranks, options.ranks_at(table, chosen))
+        for budget, chosen in zip(
+            totals, knapsack.best_chain(table, totals), strict=True
+        )
     ]
 
 
@@ -211,7 +219,7 @@ def _within(
 
 def _at_level(table: list[Options], max_ranks: Ranks, budget: float) -> dict[str, Any]:
     """The lowest level of error whose ranks cost no more than the budget."""
-    if not table or sum(one.costs[-1] for one in table) <= budget:
+    if options.all_fit(table, budget):
         return dict(max_ranks)
     levels = np.unique(np.concatenate([one.errors for one in table]))
     # Of each matrix the first option at the level or below; errors fall.
