@@ -22,6 +22,7 @@ from lowrank_jax.factors import Factors
 from lowrank_jax.ranks import Ranks, check_lower
 from lowrank_jax.selection import curves
 from lowrank_jax.selection.context import Context, Score
+from lowrank_jax.selection.tails import Errors
 from lowrank_jax.times import ModelTimes
 from train import scoring
 from train.model import (
@@ -162,30 +163,35 @@ class Source:
     def context(self) -> Context:
         """What a selector may look at; the weights and the data are read when it
         does."""
-
-        @functools.cache
-        def scorer() -> Score:
-            model = self.run.placement.put_model(self.whole)
-            return scoring.make_score(model, self.run)
-
-        def scored(candidates: Sequence[Ranks]) -> list[float]:
-            found = scorer()(candidates)
-            self.scored += zip(candidates, found, strict=True)
-            return found
-
         return Context(
             self.ranks,
             self.cost,
             lambda: self._importances,
             lambda: self._spectra,
-            scored,
+            self._scores,
             paths.find_aliases(self._structure),
             () if self._dense else family_of(self.saved),
             lambda: self.times,
-            lambda: scoring.output_losses(
-                self.run.placement.put_model(self.whole), self.run
-            ),
+            lambda: self._output_losses,
         )
+
+    def _scores(self, candidates: Sequence[Ranks]) -> list[float]:
+        found = self._scorer(candidates)
+        self.scored += zip(candidates, found, strict=True)
+        return found
+
+    @functools.cached_property
+    def _scorer(self) -> Score:
+        return scoring.make_score(self._placed, self.run)
+
+    @functools.cached_property
+    def _output_losses(self) -> Errors:
+        return scoring.output_losses(self._placed, self.run)
+
+    @property
+    def _placed(self) -> nnx.Module:
+        """The whole model where the run has its arrays."""
+        return self.run.placement.put_model(self.whole)
 
     @functools.cached_property
     def _importances(self) -> dict[str, np.ndarray]:
