@@ -95,8 +95,7 @@ def local_search(
       fraction: As of `beam_search`.
       measure: As of `beam_search`.
       rounds: How often neighbours are scored, at most.
-      steps: The first swaps are of the budget divided by it, and each smaller one of
-        half.
+      steps: The first swaps are of the budget divided by it, later ones of half.
 
     Raises:
       UserError: As `beam_search`, or no start is within the budget.
