@@ -98,8 +98,11 @@ def test_every_size_is_the_cut_model(name, rule, views):
             inputs = inputs_for(spec, rows)
             found = elastic(inputs, size=size)
             assert isinstance(found, np.ndarray) and len(found) == rows
-            wanted = cut(jnp.asarray(inputs)).astype(jnp.float32)
-            assert relative_error(found.astype(np.float32), wanted) <= 1e-5
+            wanted = cut(jnp.asarray(inputs))
+            # bfloat16 is rounded after sums whose order differs from XLA to XLA
+            most = 1e-5 if wanted.dtype == jnp.float32 else 4e-3
+            error = relative_error(found.astype(np.float32), wanted.astype(jnp.float32))
+            assert error <= most
     assert elastic.sizes["whole"] == lr.max_ranks(model)
     assert list(elastic.sizes) == list(sizes)
 
