@@ -98,7 +98,10 @@ class Elastic:
         statistics = statistics or {}
         _check(model, sizes, example, batches, statistics)
         self._batches = sorted(batches)
-        self._example = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in example]
+        self._example = [
+            jax.ShapeDtypeStruct(x.shape[1:], jax.dtypes.canonicalize_dtype(x.dtype))
+            for x in example
+        ]
         ranks = {name: _ranks_of(name, model, given) for name, given in sizes.items()}
         on_cpu = next(iter(_devices(model))).platform == "cpu"
         if views and not on_cpu:
@@ -197,7 +200,7 @@ class Elastic:
         return lowered.compile()
 
     def _check_size(self, name: str) -> None:
-        if name not in self._sizes:
+        if not isinstance(name, str) or name not in self._sizes:
             raise UserError(
                 f"size: must be one of {list(self._sizes)}, got {name!r}. Choose one."
             )
@@ -227,6 +230,11 @@ def _check(
     statistics: Mapping[str, Any],
 ) -> None:
     """Raises UserError for arguments that fit no model, and for one without factors."""
+    if not isinstance(sizes, Mapping) or isinstance(batches, int):
+        raise UserError(
+            "sizes, batches: must be a mapping of names to ranks and a list of whole"
+            f" numbers, got {sizes!r} and {batches!r}. Give these."
+        )
     problems = []
     if not sizes:
         problems.append("sizes: must be at least one, got none. Name its ranks.")

@@ -5,13 +5,13 @@ take, in turn with its dense twin; equal layers are measured once. A whole model
 at any ranks is then what its dense twin takes, less what its layers save.
 """
 
+import hashlib
 import json
 import math
 import os
 import platform
 import re
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -24,18 +24,17 @@ from flax import nnx
 from lowrank_jax.counting import Call, trace_calls
 from lowrank_jax.errors import UserError, at
 from lowrank_jax.factors import Factors
+from lowrank_jax.latency_files import DENSE, Table, read_table, write_table
 from lowrank_jax.layers import LowRankLayer
+from lowrank_jax.nnx_internals import attributes
 from lowrank_jax.paths import find_factors, find_layers
 from lowrank_jax.ranks import Ranks, largest, lowest, name_of
 from lowrank_jax.surgery import merge, take_forms, truncate
 from lowrank_jax.times import MERGED, LayerTimes, ModelTimes
 
-Table = dict[str, dict[str, dict[str, float]]]
-"""By layer, form ("dense" too) and rank, as text: ns."""
-
-DENSE = "dense"
 _ROUNDS = 9
 _LEAST = 2e-3  # seconds that a round runs each variant for
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")
 _MODEL = re.compile(r"^model name\s*: (.*)$", re.MULTILINE)
 
 
@@ -58,8 +57,13 @@ class LatencyTable:
     Args:
       path: JSON file that keeps them: read if it is there, written after measuring.
         None keeps them in memory.
-      any_device: Take a file of another device or of another version of JAX too.
+      any_device: Take a file of another device or of another version of JAX too; what
+        is measured here is not written into it.
       points: How many ranks of a layer are measured.
+
+    Attributes:
+      layers: What is known, by a name that says all that a layer's time depends on but
+        its form and its rank.
 
     Raises:
       UserError: The file is of another device, or no such table.
@@ -73,16 +77,17 @@ class LatencyTable:
         points: int = 6,
     ):
         self._path, self._points = None if path is None else Path(path), points
-        self._device, self._layers = device_name(), {}
+        self._device, self._foreign = device_name(), False
+        self.layers: Table = {}
         if self._path is not None and self._path.exists():
             with at(f"latency table {self._path}"):
-                theirs, self._layers = _read(self._path)
-                if theirs != self._device and not any_device:
+                theirs, self.layers = read_table(self._path)
+                self._foreign = theirs != self._device
+                if self._foreign and not any_device:
                     raise UserError(
                         f"must be of this device, {self._device}, got one of {theirs}."
                         " Measure here into a new file, or allow any device."
                     )
-                self._device = theirs
 
     def times(
         self,
@@ -106,24 +111,27 @@ class LatencyTable:
           UserError: A layer that no call shows, that is stacked for a scan, or that
             takes more than one array.
         """
-        rows = _called_layers(model, *example)
-        calls = {_key(layer, call): (layer, call) for _, layer, call in rows}
+        if not forms:
+            raise UserError("forms: must be one at least, got none. Name one.")
+        rows = called_layers(model, *example)
+        # Of equal layers the one whose rank is highest: it has all ranks of the others.
+        rows.sort(key=lambda row: largest(row[1].factors.get_rank()))
+        calls = {_key(layer, call): (path, layer, call) for path, layer, call in rows}
         ranks: dict[str, set[int]] = {key: set() for key in calls}
         for owner, layer, call in rows:
-            if at_ranks is not None:
-                several = {largest(at_ranks[owner])}
-            else:
-                several = _ladder(largest(layer.factors.get_rank()), self._points)
-            ranks[_key(layer, call)] |= several
-        known = json.dumps(self._layers)
-        for key, (layer, call) in calls.items():
-            with at(key):
+            rank = None if at_ranks is None else largest(at_ranks[owner])
+            with at(name_of(owner)):
+                ranks[_key(layer, call)] |= _wanted(layer, rank, self._points)
+        known = json.dumps(self.layers)
+        for key, (path, layer, call) in calls.items():
+            with at(name_of(path)):
                 self._complete(key, layer, call, forms, ranks[key])
-        if self._path is not None and json.dumps(self._layers) != known:
-            _write(self._path, self._device, self._layers)
+        changed = json.dumps(self.layers) != known
+        if self._path is not None and changed and not self._foreign:
+            write_table(self._path, self._device, self.layers)
         timers = {
             key: _compiled(merge(layer), _filled(call.inputs), method=call.method)
-            for key, (layer, call) in calls.items()
+            for key, (_, layer, call) in calls.items()
         }
         timers["model"] = _compiled(merge(model), *map(_filled, example))
         timers["call"] = _compiled(_Nothing(), jax.numpy.zeros(()))
@@ -145,7 +153,7 @@ class LatencyTable:
         ranks: Collection[int],
     ) -> None:
         """Measures what is not known of a layer."""
-        entry = self._layers.setdefault(key, {})
+        entry = {form: {**of} for form, of in self.layers.get(key, {}).items()}
         missing = [
             (form, rank)
             for form in forms
@@ -160,12 +168,13 @@ class LatencyTable:
         for (form, rank), nanoseconds in measured.items():
             # as a share of dense: what was measured on another day agrees
             entry.setdefault(form, {})[str(rank)] = nanoseconds / now * before
+        self.layers[key] = entry
 
     def _at_speed(
         self, key: str, dense: float, forms: Collection[str], ranks: Collection[int]
     ) -> LayerTimes:
         """What is known of a layer, where its dense twin takes so long today."""
-        entry = self._layers[key]
+        entry = self.layers[key]
         scale = dense / entry[DENSE]["0"]
         known = {
             form: {rank: scale * entry[form][str(rank)] for rank in sorted(ranks)}
@@ -183,7 +192,7 @@ class _Nothing(nnx.Module):
         return x + 1
 
 
-def _called_layers(
+def called_layers(
     model: nnx.Module, *example: Any
 ) -> list[tuple[str, LowRankLayer, Call]]:
     """Lists the calls of all low-rank layers, by the path that their factors have."""
@@ -299,58 +308,36 @@ def _filled(shape: Any) -> jax.Array:
     return jax.numpy.zeros(shape.shape, shape.dtype)
 
 
-def _ladder(active: int, points: int) -> set[int]:
-    """Ranks to measure: 1, the active one, and evenly spaced ones between."""
+def _wanted(layer: LowRankLayer, rank: int | None, points: int) -> set[int]:
+    """The ranks to measure: a given one, or 1, the active one, and evenly spaced ones
+    between."""
+    active = largest(layer.factors.get_rank())
+    if rank is not None and rank > active:
+        raise UserError(
+            f"rank must be at most the active one, {active}, got {rank}. Lower it."
+        )
+    if rank is not None or not active:
+        return {rank or 0}
     spaced = {round(active * step / points) for step in range(1, points + 1)}
-    return ({1} | spaced) - {0} if active else {0}
+    return ({1} | spaced) - {0}
 
 
 def _key(layer: LowRankLayer, call: Call) -> str:
-    """What a layer's time depends on, but for form and rank."""
+    """What a layer's time depends on, but for form and rank: shapes to be read, and a
+    digest of all that its attributes say."""
     kernel = "x".join(map(str, layer.fold.kernel_shape))
     shapes = [
         f"{one.dtype}[{','.join(map(str, one.shape))}]"
         for one in (call.inputs, call.outputs)
     ]
+    about = {
+        name: getattr(value, "__qualname__", _ADDRESS.sub("", repr(value)))
+        for name, value in attributes(layer).items()
+        if not isinstance(value, nnx.Module | nnx.Variable | nnx.Rngs)
+    }
+    factors = layer.factors
+    about["factors"] = f"{type(factors).__name__} {factors.depth} {factors.s is None}"
+    digest = hashlib.sha256(repr(sorted(about.items())).encode()).hexdigest()[:12]
     kind = f"{type(layer).__name__}.{call.method}"
-    return f"{kind} {layer.factors.u.dtype}[{kernel}] {' -> '.join(shapes)}"
-
-
-def _read(path: Path) -> tuple[str, Table]:
-    """Reads a file, checked number by number."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        layers = {
-            str(key): {
-                str(form): {
-                    str(int(rank)): _positive(value) for rank, value in times.items()
-                }
-                for form, times in entry.items()
-            }
-            for key, entry in found["layers"].items()
-        }
-        for entry in layers.values():
-            _ = entry[DENSE]["0"]
-        return str(found["device"]), layers
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"must be a file that this library has written, got another ({error})."
-            " Name a new one."
-        ) from error
-
-
-def _positive(value: Any) -> float:
-    if isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"a time is {value!r}")
-    return float(value)
-
-
-def _write(path: Path, device: str, layers: Table) -> None:
-    """Writes beside the file, and renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"device": device, "layers": layers}, indent=1, sort_keys=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text + "\n")
-    os.replace(file.name, path)
+    dtype = factors.u.dtype
+    return f"{kind} {dtype}[{kernel}] {' -> '.join(shapes)} {digest}"

@@ -128,7 +128,8 @@ class ModelTimes(NamedTuple):
         if fraction < 1 and least > fraction * self.dense:
             raise SmallBudget(
                 f"latency_fraction: must be at least {least / self.dense:.4g} here"
-                f" (rank 1 in every layer), got {fraction}. Raise it."
+                f" (rank 1 in every layer) of {self.dense / 1e6:.4g} ms, got"
+                f" {fraction:.4g}. Raise it."
             )
         layers = sum(self.layers[path].dense_latency for path in ranks)
         return 1 - (1 - fraction) * self.dense / layers if layers else 1.0

@@ -18,7 +18,7 @@ LAYERS = (
     {"blocks"},
     {"linalg", "rules", "ranks", "folds", "optimizer_state", "purity", "pieces"}
     | {"nnx_internals"},
-    {"cost", "ranked", "storage", "metadata", "families", "times"},
+    {"cost", "ranked", "storage", "metadata", "families", "times"} | {"latency_files"},
     {"factors"},
     {"forms"},
     {"layers"},

@@ -224,7 +224,10 @@ class _Cutter:
         self._chosen[name if size is None else f"{name}, {size:g}"] = ranks
         if output is None:
             cuts.print_table(source.cost, before, source.cost, ranks)
-            return cuts.figures(None, source.cost, ranks)
+            found = cuts.figures(None, source.cost, ranks)
+            return (
+                found | self._measured(self._model(ranks)) if self._by_time else found
+            )
         form = source.timing.form
         model = source.at(ranks) if form == Factors.form else self._model(ranks)
         if self._batches:

@@ -14,7 +14,7 @@ from lowrank_jax import checkpoint, export
 from lowrank_jax.errors import UserError
 
 FORMATS = ("orbax", "safetensors", "stablehlo")
-_TOLERANCE = 1e-3  # of a program's outputs, relative: products may be in another order
+_TOLERANCE = 1e-2  # of a program's outputs, relative; in bfloat16 they are off by 4e-3
 
 
 def save(
@@ -76,17 +76,20 @@ def _compare_arrays(read: nnx.Module, written: nnx.Module) -> None:
 def _compare_outputs(
     program: bytes, model: nnx.Module, example: Sequence[jax.ShapeDtypeStruct]
 ) -> None:
-    """On two examples of ones."""
-    inputs = [np.ones((2, *one.shape[1:]), one.dtype) for one in example]
+    """On random examples; where numbers are whole, of ones and twos."""
+    rng = np.random.default_rng(0)
+    inputs = [
+        rng.standard_normal((2, *one.shape[1:])).astype(one.dtype)
+        if np.issubdtype(one.dtype, np.floating)
+        else rng.integers(1, 3, (2, *one.shape[1:])).astype(one.dtype)
+        for one in example
+    ]
     model.eval()
     found = np.asarray(export.from_stablehlo(program)(*inputs))
     expected = np.asarray(model(*inputs))
-    if not np.allclose(found, expected, rtol=0, atol=_TOLERANCE * _largest(expected)):
+    largest = float(np.abs(expected).max(initial=0.0))
+    if not np.allclose(found, expected, rtol=0, atol=_TOLERANCE * largest):
         raise UserError(
             "--format: stablehlo must have the model's outputs, got one that is off by"
             f" {np.abs(found - expected).max():.3g}. Report it, and use safetensors."
         )
-
-
-def _largest(values: np.ndarray) -> float:
-    return float(np.abs(values).max(initial=1.0))

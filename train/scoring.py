@@ -1,8 +1,11 @@
 """What is asked of held-out examples to choose ranks: losses, and layers' outputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.selection import activations
@@ -58,9 +61,17 @@ def output_losses(model: nnx.Module, run: Run) -> Errors:
     """
     return activations.output_losses(
         _fast(model, run),
-        run.stop.polled(run.scoring_batches()),
+        map(_without_padding, run.stop.polled(run.scoring_batches())),
         lambda model, batch: model(*run.task.inputs(batch, None)),
     )
+
+
+def _without_padding(batch: Mapping[str, Array]) -> Mapping[str, Any]:
+    """The examples of a batch that count."""
+    counts = np.asarray(batch["weight"]) > 0
+    if counts.all():
+        return batch
+    return {name: np.asarray(array)[counts] for name, array in batch.items()}
 
 
 def _fast(model: nnx.Module, run: Run) -> nnx.Module:

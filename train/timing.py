@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from lowrank_jax import errors, latency, paths, surgery
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import SmallBudget, UserError
 from lowrank_jax.forms import FORMS, Factors
 from lowrank_jax.ranks import Ranks
 from lowrank_jax.times import MERGED, ModelTimes
@@ -22,7 +22,7 @@ Inputs: TypeAlias = Sequence[jax.ShapeDtypeStruct]
 AUTO = "auto"
 """The form that is the fastest, layer by layer."""
 CHOICES = (AUTO, *sorted((*FORMS, MERGED)))
-_TRIES = 4
+_TRIES = 6
 _TOLERANCE = 1.05  # of the budget; what is measured twice differs by so much
 
 
@@ -108,23 +108,33 @@ def fitting(
     Raises:
       UserError: None are found.
     """
-    wanted = fraction
+    wanted, too_slow, too_small = fraction, fraction, 0.0
     for _ in range(_TRIES):
-        ranks = choose(wanted)
+        try:
+            ranks = choose(wanted)
+        except SmallBudget:
+            if wanted == fraction:
+                raise
+            too_small = wanted
+            wanted = (too_small + too_slow) / 2
+            continue
         share = share_of(ranks)
         print(f"{share:.3f} of the dense model's time is measured", flush=True)
         if share <= _TOLERANCE * fraction:
             return ranks
-        wanted *= fraction / share
+        too_slow = wanted
+        wanted = max(
+            wanted * fraction / share, (too_small + too_slow) / 2 * bool(too_small)
+        )
     raise UserError(
-        f"--latency: must be met by what is measured, got {share:.3g} for"
-        f" {fraction:.3g} of the dense model's time. Raise it, or measure on an idle"
-        " machine."
+        "latency: must be met by what is measured, got no ranks that take"
+        f" {fraction:.3g} of the dense model's time. Raise the budget, or measure on an"
+        " idle machine."
     )
 
 
 def _cached_table() -> Path:
     """This device's own file among the user's caches."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(latency.device_name().encode()).hexdigest()
     return caches / "lowrank_jax" / "latency" / f"{digest[:16]}.json"

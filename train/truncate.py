@@ -41,7 +41,7 @@ _FORM = flags.DEFINE_enum(
     timing.CHOICES,
     "Form of the cut layers: factored can be cut again, gauge is smaller, auto is what"
     " is measured to be fastest, layer by layer. The default is factored; with a budget"
-    " of time it is auto.",
+    " of time for one model it is auto.",
 )
 _BATCH = flags.DEFINE_integer(
     "latency_batch", 1, "Examples in a call whose time is measured.", lower_bound=1
@@ -95,7 +95,8 @@ def _main() -> None:
         },
     )
     wanted = selecting.with_budget(selecting.from_flags(_SELECTORS), _BUDGETS)
-    form = _FORM.value or (timing.AUTO if wanted.by_time else Factors.form)
+    one_by_time = wanted.by_time and not wanted.sizes
+    form = _FORM.value or (timing.AUTO if one_by_time else Factors.form)
     _check_timing(wanted.by_time, form)
     _check_outputs(wanted.sizes, wanted.by_time)
     with contextlib.ExitStack() as stack:
@@ -152,28 +153,48 @@ def _check_outputs(sizes: Sequence[float], by_time: bool) -> None:
             f"--form: acts only where a model is written, got {_FORM.value} with"
             " --dry_run. Drop one."
         )
-    if _RANKS_FILE.value is not None:
-        if sizes:
+    unused = {"--format": _FORMAT.value != "orbax", "--recalibrate": _unused_batches()}
+    if _DRY_RUN.value and any(unused.values()):
+        raise UserError(
+            f"{', '.join(name for name in unused if unused[name])}: acts only where a"
+            " model is written, got --dry_run. Drop one."
+        )
+    if _RANKS_FILE.value is not None and sizes:
+        raise UserError(
+            "--ranks_file: must be of one size, got"
+            f" --family={','.join(map(str, sizes))}. Drop it: each folder has its"
+            " ranks."
+        )
+    _check_files()
+
+
+def _unused_batches() -> bool:
+    """Whether BatchNorm would be re-estimated for nothing."""
+    return _RECALIBRATE.value and not flags.FLAGS["max_drop"].present
+
+
+def _check_files() -> None:
+    """Refuses files that are there or cannot be, and one place for two things."""
+    for flag in (_RANKS_FILE, _PLOT):
+        if flag.value is None:
+            continue
+        path = Path(flag.value)
+        if not path.parent.is_dir() or path.exists():
             raise UserError(
-                "--ranks_file: must be of one size, got"
-                f" --family={','.join(map(str, sizes))}. Drop it: each folder has its"
-                " ranks."
-            )
-        path = Path(_RANKS_FILE.value)
-        if not path.parent.is_dir() or path.exists() or path == _output_path():
-            raise UserError(
-                "--ranks_file: must be a new file in a folder that is there, got"
+                f"--{flag.name}: must be a new file in a folder that is there, got"
                 f" {path}. Name another."
             )
-        with errors.at("--ranks_file"):
+        with errors.at(f"--{flag.name}"):
             folders.check_new_file(path)
-    if _PLOT.value is not None:
-        with errors.at("--plot"):
-            folders.check_new_file(_PLOT.value)
-
-
-def _output_path() -> Path | None:
-    return None if _OUTPUT.value is None else Path(_OUTPUT.value)
+    places: dict[Path, str] = {}
+    for flag in (_OUTPUT, _RANKS_FILE, _PLOT, _TABLE):
+        if flag.value is not None:
+            other = places.setdefault(Path(flag.value).absolute(), flag.name)
+            if other != flag.name:
+                raise UserError(
+                    f"--{flag.name}: must be another place than --{other}, got"
+                    f" {flag.value} for both. Name another."
+                )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def test_equal_layers_are_measured_once(table):
     """At 1, the active rank, and evenly between, in every form."""
     found = json.loads(table.read_text())
     assert found["device"] == latency.device_name()
-    assert sorted(found["layers"]) == [
+    keys = [key.rpartition(" ")[0] for key in found["layers"]]  # less a digest
+    assert keys == [
         "LowRankLinear.__call__ float32[12x12] float32[2,12] -> float32[2,12]",
         "LowRankLinear.__call__ float32[12x5] float32[2,12] -> float32[2,5]",
     ]
@@ -91,8 +92,40 @@ def test_what_is_known_is_not_measured_again(table, tmp_path):
     assert set(head["factored"]) == {"1", "2", "3", "5"}
 
 
+def test_equal_layers_at_other_ranks_have_their_own_times():
+    """Each is measured at ranks that it has; the higher one's are not the lower's."""
+    model = lr.truncate(two_equal_layers(), {"layers/0": 12, "layers/1": 2})
+    table = latency.LatencyTable()
+    ranks = lr.get_ranks(model)
+    found = table.times(model, INPUTS, forms=("factored",), at_ranks=ranks)
+    for path in ("layers/0", "layers/1"):
+        assert sorted(found.layers[path].forms["factored"]) == [2, 12]
+    for higher in ({"layers/1": 3}, {"layers/0": 99}):
+        with pytest.raises(UserError, match="rank must be at most the active one"):
+            table.times(model, INPUTS, at_ranks=ranks | higher)
+
+
+def test_what_sets_a_layers_time_is_in_its_name():
+    """Dilation and scheme, for which shapes are the same; not the values."""
+    x = jax.ShapeDtypeStruct((1, 8, 8, 4), "float32")
+
+    def key(rule="full", **options):
+        keys = nnx.Rngs(options.pop("seed", 0))
+        conv = nnx.Conv(4, 4, (3, 3), rngs=keys, **options)
+        table = latency.LatencyTable(points=1)
+        table.times(
+            lr.factorize(nnx.Sequential(conv), [(".*", rule)]), x, forms=(MERGED,)
+        )
+        (name,) = table.layers
+        return name
+
+    names = [key(), key(kernel_dilation=2), key({"scheme": 3}), key({"with_s": True})]
+    assert len(set(names)) == 4
+    assert key(seed=1) == names[0]
+
+
 def test_a_layer_that_is_called_twice(tmp_path):
-    """A layer that is called twice is measured once."""
+    """It is measured once, and counts twice, by a table that says its time."""
     layer = nnx.Linear(12, 12, rngs=nnx.Rngs(0))
     once = lr.factorize(nnx.Sequential(layer))
     twice = lr.factorize(nnx.Sequential(layer, layer))
@@ -100,8 +133,34 @@ def test_a_layer_that_is_called_twice(tmp_path):
     table = latency.LatencyTable(path, points=1)
     assert table.times(once, INPUTS).layers.keys() == {"layers/0"}
     before = path.read_bytes()
+    rows = latency.called_layers(twice, INPUTS)
+    assert [owner for owner, _, _ in rows] == ["layers/0", "layers/0"]
     assert table.times(twice, INPUTS).layers.keys() == {"layers/0"}
     assert path.read_bytes() == before
+
+
+def test_what_another_process_wrote_stays(table, tmp_path):
+    """Layers of both are in the file, which anybody may read; nothing else is left."""
+    path = tmp_path / "table.json"
+    one, other = (latency.LatencyTable(path, points=1) for _ in range(2))
+    for number, table in enumerate((one, other)):
+        layer = nnx.Linear(4 + number, 3, rngs=nnx.Rngs(0))
+        inputs = jax.ShapeDtypeStruct((1, 4 + number), "float32")
+        table.times(lr.factorize(nnx.Sequential(layer)), inputs)
+    assert len(json.loads(path.read_text())["layers"]) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
+    assert path.stat().st_mode & 0o044
+
+
+def test_a_refused_model_leaves_the_table_whole(tmp_path):
+    """And is named by its layer's path."""
+    path = tmp_path / "table.json"
+    table = latency.LatencyTable(path, points=1)
+    gauge = lr.truncate(two_equal_layers(), {}, form="gauge")
+    with pytest.raises(UserError, match="^layers/2: .*rank must be 5"):
+        table.times(gauge, INPUTS)
+    table.times(two_equal_layers(), INPUTS)
+    assert len(latency.LatencyTable(path).layers) == 2
 
 
 def test_models_run_as_they_would_be_used():
@@ -120,9 +179,10 @@ class TestRefusals:
         path = changed(table, tmp_path / "table.json", device="TPU v9, jax 9.9")
         with pytest.raises(UserError, match="this device, .*, got one of TPU v9, jax"):
             latency.LatencyTable(path)
-        taken = latency.LatencyTable(path, any_device=True, points=3)
+        before = path.read_bytes()
+        taken = latency.LatencyTable(path, any_device=True)  # at further ranks
         taken.times(two_equal_layers(), INPUTS, forms=("factored",))
-        assert json.loads(path.read_text())["device"] == "TPU v9, jax 9.9"
+        assert path.read_bytes() == before  # what is measured here is not of a TPU
 
     @pytest.mark.parametrize(
         "layers",
@@ -187,5 +247,7 @@ class TestRefusals:
             latency.LatencyTable().times(lr.factorize(Model()), INPUTS)
 
     def test_a_form_that_is_none(self):
+        with pytest.raises(UserError, match="forms: must be one at least, got none"):
+            latency.LatencyTable().times(two_equal_layers(), INPUTS, forms=())
         with pytest.raises(UserError, match="form: must be one of .*, got 'sparse'"):
             latency.LatencyTable().times(two_equal_layers(), INPUTS, forms=("sparse",))
