@@ -191,6 +191,21 @@ def test_outputs_are_measured_on_held_out_examples(run):
     assert found[:9] == pytest.approx(np.divide(lost, lost[0]), rel=1e-4)
 
 
+def test_padding_counts_for_nothing():
+    """One batch of all held-out examples, and one that has room for more."""
+    model, run = of_images("mlp", hidden=(6,))
+    size = run.data.sizes["validation"]
+    found = []
+    for rows in (size, size + 300):
+        data = {**run.config["data"], "eval_batch_size": rows}
+        padded = run._replace(config={**run.config, "data": data})
+        (batch,) = padded.scoring_batches()
+        assert len(batch["weight"]) == rows
+        found.append(scoring.output_losses(model, padded))
+    for exact, other in zip(*(list(one.values()) for one in found), strict=True):
+        np.testing.assert_allclose(exact[0], other[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize("held_out", [True, False])
 def test_a_run_ends_with_a_cut_by_outputs(held_out, tmp_path):
     """It is checked before the first step; without examples held out it is refused
