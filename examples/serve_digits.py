@@ -94,6 +94,10 @@ def load(
     full, cost = get_ranks(model), model_cost(model, task)
     with errors.at("--sizes"):
         ordered = sorted(set(fractions), reverse=True)
+        if len({f"{fraction:g}" for fraction in ordered}) < len(ordered):
+            raise UserError(
+                f"must differ in six digits, got {ordered}. Leave one of them out."
+            )
         sizes = {f"{f:g}": families.member(family, full, f) for f in ordered}
         example = jax.ShapeDtypeStruct((1, *SHAPE), np.uint8)
         elastic = Elastic(model, sizes, example, batches=batches, forward=label)

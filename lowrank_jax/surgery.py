@@ -16,7 +16,7 @@ from lowrank_jax.errors import UserError, at, raise_all
 from lowrank_jax.factors import Factors
 from lowrank_jax.forms import FORMS
 from lowrank_jax.layers import LowRankLayer
-from lowrank_jax.paths import find_factors, replace
+from lowrank_jax.paths import find_aliases, find_factors, replace
 from lowrank_jax.ranks import Ranks, name_of, unknown_paths
 from lowrank_jax.times import MERGED
 
@@ -100,8 +100,10 @@ def take_forms(model: nnx.Module, forms: Mapping[str, str]) -> nnx.Module:
     Raises:
       UserError: An unknown path or form, a layer that has no such form.
     """
-    if unknown := [path for path in forms if path not in find_factors(model)]:
-        raise UserError(unknown_paths(unknown, list(find_factors(model))))
+    aliases, known = find_aliases(model), list(find_factors(model))
+    forms = {aliases.get(path, path): form for path, form in forms.items()}
+    if unknown := [path for path in forms if path not in known]:
+        raise UserError(unknown_paths(unknown, known))
     for form in forms.values():
         if form not in (*FORMS, MERGED):
             raise UserError(

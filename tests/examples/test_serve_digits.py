@@ -269,5 +269,7 @@ def test_models_of_something_else_are_refused(tmp_path, run):
     for bad in ([2.0], [0.0], [1.0, float("nan")]):
         with pytest.raises(UserError, match=r"^--sizes: .*must be in \(0, 1\]"):
             serve_digits.load(run, bad)
+    with pytest.raises(UserError, match="^--sizes: must differ in six digits, got"):
+        serve_digits.load(run, [0.333333333, 0.3333333331])
     with pytest.raises(UserError, match="^--sizes: sizes: must be at least one"):
         serve_digits.load(run, [])
