@@ -7,17 +7,13 @@ round by round. The last column is (dense time / time) / (dense MACs / MACs): 1 
 model is as much faster as its MACs promise. Ends with one line of JSON.
 """
 
-import time
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import jax
 from absl import flags
 from flax import nnx
 
 from benchmarks import report, subjects, timing
 from configs import sizes
-from lowrank_jax import count, factorize, merge, truncate
+from lowrank_jax import count, factorize, latency, merge, truncate
 from lowrank_jax.active import max_ranks
 from lowrank_jax.ranks import at_fraction
 from train import binary
@@ -37,27 +33,6 @@ def cut(model: nnx.Module, fraction: float, task: Task) -> nnx.Module:
     return merge(small, dear) if dear else small
 
 
-def make_timer(
-    model: nnx.Module, task: Task, batch: Mapping[str, Any]
-) -> Callable[[int], float]:
-    """Compiles the forward pass, and makes a function that times so many calls."""
-    model = nnx.clone(model)
-    model.eval()
-    graph, state = nnx.split(model)
-    inputs = task.inputs(batch, jax.random.key(0))
-    compiled = jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))
-
-    def timed(calls: int) -> float:
-        began = time.perf_counter()
-        for _ in range(calls):
-            outputs = compiled(state, *inputs)
-        jax.block_until_ready(outputs)
-        return (time.perf_counter() - began) / calls
-
-    timed(2)
-    return timed
-
-
 def measure(
     subject: subjects.Subject, rounds: int, calls: int
 ) -> dict[int, dict[str, dict[str, float]]]:
@@ -73,7 +48,8 @@ def measure(
     figures = {}
     for size in (1, len(next(iter(subject.batch.values())))):
         batch = {name: array[:size] for name, array in subject.batch.items()}
-        timers = {n: make_timer(m, subject.task, batch) for n, m in models.items()}
+        inputs = subject.task.inputs(batch, jax.random.key(0))
+        timers = {n: latency.make_timer(m, *inputs) for n, m in models.items()}
         rows = timing.ratios(timing.in_turn(timers, rounds, calls), "dense")
         for name, row in rows.items():
             row["macs"] = macs[name] / macs["dense"]

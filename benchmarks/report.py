@@ -1,20 +1,16 @@
 """Where benchmarks' tables go: stdout, and a page of docs, each in its own place."""
 
 import datetime
-import os
 import pathlib
-import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from absl import flags
 
+from lowrank_jax import latency
 from train.report import logs
-
-_MODEL = re.compile(r"^model name\s*: (.*)$", re.MULTILINE)
 
 
 def define_flags() -> None:
@@ -26,19 +22,9 @@ def define_flags() -> None:
 
 def hardware() -> str:
     """Returns what measures: device, versions, and the day."""
-    device = jax.devices()[0]
-    name = device.device_kind
-    if device.platform == "cpu":
-        name = f"{len(os.sched_getaffinity(0))} cores of {_processor()}"
     python = ".".join(map(str, sys.version_info[:2]))
     today = datetime.datetime.now(datetime.UTC).date()
-    return f"{name}, jax {jax.__version__}, Python {python}, {today}"
-
-
-def _processor() -> str:
-    path = pathlib.Path("/proc/cpuinfo")
-    found = _MODEL.search(path.read_text()) if path.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    return f"{latency.device_name()}, Python {python}, {today}"
 
 
 def show(

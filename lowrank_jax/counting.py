@@ -18,7 +18,7 @@ from flax import nnx
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
 from lowrank_jax.layers import LowRankLayer, LowRankParam, low_rank_type
-from lowrank_jax.nnx_internals import change_type
+from lowrank_jax.nnx_internals import change_type, wrapping_calls
 from lowrank_jax.paths import (
     factors_of_layers,
     find_factors,
@@ -205,12 +205,7 @@ def _recording_type(cls: type[nnx.Module]) -> type[nnx.Module]:
 
         return call
 
-    methods = {
-        name: recording(getattr(cls, name))
-        for name in ("__call__", "attend")
-        if hasattr(cls, name)
-    }
-    return type(cls.__name__, (cls,), methods)
+    return wrapping_calls(cls, recording)
 
 
 def _layer_cost(layer: nnx.Module, recorded: list[Call]) -> LayerCost:

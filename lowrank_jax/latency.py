@@ -130,11 +130,11 @@ class LatencyTable:
         if self._path is not None and changed and not self._foreign:
             write_table(self._path, self._device, self.layers)
         timers = {
-            key: _compiled(merge(layer), _filled(call.inputs), method=call.method)
+            key: make_timer(merge(layer), _filled(call.inputs), method=call.method)
             for key, (_, layer, call) in calls.items()
         }
-        timers["model"] = _compiled(merge(model), *map(_filled, example))
-        timers["call"] = _compiled(_Nothing(), jax.numpy.zeros(()))
+        timers["model"] = make_timer(merge(model), *map(_filled, example))
+        timers["call"] = make_timer(_Nothing(), jax.numpy.zeros(()))
         now = _in_turn(timers)
         layers: dict[str, LayerTimes] = {}
         for owner, layer, call in rows:
@@ -227,7 +227,7 @@ def measure(
     """
     inputs = [_filled(one) for one in example]
     return _in_turn(
-        {name: _compiled(model, *inputs) for name, model in models.items()}, rounds
+        {name: make_timer(model, *inputs) for name, model in models.items()}, rounds
     )
 
 
@@ -248,7 +248,7 @@ def _measure_layer(
     inputs = _filled(call.inputs)
     try:
         compiled = {
-            name: _compiled(one, inputs, method=call.method)
+            name: make_timer(one, inputs, method=call.method)
             for name, one in variants.items()
         }
     except TypeError as error:  # its own arguments are missing
@@ -259,10 +259,11 @@ def _measure_layer(
     return _in_turn(compiled)
 
 
-def _compiled(
+def make_timer(
     model: nnx.Module, *inputs: Any, method: str = "__call__"
 ) -> Callable[[int], float]:
-    """Compiles a call, and makes a function that times so many of them, in s."""
+    """Compiles a call in evaluation mode, and makes a function that times so many of
+    them, in s a call."""
     model = nnx.clone(model)
     model.eval()
     graph, state = nnx.split(model)

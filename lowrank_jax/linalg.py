@@ -7,6 +7,8 @@ accelerators whose default is less (TF32, bfloat16).
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -247,3 +249,22 @@ def tail_norms(squares: Float[Array, "*stack r"]) -> Float[Array, "*stack r"]:
     X.
     """
     return safe_sqrt(jax.lax.cumsum(squares, axis=squares.ndim - 1, reverse=True))
+
+
+def is_matrix_product(
+    ndim: int,
+    dimension_numbers: tuple[
+        tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]
+    ],
+    **options: Any,
+) -> bool:
+    """Returns whether `lax.dot_general` multiplies two matrices: the last axes of
+    inputs, of so many in all, meet the first ones of a kernel, and nothing else is
+    asked of it."""
+    (contracted, by), batch = dimension_numbers
+    return (
+        tuple(contracted) == tuple(range(ndim - len(contracted), ndim))
+        and tuple(by) == tuple(range(len(by)))
+        and not any(map(len, batch))
+        and options.get("out_sharding") is None
+    )

@@ -5,7 +5,7 @@ names that begin with `_pytree`. A change of Flax there is mended here alone.
 """
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from flax import nnx
@@ -58,3 +58,15 @@ def view_as(cls: type[nnx.Module], module: nnx.Module, **changes: Any) -> Any:
     view = object.__new__(cls)
     vars(view).update({**vars(module), **changes})
     return view
+
+
+def wrapping_calls(
+    cls: type[nnx.Module], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> type[nnx.Module]:
+    """Makes a subclass whose calls, `attend` of a table included, are wrapped."""
+    methods = {
+        name: wrap(getattr(cls, name))
+        for name in ("__call__", "attend")
+        if hasattr(cls, name)
+    }
+    return type(cls.__name__, (cls,), methods)

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lowrank_jax import linalg
 from lowrank_jax.layers.linear import ProductLayer
 from lowrank_jax.paths import find_rank_arrays, walk
 from lowrank_jax.ranks import Ranks, largest
@@ -112,15 +113,10 @@ def _dot_general(
     **options: Any,
 ) -> Float[Array, "..."]:
     """As `lax.dot_general`; few rows are multiplied from the kernel's side."""
-    (contracted, by), batch = dimension_numbers
-    count, first = len(contracted), inputs.ndim - len(contracted)
-    plain = (
-        tuple(contracted) == tuple(range(first, inputs.ndim))
-        and tuple(by) == tuple(range(count))
-        and not any(map(len, batch))
-        and not isinstance(precision, tuple)
-        and options.get("out_sharding") is None
-    )
+    count = len(dimension_numbers[0][0])
+    first = inputs.ndim - count
+    plain = linalg.is_matrix_product(inputs.ndim, dimension_numbers, **options)
+    plain = plain and not isinstance(precision, tuple)
     shape = (math.prod(kernel.shape[:count]), math.prod(kernel.shape[count:]))
     rows = inputs.size // max(shape[0], 1)
     if not plain or not 1 < rows <= _MOST_ROWS:

@@ -45,10 +45,7 @@ def convolve(
     """Returns `lax.conv_general_dilated`, for first derivatives by reverse mode."""
     if not is_plain(inputs.ndim, **options):
         return jax.lax.conv_general_dilated(inputs, kernel, strides, padding, **options)
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(
-            inputs.shape[1:-1], kernel.shape[:-2], strides, padding
-        )
+    padding = explicit_padding(inputs, kernel, strides, padding)
 
     @jax.custom_vjp
     def value(inputs: Array, kernel: Array) -> Array:
@@ -62,6 +59,20 @@ def convolve(
 
     value.defvjp(forward, backward)
     return value(inputs, kernel)
+
+
+def explicit_padding(
+    inputs: Float[Array, "b *s c"],
+    kernel: Float[Array, "*k c f"],
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+) -> Sequence[tuple[int, int]]:
+    """Returns the padding of each axis, where it may have a name."""
+    if not isinstance(padding, str):
+        return padding
+    return jax.lax.padtype_to_pads(
+        inputs.shape[1:-1], kernel.shape[:-2], strides, padding
+    )
 
 
 def is_plain(

@@ -34,10 +34,7 @@ def convolve(
     """Returns `lax.conv_general_dilated`, for forward passes."""
     if not convolution.is_plain(inputs.ndim, **options):
         return jax.lax.conv_general_dilated(inputs, kernel, strides, padding, **options)
-    if isinstance(padding, str):
-        padding = jax.lax.padtype_to_pads(
-            inputs.shape[1:-1], kernel.shape[:-2], strides, padding
-        )
+    padding = convolution.explicit_padding(inputs, kernel, strides, padding)
     reach, width = kernel.shape[-3], inputs.shape[-2] + sum(padding[-1])
     rows, columns = block(kernel.shape, strides)
     if columns == 1 or width < reach + columns - 1:

@@ -14,6 +14,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lowrank_jax import linalg
 from lowrank_jax.paths import walk
 
 Axes = Sequence[int]
@@ -41,14 +42,9 @@ def dot_general(
 ) -> Float[Array, "..."]:
     """Returns `lax.dot_general`, by a product of two matrices where the last axes of
     the inputs meet the first ones of the kernel."""
-    (contracted, by), batch = dimension_numbers
-    count, first = len(contracted), inputs.ndim - len(contracted)
-    plain = (
-        tuple(contracted) == tuple(range(first, inputs.ndim))
-        and tuple(by) == tuple(range(count))
-        and not any(map(len, batch))
-        and options.get("out_sharding") is None
-    )
+    count = len(dimension_numbers[0][0])
+    first = inputs.ndim - count
+    plain = linalg.is_matrix_product(inputs.ndim, dimension_numbers, **options)
     if not plain or first < 2:
         return jax.lax.dot_general(
             inputs, kernel, dimension_numbers, precision=precision, **options

@@ -28,7 +28,7 @@ from lowrank_jax import placement
 from lowrank_jax.active import get_ranks
 from lowrank_jax.errors import UserError
 from lowrank_jax.layers import LowRankLayer, LowRankParam
-from lowrank_jax.nnx_internals import change_type, view_as
+from lowrank_jax.nnx_internals import change_type, view_as, wrapping_calls
 from lowrank_jax.paths import find_factors, find_layers
 from lowrank_jax.ranked import Rank
 from lowrank_jax.ranks import flatten_rank, name_of
@@ -187,12 +187,7 @@ def _measuring_type(cls: type[LowRankLayer]) -> type[LowRankLayer]:
 
         return call
 
-    methods = {
-        name: measuring(getattr(cls, name))
-        for name in ("__call__", "attend")
-        if hasattr(cls, name)
-    }
-    return type(cls.__name__, (cls,), methods)
+    return wrapping_calls(cls, measuring)
 
 
 @jax.custom_vjp
