@@ -123,9 +123,9 @@ def fitting(
         if share <= _TOLERANCE * fraction:
             return ranks
         too_slow = wanted
-        wanted = max(
-            wanted * fraction / share, (too_small + too_slow) / 2 * bool(too_small)
-        )
+        wanted *= fraction / share
+        if too_small:  # a smaller one would not do
+            wanted = max(wanted, (too_small + too_slow) / 2)
     raise UserError(
         "latency: must be met by what is measured, got no ranks that take"
         f" {fraction:.3g} of the dense model's time. Raise the budget, or measure on an"
