@@ -57,7 +57,6 @@ from lowrank_jax.steps import (
     set_aside,
     verify,
 )
-from lowrank_jax.storage import StepWriter
 
 __all__ = [
     "CheckpointWriter",
@@ -98,6 +97,9 @@ class CheckpointWriter:
         keep_best: int = 0,
         higher_is_better: bool = True,
     ):
+        # brings orbax, a quarter of the time of the library's import
+        from lowrank_jax.storage import StepWriter
+
         self._directory = Path(directory)
         self._writer = StepWriter(
             directory,

@@ -3,10 +3,12 @@
 A safetensors file has the arrays, and in its header what a checkpoint says of itself:
 the ranks, the rules that make the structure, and what the caller adds. A StableHLO
 artefact (`jax.export`) is a program with the weights inside, for a batch of any size;
-whatever runs StableHLO runs it, without this library.
+whatever runs StableHLO runs it, without this library. Both need packages that
+`pip install 'lowrank_jax[export]'` brings.
 """
 
 import functools
+import importlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,10 +17,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors
 from flax import nnx
 from jax import export
-from safetensors import numpy as tensors
 
 from lowrank_jax import placement
 from lowrank_jax.active import set_ranks
@@ -29,18 +29,26 @@ from lowrank_jax.paths import find_factors, find_rank_arrays
 from lowrank_jax.pieces import check_seal
 from lowrank_jax.ranks import largest, name_of
 
-_MISREAD = (
-    safetensors.SafetensorError,
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-    RecursionError,
-)
-"""What a file of another kind may raise where it is read; mistakes named by our own
-checks are among them."""
+_MISREAD = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
+"""What a file of another kind may raise where it is read, beside safetensors' own;
+mistakes named by our own checks are among them."""
 PLATFORMS = ("cpu", "cuda", "tpu")
 _ABOUT = "lowrank_jax"  # the header's key for all that a checkpoint says of itself
+
+
+def _extra(name: str) -> Any:
+    """Returns a module of the extra `export`.
+
+    Raises:
+      UserError: It is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"lowrank_jax.export: must have the package {name.partition('.')[0]}, got"
+            " an environment without it. Run pip install 'lowrank_jax[export]'."
+        ) from error
 
 
 class Tensors(NamedTuple):
@@ -75,6 +83,7 @@ def save_safetensors(
       OSError: It could not be written; what was there is there still.
       UserError: Two arrays have one path.
     """
+    tensors = _extra("safetensors.numpy")
     flat, about = contents(0, model, metadata or {}, None, None)
     arrays = {
         f"{item}/{key}": np.ascontiguousarray(placement.to_host(array))
@@ -108,6 +117,7 @@ def read_safetensors(path: str | os.PathLike) -> Tensors:
             f"file: must be a safetensors file, got {path}, which is not there. Name"
             " one."
         )
+    safetensors, tensors = _extra("safetensors"), _extra("safetensors.numpy")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
@@ -116,7 +126,7 @@ def read_safetensors(path: str | os.PathLike) -> Tensors:
         check_metadata(about)
         arrays = tensors.load_file(path)
         _check_arrays(arrays, about)
-    except _MISREAD as error:
+    except (safetensors.SafetensorError, *_MISREAD) as error:
         raise UserError(
             f"file: must be a safetensors file of this library, got {path}"
             f" ({type(error).__name__}: {error}). Export it anew."
@@ -190,6 +200,7 @@ def to_stablehlo(
             "example: must be the model's inputs, each with the batch as its first"
             f" axis, got {example}. Give them."
         )
+    _extra("flatbuffers")
     given = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in example]
     model = nnx.clone(model)
     model.eval()
@@ -268,6 +279,7 @@ def from_stablehlo(program: bytes) -> Any:
     Raises:
       UserError: It is something else.
     """
+    _extra("flatbuffers")
     try:
         return export.deserialize(bytearray(program)).call
     except Exception as error:  # the parser's own, of many kinds

@@ -6,6 +6,7 @@ this library, and not a script that put them together by hand.
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 from lowrank_jax.errors import UserError, raise_all
 from lowrank_jax.ranks import flatten_rank
 
+METADATA_FILE = Path("metadata") / "metadata"
+"""Where it is in the folder of a step."""
 _LARGEST = 2**31 - 1
 
 

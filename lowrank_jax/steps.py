@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from lowrank_jax.contents import FORMAT_VERSION, MODEL_ITEMS
 from lowrank_jax.errors import DamagedCheckpoint, MissingFile, UserError, at
-from lowrank_jax.metadata import check_metadata
+from lowrank_jax.metadata import METADATA_FILE, check_metadata
 from lowrank_jax.pieces import check_seal, verify_pieces
-from lowrank_jax.storage import METADATA_FILE
 
 
 class Saved(NamedTuple):

@@ -16,8 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lowrank_jax import pieces
-
-METADATA_FILE = Path("metadata") / "metadata"
+from lowrank_jax.metadata import METADATA_FILE
 
 
 class StepWriter:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 _PROGRAM = """
 import gc, json, os, runpy, sys
 
-import train.checkpoints, train.loop, train.report.plots
+import lowrank_jax.storage, train.checkpoints, train.loop, train.report.plots
 
 gc.freeze()  # else each fork spends a second on collecting all of this when it ends
 

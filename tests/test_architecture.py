@@ -18,14 +18,14 @@ LAYERS = (
     {"blocks"},
     {"linalg", "rules", "ranks", "folds", "optimizer_state", "purity", "pieces"}
     | {"nnx_internals"},
-    {"cost", "ranked", "storage", "metadata", "families", "times"} | {"latency_files"},
+    {"cost", "ranked", "metadata", "families", "times"} | {"latency_files"},
     {"factors"},
     {"forms"},
     {"layers"},
     {"paths"},
     {"active", "factorization", "calibration", "counting", "penalties", "projections"},
     {"samplers", "surgery", "contents", "rank_major"},
-    {"steps"},
+    {"steps", "storage"},
     {"checkpoint", "elastic", "export", "latency", "selection", "shrinking", "summary"},
     {"lowrank_jax"},
 )
