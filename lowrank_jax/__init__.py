@@ -20,8 +20,9 @@ from lowrank_jax.counting import count
 from lowrank_jax.elastic import Elastic
 from lowrank_jax.errors import UserError
 from lowrank_jax.factorization import factorize
-from lowrank_jax.factors import Factors, Rank
+from lowrank_jax.factors import Factors
 from lowrank_jax.paths import find_factors
+from lowrank_jax.ranked import Rank
 from lowrank_jax.selection import ranks_for
 from lowrank_jax.shrinking import shrink, tail_ranks
 from lowrank_jax.summary import summary

@@ -58,10 +58,10 @@ def write_rows(file: Any, offset: int, rows: np.ndarray) -> dict[str, Any]:
         for block in blocks:
             first, end = edges[block : block + 2]
             data = _in_order(rows[first:end]).reshape(-1).view(np.uint8)
-            crc32[block] = zlib.crc32(data)
+            crc32[block] = zlib.crc32(data.data)
             place = offset + first * row_bytes
             while data.size:
-                written = os.pwrite(file.fileno(), data, place)
+                written = os.pwrite(file.fileno(), data.data, place)
                 data, place = data[written:], place + written
 
     _on_threads(write, range(len(ends)), rows.nbytes)
@@ -96,7 +96,7 @@ def read_blocks(
                 first, end = edges[block : block + 2]
                 data = memory[: (end - first) * row_bytes]
                 _read_checked(file, table["offset"] + first * row_bytes, data)
-                expected, found = table["crc32"][block], zlib.crc32(data)
+                expected, found = table["crc32"][block], zlib.crc32(data.data)
                 if found != expected:
                     raise DamagedCheckpoint(
                         f"its checksum must be {expected:08x}, got {found:08x}."

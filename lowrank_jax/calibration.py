@@ -9,6 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lowrank_jax.errors import UserError
+from lowrank_jax.nnx_internals import split
+from lowrank_jax.paths import Model
 
 
 def use_batch_statistics(model: nnx.Module) -> None:
@@ -61,10 +63,10 @@ def batch_norm_average(
 
 
 def recalibrate_batch_norm(
-    model: nnx.Module,
+    model: Model,
     batches: Iterable[Any],
-    forward: Callable[[nnx.Module, Any], Any] = lambda model, batch: model(batch),
-) -> nnx.Module:
+    forward: Callable[[Any, Any], Any] = lambda model, batch: model(batch),
+) -> Model:
     """Returns a copy whose BatchNorm statistics are the plain average over batches.
 
     A truncation changes the statistics of activations. Every running mean and variance
@@ -82,7 +84,7 @@ def recalibrate_batch_norm(
     """
     if not has_batch_norm(model):
         return model
-    graphdef, means, rest = nnx.split(model, nnx.BatchStat, ...)
+    graphdef, means, rest = split(model, nnx.BatchStat, ...)
 
     @jax.jit
     def update(means: Any, count: jax.Array, rest: Any, batch: Any) -> Any:

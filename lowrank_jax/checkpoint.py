@@ -38,7 +38,8 @@ from lowrank_jax.contents import (
 )
 from lowrank_jax.errors import DamagedCheckpoint, ExistingFile, UserError, at
 from lowrank_jax.factors import Factors
-from lowrank_jax.paths import find_aliases, find_factors, walk
+from lowrank_jax.nnx_internals import split
+from lowrank_jax.paths import Model, find_aliases, find_factors, walk
 from lowrank_jax.pieces import read_arrays
 from lowrank_jax.ranks import (
     Limits,
@@ -184,7 +185,7 @@ def check_new_folder(directory: str | Path) -> None:
         )
 
 
-def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.Module:
+def load(saved: Saved, model: Model, *, ranks: Ranks | None = None) -> Model:
     """Returns the model with the checkpoint's arrays, at its ranks or at lower ones.
 
     Reads little more than the columns that are kept. Each parameter gets the sharding
@@ -216,7 +217,7 @@ def load(saved: Saved, model: nnx.Module, *, ranks: Ranks | None = None) -> nnx.
             },
         )
         active = allocated = {**active, **named}
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, params, rest = split(model, nnx.Param, ...)
     template = at_ranks(model, nnx.as_pure(params), allocated)
     items = {"params": template, "model_state": model_items(model)["model_state"]}
     restored = restore(saved, items)
@@ -302,7 +303,8 @@ def _read_together(
     saved: Saved, templates: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, jax.Array]]:
     """Reads items by name; damage that one process sees is an error on all of them."""
-    arrays, problem = {}, None
+    arrays: dict[str, dict[str, jax.Array]] = {}
+    problem: Exception | None = None
     try:
         for name, leaves in templates.items():
             full = {saved.prefix + key: leaf for key, leaf in leaves.items()}

@@ -15,9 +15,11 @@ from lowrank_jax import placement
 from lowrank_jax.active import get_ranks, max_ranks
 from lowrank_jax.errors import UserError
 from lowrank_jax.factorization import rules_of
-from lowrank_jax.factors import Factors, Rank
+from lowrank_jax.factors import Factors
+from lowrank_jax.nnx_internals import split
 from lowrank_jax.paths import find_factors, walk
 from lowrank_jax.pieces import seal
+from lowrank_jax.ranked import Rank
 from lowrank_jax.ranks import Ranks, largest
 from lowrank_jax.version import __version__
 
@@ -31,7 +33,7 @@ def model_items(model: nnx.Module) -> dict[str, Any]:
 
     Ranks and random keys are left out.
     """
-    _, params, _, state = nnx.split(model, nnx.Param, (Rank, nnx.RngState), ...)
+    _, params, _, state = split(model, nnx.Param, (Rank, nnx.RngState), ...)
     trees = nnx.as_pure(params), nnx.as_pure(state)
     return dict(zip(MODEL_ITEMS, trees, strict=True))
 
@@ -72,13 +74,14 @@ def contents(
     """
     trees = {**model_items(model), **(items or {})}
     flat = {name: flatten(tree) for name, tree in trees.items()}
-    known = figure is not None and math.isfinite(figure)
+    if figure is not None:
+        figure = float(figure) if math.isfinite(figure) else None
     about = {
         **metadata,
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "step": step,
-        "figure": float(figure) if known else None,
+        "figure": figure,
         "ranks": get_ranks(model),
         "max_ranks": max_ranks(model),
         "rank_rules": rules_of(model),

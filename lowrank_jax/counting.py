@@ -17,7 +17,7 @@ from flax import nnx
 
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
-from lowrank_jax.layers import LowRankLayer, LowRankParam, low_rank_type
+from lowrank_jax.layers import LowRankLayer, LowRankParam, twin_type
 from lowrank_jax.nnx_internals import change_type, wrapping_calls
 from lowrank_jax.paths import (
     factors_of_layers,
@@ -142,7 +142,7 @@ def layer_costs(
 
 
 def _kernel(layer: nnx.Module) -> nnx.Param:
-    return getattr(layer, low_rank_type(type(layer)).kernel_name)
+    return getattr(layer, twin_type(layer).kernel_name)
 
 
 class Call(NamedTuple):
@@ -162,7 +162,7 @@ class Call(NamedTuple):
 class _Recorder:
     """Keeps the calls of a layer; a static attribute of it while it is traced."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.calls: list[Call] = []
 
 
@@ -181,8 +181,8 @@ def trace_calls(
     probe.eval()
     recorders = {}
     for path, (layer, _) in find_layers(probe).items():
-        change_type(layer, _recording_type(type(layer)))
-        layer.recorder = recorders[path] = _Recorder()
+        recording = change_type(layer, _recording_type(type(layer)))
+        recording.recorder = recorders[path] = _Recorder()
     graphdef, state = nnx.split(probe)
     jax.eval_shape(
         lambda s, args: forward(nnx.merge(graphdef, s), *args), state, example
@@ -199,8 +199,8 @@ def _recording_type(cls: type[nnx.Module]) -> type[nnx.Module]:
             outputs = method(self, *args, **kwargs)
             # A layer of the user's may take and give several arrays: the first counts.
             first = [jax.tree.leaves(tree)[0] for tree in ((args, kwargs), outputs)]
-            shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in first]
-            self.recorder.calls.append(Call(*shapes, method.__name__))
+            given, got = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in first)
+            self.recorder.calls.append(Call(given, got, method.__name__))
             return outputs
 
         return call
@@ -214,7 +214,7 @@ def _layer_cost(layer: nnx.Module, recorded: list[Call]) -> LayerCost:
         kind, fold = type(layer), layer.fold
         stacked = math.prod(layer.factors.stack_shape) // math.prod(fold.stack_shape)
     else:
-        kind = low_rank_type(type(layer))
+        kind = twin_type(layer)
         fold = kind.fold_of(layer)
         stacked = math.prod(_kernel(layer).shape) // math.prod(fold.kernel_shape)
     calls = recorded[:1] if stacked > 1 else recorded  # a scan's one body

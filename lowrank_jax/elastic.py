@@ -28,8 +28,9 @@ from jaxtyping import Array
 from lowrank_jax import rank_major
 from lowrank_jax.active import check_ranks, rank_limits, set_ranks
 from lowrank_jax.errors import UserError, at, raise_all
-from lowrank_jax.factors import Rank
+from lowrank_jax.nnx_internals import split
 from lowrank_jax.paths import find_factors, find_rank_arrays
+from lowrank_jax.ranked import Rank
 from lowrank_jax.ranks import Ranks, RankValue, largest, lowest
 
 Forward: TypeAlias = Callable[..., Any]
@@ -318,14 +319,16 @@ def _function(
     for found in find_rank_arrays(model).values():
         variable = found.variable
         variable.set_value(jax.ShapeDtypeStruct(variable.shape, variable.dtype))
-    graphdef, active, rest = nnx.split(model, Rank, ...)
+    graphdef, active, rest = split(model, Rank, ...)
     leaves, tree = jax.tree.flatten(rest)
     others = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
-    def run(factors: Mapping[str, Array], others: Sequence[Array], *inputs: Array):
+    def run(
+        factors: Mapping[str, Array], others: Sequence[Array], *inputs: Array
+    ) -> Any:
         given = iter(others)
         filled = [next(given) if isinstance(x, jax.Array) else x for x in leaves]
-        model = nnx.merge(graphdef, active, tree.unflatten(filled), copy=True)
+        model = nnx.merge(graphdef, active, jax.tree.unflatten(tree, filled), copy=True)
         rank_major.put(model, factors, ranks)
         set_ranks(model, ranks)
         if on_cpu:

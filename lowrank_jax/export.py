@@ -11,7 +11,7 @@ import functools
 import importlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,8 @@ from lowrank_jax.active import set_ranks
 from lowrank_jax.contents import at_ranks, contents, differences, flatten, model_items
 from lowrank_jax.errors import MissingFile, UserError
 from lowrank_jax.metadata import check_metadata
-from lowrank_jax.paths import find_factors, find_rank_arrays
+from lowrank_jax.nnx_internals import split
+from lowrank_jax.paths import Model, find_factors, find_rank_arrays
 from lowrank_jax.pieces import check_seal
 from lowrank_jax.ranks import largest, name_of
 
@@ -134,7 +135,7 @@ def read_safetensors(path: str | os.PathLike) -> Tensors:
     return Tensors(arrays, about)
 
 
-def load_safetensors(path: str | os.PathLike, model: nnx.Module) -> nnx.Module:
+def load_safetensors(path: str | os.PathLike, model: Model) -> Model:
     """Returns a model with the arrays and ranks of a file of `save_safetensors`.
 
     Args:
@@ -153,7 +154,7 @@ def load_safetensors(path: str | os.PathLike, model: nnx.Module) -> nnx.Module:
             f" the model, got {sorted(about['max_ranks'])}. Factorize it by the rules"
             " in the file."
         )
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, params, rest = split(model, nnx.Param, ...)
     template = at_ranks(model, nnx.as_pure(params), about["max_ranks"])
     items = {"params": template, "model_state": model_items(model)["model_state"]}
     problems = [
@@ -216,12 +217,10 @@ def to_stablehlo(
     layers = find_factors(model)
     names = ["batch", *(f"rank{number}" for number in range(len(layers)))]
     batch, *ranks = export.symbolic_shape(",".join(names))
-    shapes = [(batch, *one.shape[1:]) for one in example]
     specs: list[Any] = [
-        jax.ShapeDtypeStruct(shape, one.dtype)
-        for shape, one in zip(shapes, example, strict=True)
+        jax.ShapeDtypeStruct((batch, *one.shape[1:]), one.dtype) for one in example
     ]
-    function = functools.partial(forward, {})
+    function: Callable[..., Any] = functools.partial(forward, {})
     if any_rank:
         by_path = dict(zip(layers, ranks, strict=True))
         function, specs = forward, [_at_ranks(model, by_path), *specs]

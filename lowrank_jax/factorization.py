@@ -14,8 +14,9 @@ from lowrank_jax.errors import UserError, raise_all
 from lowrank_jax.factors import Factors
 from lowrank_jax.folds import ConvFold, Fold
 from lowrank_jax.forms import FORMS
-from lowrank_jax.layers import LAYERS, LowRankLayer, LowRankParam, low_rank_type
+from lowrank_jax.layers import LAYERS, LowRankLayer, LowRankParam, twin_type
 from lowrank_jax.paths import (
+    Model,
     factors_of_layers,
     find_layers,
     find_own_matrices,
@@ -48,11 +49,11 @@ class DenseWarning(UserWarning):
 
 
 def factorize(
-    model: nnx.Module,
+    model: Model,
     rules: Sequence[tuple[str, LayerRule]] = ((".*", "full"),),
     *,
     rngs: nnx.Rngs | None = None,
-) -> nnx.Module:
+) -> Model:
     """Returns a copy of the model with its layers in low-rank form.
 
     Every kernel becomes the product of its SVD (unless a rule says "random"), so that
@@ -61,7 +62,8 @@ def factorize(
     input axes, `v` as its output axes, the rank axis whole (`Fold.to_matrix`).
 
     Args:
-      model: Any NNX model; layers that are low-rank already stay as they are.
+      model: Any NNX model; layers that are low-rank already stay as they are. A layer
+        by itself becomes its low-rank twin, with the same attributes.
       rules: Ordered pairs of a pattern (a regular expression for the whole path) and
         what to make of these layers, a `LayerRule`.
       rngs: Source of keys for rules with "random".
@@ -82,10 +84,11 @@ def factorize(
     _check_pairs(rules)
     model = nnx.clone(model)
     layers, matrices = find_layers(model), find_own_matrices(model)
+    nodes: dict[str, tuple[Any, list[str]]] = {**layers, **matrices}
     chosen = _chosen_rules(rules, model, layers, matrices)
     with_rules = {
         path: (node, chosen[path])
-        for path, (node, _) in {**layers, **matrices}.items()
+        for path, (node, _) in nodes.items()
         if path in chosen and not isinstance(node, LowRankLayer)
     }
     twins = _make_twins(with_rules, rngs)
@@ -101,10 +104,12 @@ def _make_twins(
     shared: dict[Any, Factors] = {}
     twins: dict[int, LowRankLayer] = {}
     aliases: dict[int, LowRankLayer] = {}
-    forms: dict[int, dict[Any, str]] = {}  # of each kernel: what is made of it, where
+    # of each kernel: what is made of it, where
+    forms: dict[int, dict[str | int, str]] = {}
     problems = []
     for path, (node, rule) in with_rules.items():
-        kernel, form = _kernel(node), "dense"
+        kernel = _kernel(node)
+        form: str | int = "dense"
         if rule != "dense":
             try:
                 twin = _twin(node, rule, shared, rngs)
@@ -229,7 +234,7 @@ def kernel_matrices(model: nnx.Module) -> dict[str, Float[Array, "*stack i o"]]:
         if isinstance(layer, LowRankLayer):
             matrices[path] = layer.factors.matrix()
             continue
-        kind = low_rank_type(type(layer))
+        kind = twin_type(layer)
         try:
             fold = kind.fold_of(layer)
         except UserError:  # it has no low-rank form after all, such as a masked kernel
@@ -246,7 +251,7 @@ def _twin(
 ) -> LowRankLayer:
     """The low-rank twin of one layer; `shared` holds the factors made so far."""
     is_param = isinstance(layer, nnx.Param)
-    kind = LowRankParam if is_param else low_rank_type(type(layer))
+    kind = LowRankParam if is_param else twin_type(layer)
     options = {} if rule == "full" else rule
     if not isinstance(options, Mapping) or not set(options) <= _RULE_KEYS:
         raise UserError(
@@ -287,7 +292,7 @@ def _kernel(layer: nnx.Module | nnx.Param) -> nnx.Param:
     """The Param that is factored: the kernel of a dense layer, or a Param itself."""
     if isinstance(layer, nnx.Param):
         return layer
-    return getattr(layer, low_rank_type(type(layer)).kernel_name)
+    return getattr(layer, twin_type(layer).kernel_name)
 
 
 def _check_differentiable(fold: Fold, kernel: nnx.Param) -> None:

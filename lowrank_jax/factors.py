@@ -105,7 +105,7 @@ class Factors(Ranked):
         *,
         with_s: bool = False,
         depth: int = 2,
-    ) -> "Factors":
+    ) -> Self:
         """Makes the best factors of a matrix, split over a mesh as it is (`placed`).
 
         Args:
@@ -137,14 +137,16 @@ class Factors(Ranked):
         max_rank: int,
         *,
         with_s: bool = False,
-    ) -> "Factors":
+    ) -> Self:
         """Draws factors whose product has entries of a matrix's variance."""
+        *stack, in_size, out_size = matrix.shape
         u, v = linalg.random_factors(
             key,
-            *matrix.shape[-2:],
+            in_size,
+            out_size,
             max_rank,
             variance=jnp.var(matrix),
-            stack=matrix.shape[:-2],
+            stack=tuple(stack),
             dtype=matrix.dtype,
         )
         scales = jnp.ones(u.shape[:-2] + u.shape[-1:], u.dtype)
@@ -272,8 +274,9 @@ class Factors(Ranked):
             u, v = self._join(u, self.middle[...], v)
         return u, None if self.s is None else self.s[...], v
 
-    def _join(self, u: Array, middle: Array, v: Array) -> tuple[Array, Array]:
-        """`u` and `v` with the square factors multiplied into the smaller one."""
+    def _join(self, u: Any, middle: Array, v: Any) -> tuple[Any, Any]:
+        """`u` and `v` with the square factors multiplied into the smaller one; the
+        other may be None."""
         squares = [middle[..., n, :, :] for n in range(middle.shape[-3])]
         if self._joins_u:
             return functools.reduce(jnp.matmul, squares, u), v
@@ -297,7 +300,7 @@ class Factors(Ranked):
         if not self.per_example:
             u = placement.masked(self.mask()[..., None, :], u)
         if self.middle is not None and self._joins_u:
-            u, _ = self._join(u, self._active_middle(), v=None)
+            u, _ = self._join(u, self._active_middle(self.middle), v=None)
         return u if dtype is None else u.astype(dtype)
 
     def active_v(
@@ -306,7 +309,7 @@ class Factors(Ranked):
         """Returns `v`, in the dtype of the computation."""
         v = self.v[...]
         if self.middle is not None and not self._joins_u:
-            _, v = self._join(None, self._active_middle(), v)
+            _, v = self._join(None, self._active_middle(self.middle), v)
         return v if dtype is None else v.astype(dtype)
 
     def expand(
@@ -324,10 +327,10 @@ class Factors(Ranked):
         """
         return multiply(hidden, self.active_v(dtype))
 
-    def _active_middle(self) -> Float[Array, "*stack n r r"]:
+    def _active_middle(self, middle: nnx.Param) -> Float[Array, "*stack n r r"]:
         """The square factors with the rows and columns past the rank set to zero."""
         mask = self.mask()[..., None, :]
-        return placement.masked(mask[..., None] & mask[..., None, :], self.middle[...])
+        return placement.masked(mask[..., None] & mask[..., None, :], middle[...])
 
     def matrix(
         self, dtype: jax.typing.DTypeLike | None = None

@@ -182,7 +182,7 @@ def _lowered(rank: RankValue, limits: Limits | None) -> RankValue:
         return rank
 
 
-def _between(low: RankValue, high: RankValue, place: float) -> Any:
+def _between(low: Any, high: Any, place: float) -> Any:
     """The rank at a place between two, matrix by matrix."""
     if np.ndim(high) == 0:
         return rank_between(int(low), int(high), place)

@@ -138,7 +138,7 @@ def einsum_fold(einsum_str: str, kernel_shape: Sequence[int]) -> Fold:
     """
     operands, result = einsum_str.replace(" ", "").split("->")
     inputs, kernel = operands.split(",")
-    kinds = {"stack": [], "input": [], "output": []}
+    kinds: dict[str, list[int]] = {"stack": [], "input": [], "output": []}
     for axis, letter in enumerate(kernel):
         known = (letter in inputs, letter in result)
         kind = {
@@ -206,11 +206,18 @@ class ConvFold(Fold):
         spatial = range(len(self.kernel_shape) - 2)
         return tuple(axis for axis in spatial if axis not in self.first_axes)
 
-    def _kernel(self, factor, spatial, axes):
+    def _kernel(
+        self,
+        factor: Float[Array, "*g sc n"],
+        spatial: Sequence[int],
+        axes: Sequence[int],
+    ) -> Float[Array, "..."]:
         """A factor `(*g, spatial * c, n)` as a kernel `(*k or 1, c, groups * n)`."""
         *_, rows, features = factor.shape
-        sizes = (self.groups, math.prod(spatial), rows // math.prod(spatial), features)
-        grouped = placement.reshape(factor, *sizes)
+        places = math.prod(spatial)
+        grouped = placement.reshape(
+            factor, self.groups, places, rows // places, features
+        )
         kernel = jnp.moveaxis(grouped, 0, -2)  # (spatial, c, g, n)
         sizes = [1] * (len(self.kernel_shape) - 2)
         for axis, size in zip(axes, spatial, strict=True):
@@ -263,8 +270,9 @@ def conv_fold(
             transposed,
         )
     kernel_shape = (*kernel_size, channels, out_features)
+    view_shape: tuple[int, ...]
     view_shape = (*kernel_size, channels, groups, out_features // groups)
-    stack_axes = (spatial + 1,)
+    stack_axes: tuple[int, ...] = (spatial + 1,)
     filters = spatial + 2
     if groups == 1:
         view_shape, stack_axes, filters = kernel_shape, (), spatial + 1

@@ -267,10 +267,10 @@ def make_timer(
     model = nnx.clone(model)
     model.eval()
     graph, state = nnx.split(model)
-    run = jax.jit(
+    call = jax.jit(
         lambda state, *inputs: getattr(nnx.merge(graph, state), method)(*inputs)
     )
-    run = run.lower(state, *inputs).compile()
+    run = call.lower(state, *inputs).compile()
 
     def timed(calls: int) -> float:
         began = time.perf_counter()

@@ -28,7 +28,8 @@ def truncated_svd(
     wide = placement.whole(wide)
     u, s, v = jnp.linalg.svd(wide, full_matrices=False)
     kept = (u[..., :, :rank], s[..., :rank], v[..., :rank, :])
-    return tuple(part.astype(matrix.dtype) for part in kept)
+    u, s, v = (part.astype(matrix.dtype) for part in kept)
+    return u, s, v
 
 
 def canonical_form(
@@ -100,14 +101,16 @@ def _singular_values(
     return jnp.linalg.svd(core, compute_uv=False)
 
 
-def _singular_values_forward(u: Array, v: Array):
+def _singular_values_forward(u: Array, v: Array) -> tuple[Array, Any]:
     sides = _reduced(u), _reduced(jnp.swapaxes(v, -1, -2))
     core = exact_product(sides[0][1], jnp.swapaxes(sides[1][1], -1, -2))
     p, sigma, z = jnp.linalg.svd(core, full_matrices=False)
     return sigma, (*sides, p, sigma, z)
 
 
-def _singular_values_backward(saved, gradient: Float[Array, "*stack n"]):
+def _singular_values_backward(
+    saved: Any, gradient: Float[Array, "*stack n"]
+) -> tuple[Array, Array]:
     (q_u, left), (q_v, right), p, sigma, z = saved
     size = max(p.shape[-2], z.shape[-1])
     rounding = size * jnp.finfo(sigma.dtype).eps * sigma[..., :1]
@@ -129,7 +132,8 @@ def _reduced(
     """Returns Q (None for the identity) and R of a factor, k = min(i, r)."""
     if side.shape[-2] <= side.shape[-1]:
         return None, side
-    return tuple(jnp.linalg.qr(side))
+    q, r = jnp.linalg.qr(side)
+    return q, r
 
 
 def stable_rank(spectrum: Float[np.ndarray, "*stack n"]) -> Float[np.ndarray, "*stack"]:

@@ -12,6 +12,9 @@ from flax import nnx
 
 _BOOKKEEPING = "_pytree"
 
+split: Callable[..., tuple[Any, ...]] = nnx.split
+"""As Flax's, whose declared type, so many parts or more, cannot be unpacked."""
+
 
 def attributes(module: nnx.Module) -> dict[str, Any]:
     """Returns the attributes of a module, without NNX's bookkeeping."""
@@ -24,9 +27,7 @@ def attributes(module: nnx.Module) -> dict[str, Any]:
 
 def blank(cls: type[nnx.Module]) -> Any:
     """Returns an instance of an NNX class whose own `__init__` has not run."""
-    instance = _blank_type(cls)()
-    change_type(instance, cls)
-    return instance
+    return change_type(_blank_type(cls)(), cls)
 
 
 @functools.cache
@@ -34,9 +35,10 @@ def _blank_type(cls: type[nnx.Module]) -> type[nnx.Module]:
     return type(cls.__name__, (cls,), {"__init__": lambda self: None})
 
 
-def change_type(module: nnx.Module, cls: type[nnx.Module]) -> None:
-    """Makes a module an instance of another class, in place."""
+def change_type(module: nnx.Module, cls: type[nnx.Module]) -> Any:
+    """Makes a module an instance of another class, in place; returns it."""
     object.__setattr__(module, "__class__", cls)
+    return module
 
 
 def copy_attributes(

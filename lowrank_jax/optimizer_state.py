@@ -33,7 +33,7 @@ _INJECTED_SCHEDULE = type(
     jax.eval_shape(optax.schedules.WrappedSchedule(lambda count: 0.0).init)
 )
 
-ELEMENTWISE: tuple[type, ...] = (
+ELEMENTWISE: tuple[Any, ...] = (
     optax.TraceState,
     optax.ScaleByAdamState,
     optax.ScaleByAmsgradState,
@@ -155,6 +155,7 @@ def convert_opt_state(
       The converted state, and the types of the parts that were taken from `fresh`.
     """
     old_params, pull_back = jax.vjp(to_old, params)
+    structure: Any = jax.tree.structure(old_params)
 
     def convert(old: Any, new: Any) -> Any | None:
         if isinstance(old, SCHEDULES):
@@ -163,7 +164,7 @@ def convert_opt_state(
             return None
         field = LINEAR[type(old)]
         momentum = getattr(old, field)
-        if jax.tree.structure(momentum) != jax.tree.structure(old_params):
+        if structure != jax.tree.structure(momentum):
             return None  # masked: some parts are missing
         pulled = pull_back(_cast(momentum, old_params))[0]
         fresh_momentum = getattr(new, field)

@@ -7,8 +7,8 @@ that another node has, the model is refused.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple, TypeVar, cast
 
 from flax import nnx
 
@@ -17,6 +17,9 @@ from lowrank_jax.factors import Factors
 from lowrank_jax.layers import LowRankLayer, LowRankParam, low_rank_type
 from lowrank_jax.nnx_internals import attributes
 from lowrank_jax.ranks import name_of
+
+Model = TypeVar("Model", bound=nnx.Module)
+"""Type of a model: what surgery returns has the attributes and methods it is given."""
 
 _NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm)
 _ADDED = re.compile("(.*_)?(bias|scale|pos|positions?|positional)(_.*)?")
@@ -158,7 +161,9 @@ def _visit(root: nnx.Module) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
     """As `walk`, the path in parts, and the node that holds the node."""
     seen: set[str] = set()
 
-    def visit(node: Any, parts: tuple[str, ...], parents: tuple[Any, ...]):
+    def visit(
+        node: Any, parts: tuple[str, ...], parents: tuple[Any, ...]
+    ) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
         if any(node is parent for parent in parents):  # a cycle in the graph
             return
         path = "/".join(parts)
@@ -185,9 +190,7 @@ def _children(node: Any) -> Iterable[tuple[Any, Any]]:
     return ()
 
 
-def replace(
-    root: nnx.Module, replacement: Callable[[Any], nnx.Module | None]
-) -> nnx.Module:
+def replace(root: Model, replacement: Callable[[Any], nnx.Module | None]) -> Model:
     """Replaces nodes in place, shared ones by the same new one; returns the root."""
     done: dict[int, Any] = {}
 
@@ -207,10 +210,10 @@ def replace(
         for key, child, new in children:
             if new is child:
                 continue
-            if isinstance(node, list | Mapping | nnx.List):
+            if isinstance(node, MutableMapping | list | nnx.List):
                 node[key] = new
             else:
                 setattr(node, key, nnx.data(new))
         return node
 
-    return visit(root)
+    return cast(Model, visit(root))

@@ -90,7 +90,7 @@ def with_axes(sharding: Sharding | None, *axes: int | None) -> Sharding | None:
     """
     if not isinstance(sharding, NamedSharding):
         return sharding
-    spec = dict(enumerate(sharding.spec))
+    spec: dict[int | None, Any] = dict(enumerate(sharding.spec))
     return _with_spec(sharding, *(spec.get(axis) for axis in axes))
 
 
@@ -100,8 +100,9 @@ def of_product(left: Any, right: Any) -> Sharding | None:
     Rows are split as the left factors', columns as the right ones', but over no axis of
     a mesh that the rows or the stack are split over.
     """
-    shardings = [sharding_of(side) for side in (left, right)]
-    if not all(isinstance(sharding, NamedSharding) for sharding in shardings):
+    both = map(sharding_of, (left, right))
+    shardings = [x for x in both if isinstance(x, NamedSharding)]
+    if len(shardings) < 2:
         return None
     lead, columns = (
         [*sharding.spec, *[None] * (left.ndim - len(sharding.spec))]

@@ -125,7 +125,7 @@ def stable_rank_normalization(
             f"projection every_steps: must be >= 1, got {every_steps}. Raise it."
         )
 
-    def normalized(u, s, v):
+    def normalized(u: Array, s: Array | None, v: Array) -> tuple[Array, Array]:
         p, sigma, q = linalg.canonical_form(u, s, v)
         p, q = p[..., :1], q[..., :1, :]
         first, squares = sigma[..., 0], jnp.sum(jnp.square(sigma[..., 1:]), axis=-1)

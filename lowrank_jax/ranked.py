@@ -184,7 +184,7 @@ def known_rank(stack: tuple[int, ...], rank: int) -> Int[Array, "*stack"]:
 def _as_rank(rank: RankValue | Int[Array, "..."]) -> Int[Array, "..."]:
     """A rank as an int32 array; no trace hides a number that is known."""
     traced = isinstance(rank, jax.core.Tracer)
-    array = rank if traced else placement.to_host(rank)
+    array: Any = rank if traced else placement.to_host(rank)
     if array.size and not jnp.issubdtype(array.dtype, jnp.integer):
         raise UserError(
             f"rank: must be whole numbers, got {array.dtype}. Round them to int32."

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
+from numpy.typing import ArrayLike
 
 from lowrank_jax import placement
 from lowrank_jax.errors import UserError, raise_all
@@ -61,7 +62,7 @@ def largest(rank: RankValue) -> int:
     return max(flatten_rank(rank), default=0)
 
 
-def lowest(first: RankValue, second: RankValue) -> RankValue:
+def lowest(first: ArrayLike, second: ArrayLike) -> RankValue:
     """Returns the lower of two ranks, matrix by matrix."""
     return np.minimum(first, second).tolist()
 
@@ -110,7 +111,7 @@ def at_most(ranks: Ranks, rank: int) -> dict[str, Any]:
 def at_fraction(ranks: Ranks, fraction: float) -> dict[str, Any]:
     """Takes a fraction in (0, 1] of each rank, rounded up."""
 
-    def scaled(rank: RankValue) -> Any:
+    def scaled(rank: Any) -> Any:
         if np.ndim(rank) == 0:
             return fraction_of(fraction, int(rank))
         return [scaled(part) for part in rank]

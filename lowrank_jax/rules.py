@@ -5,8 +5,8 @@ A path is `"/"`-joined, a pattern a regular expression that must match the whole
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from re import _constants as codes
-from re import _parser as parser
+from re import _constants as codes  # type: ignore[attr-defined]  # no stubs for them
+from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any, TypeVar
 
 from lowrank_jax.errors import UserError
@@ -34,7 +34,8 @@ def match_rules(
     """
     names = paths if isinstance(paths, Mapping) else {path: [path] for path in paths}
     patterns = [compile_pattern(pattern) for pattern, _ in rules]
-    values, used = {}, [False] * len(patterns)
+    values: dict[str, Value] = {}
+    used = [False] * len(patterns)
     for path, aliases in names.items():
         for index, pattern in enumerate(patterns):
             if any(pattern.fullmatch(alias) for alias in aliases):

@@ -12,7 +12,7 @@ norm or mean of a weight is another one without its tail.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from lowrank_jax import linalg, placement
 from lowrank_jax.active import check_ranks
 from lowrank_jax.errors import raise_all
 from lowrank_jax.optimizer_state import Cut, cut_opt_state
-from lowrank_jax.paths import find_factors
+from lowrank_jax.paths import Model, find_factors
 from lowrank_jax.ranks import (
     Ranks,
     RankValue,
@@ -37,7 +37,7 @@ from lowrank_jax.ranks import (
 from lowrank_jax.surgery import truncate
 
 
-class Shrunk(NamedTuple):
+class Shrunk(NamedTuple, Generic[Model]):
     """What `shrink` returns.
 
     Args:
@@ -46,17 +46,17 @@ class Shrunk(NamedTuple):
       restarted: Types of the optimizer's parts that were started anew.
     """
 
-    model: nnx.Module
+    model: Model
     opt_state: Any
     restarted: list[str]
 
 
 def shrink(
-    model: nnx.Module,
+    model: Model,
     ranks: Ranks,
     opt_state: optax.OptState | nnx.Optimizer,
     optimizer: optax.GradientTransformation | None = None,
-) -> Shrunk:
+) -> Shrunk[Model]:
     """Cuts a model and its optimizer state to these ranks.
 
     Arrays of both stay split over a mesh as they are, where the new sizes divide.

@@ -164,9 +164,9 @@ class _Preserved:
     ) -> list[bool]:
         """Says of each step whether it stays (orbax's interface)."""
         steps = sorted(info.step for info in checkpoints)
-        figures = {step: self.figures.get(step) for step in steps}
-        known = [step for step, x in figures.items() if x is not None and x == x]
-        ranked = sorted(known, key=lambda step: (self._sign * figures[step], step))
+        figures = ((step, self.figures.get(step)) for step in steps)
+        known = {step: x for step, x in figures if x is not None and x == x}
+        ranked = sorted(known, key=lambda step: (self._sign * known[step], step))
         first = 0 if self._keep is None else max(0, len(steps) - self._keep)
         kept = {*steps[first:]}
         kept |= {*ranked[max(0, len(ranked) - self._keep_best) :]}

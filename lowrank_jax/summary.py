@@ -12,7 +12,7 @@ from lowrank_jax.cost import LayerCost
 from lowrank_jax.counting import layer_costs
 from lowrank_jax.errors import UserError
 from lowrank_jax.factors import Factors
-from lowrank_jax.layers import LowRankLayer, LowRankParam, low_rank_type
+from lowrank_jax.layers import LowRankLayer, LowRankParam, twin_type
 from lowrank_jax.paths import find_layers, find_own_matrices, param_sizes, walk
 from lowrank_jax.ranks import largest
 
@@ -92,9 +92,13 @@ def summary(model: nnx.Module, *example: Any) -> Summary:
     >>> table.params, table.macs, table.rows[0].form, table.rows[0].rank
     (28, 24, 'factored', 2)
     """
-    sizes, counted = param_sizes(model), set()
+    sizes = param_sizes(model)
+    counted: set[int] = set()
     costs = layer_costs(model, *example) if example else {}
-    nodes = {**find_layers(model), **find_own_matrices(model)}
+    nodes: dict[str, tuple[Any, list[str]]] = {
+        **find_layers(model),
+        **find_own_matrices(model),
+    }
     rows = []
     for path, (node, _) in sorted(nodes.items()):
         factors = node.factors if isinstance(node, LowRankLayer) else None
@@ -154,7 +158,7 @@ def _matrix(node: Any) -> jax.Array | None:
     """Returns the matrix of a dense layer or Param; None where it has none."""
     if isinstance(node, nnx.Param):
         return node.get_value()
-    kind = low_rank_type(type(node))
+    kind = twin_type(node)
     try:
         fold = kind.fold_of(node)
     except UserError:  # it has no low-rank form, such as a masked kernel

@@ -16,12 +16,12 @@ from lowrank_jax.errors import UserError, at, raise_all
 from lowrank_jax.factors import Factors
 from lowrank_jax.forms import FORMS
 from lowrank_jax.layers import LowRankLayer
-from lowrank_jax.paths import find_aliases, find_factors, replace
+from lowrank_jax.paths import Model, find_aliases, find_factors, replace
 from lowrank_jax.ranks import Ranks, name_of, unknown_paths
 from lowrank_jax.times import MERGED
 
 
-def merge(model: nnx.Module, paths: Collection[str] | None = None) -> nnx.Module:
+def merge(model: Model, paths: Collection[str] | None = None) -> Model:
     """Returns a copy with low-rank layers dense again, at their active rank.
 
     Kernels are split over a mesh as the factors are: input axes as `u`, output as `v`.
@@ -55,9 +55,7 @@ def merge(model: nnx.Module, paths: Collection[str] | None = None) -> nnx.Module
     return replace(model, dense)
 
 
-def truncate(
-    model: nnx.Module, ranks: Ranks, *, form: str = Factors.form
-) -> nnx.Module:
+def truncate(model: Model, ranks: Ranks, *, form: str = Factors.form) -> Model:
     """Returns a copy of the model cut to these ranks: smaller arrays, all active.
 
     They stay where they are, split over the same axes of a mesh where these divide.
@@ -89,7 +87,7 @@ def truncate(
     return _turned(model, dict.fromkeys(find_factors(model), form))
 
 
-def take_forms(model: nnx.Module, forms: Mapping[str, str]) -> nnx.Module:
+def take_forms(model: Model, forms: Mapping[str, str]) -> Model:
     """Returns a copy of the model with layers in forms of their own.
 
     Args:
@@ -116,7 +114,7 @@ def take_forms(model: nnx.Module, forms: Mapping[str, str]) -> nnx.Module:
     return merge(model, merged) if merged else model
 
 
-def _turned(model: nnx.Module, forms: Mapping[str, str]) -> nnx.Module:
+def _turned(model: Model, forms: Mapping[str, str]) -> Model:
     """Replaces the factors of a model by those of other forms."""
     turned: dict[int, Factors] = {}
     problems = []
@@ -130,7 +128,7 @@ def _turned(model: nnx.Module, forms: Mapping[str, str]) -> nnx.Module:
     return replace(model, lambda node: turned.get(id(node)))
 
 
-def canonicalize(model: nnx.Module) -> nnx.Module:
+def canonicalize(model: Model) -> Model:
     """Returns a copy whose factors are the SVD of their product at the active rank.
 
     The singular values are in `s` where there is one, else shared equally; the square

@@ -26,7 +26,16 @@ LAYERS = (
     {"active", "factorization", "calibration", "counting", "penalties", "projections"},
     {"samplers", "surgery", "contents", "rank_major"},
     {"steps", "storage"},
-    {"checkpoint", "elastic", "export", "latency", "selection", "shrinking", "summary"},
+    {
+        "checkpoint",
+        "command",
+        "elastic",
+        "export",
+        "latency",
+        "selection",
+        "shrinking",
+        "summary",
+    },
     {"lowrank_jax"},
 )
 """Parts of the library, lowest first: each may import the ones above it in this list.

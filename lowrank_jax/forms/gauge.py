@@ -141,7 +141,7 @@ class GaugeFactors(Factors):
             placement.move(variable, placement.replicated(left))
 
     @classmethod
-    def from_rule(
+    def from_rule(  # type: ignore[override]  # options are the form's `rule_options`
         cls,
         matrix: Float[Array, "*stack i o"],
         max_rank: int,
@@ -253,7 +253,8 @@ def gauge_align(
         )
         for result, part in zip(results, parts, strict=True):
             result[index] = part
-    return tuple(results)
+    u, rest, columns = results
+    return u, rest, columns
 
 
 def _shapes(u: Any, v: Any) -> tuple[jax.ShapeDtypeStruct, ...]:

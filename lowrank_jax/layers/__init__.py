@@ -6,7 +6,7 @@ from lowrank_jax.layers.einsum import LowRankEinsum
 from lowrank_jax.layers.embed import LowRankEmbed
 from lowrank_jax.layers.linear import LowRankLinear, LowRankLinearGeneral
 from lowrank_jax.layers.param import LowRankParam
-from lowrank_jax.layers.table import LAYERS, low_rank_type, register
+from lowrank_jax.layers.table import LAYERS, low_rank_type, register, twin_type
 
 __all__ = [
     "LAYERS",
@@ -19,5 +19,6 @@ __all__ = [
     "LowRankLinearGeneral",
     "LowRankParam",
     "low_rank_type",
+    "twin_type",
     "register",
 ]

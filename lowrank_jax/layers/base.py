@@ -1,6 +1,6 @@
 """What all low-rank layers share: birth from a dense twin, and the way back."""
 
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 from flax import nnx
@@ -30,12 +30,17 @@ class LowRankLayer(nnx.Module):
     one example multiplies by each factor (`cost_of`) and how to apply the factors.
     """
 
-    dense_type: ClassVar[type[nnx.Module]]
+    dense_type: ClassVar[type[Any]]
     kernel_name: ClassVar[str] = "kernel"
     fold_options: ClassVar[frozenset[str]] = frozenset()
 
     factors: Factors
     fold: Fold
+
+    if TYPE_CHECKING:  # the attributes of the dense twin, and those its code adds
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -52,7 +57,7 @@ class LowRankLayer(nnx.Module):
         super().__setattr__(name, value)
 
     @classmethod
-    def fold_of(cls, dense: nnx.Module, **options: Any) -> Fold:
+    def fold_of(cls, dense: Any, *args: Any, **options: Any) -> Fold:
         """Returns the fold of a dense layer's kernel."""
         raise NotImplementedError
 
@@ -60,7 +65,7 @@ class LowRankLayer(nnx.Module):
     def cost_of(
         cls,
         layer: nnx.Module,
-        fold: Fold,
+        fold: Any,
         inputs: jax.ShapeDtypeStruct,
         outputs: jax.ShapeDtypeStruct,
     ) -> LayerCost:
@@ -77,7 +82,7 @@ class LowRankLayer(nnx.Module):
     @classmethod
     def from_dense(
         cls,
-        dense: nnx.Module,
+        dense: Any,
         *,
         max_rank: int | None = None,
         factors: Factors | None = None,
@@ -141,7 +146,7 @@ class LowRankLayer(nnx.Module):
         self.factors = factors
         self.fold = fold
 
-    def to_dense(self, kernel: nnx.Param | None = None) -> nnx.Module:
+    def to_dense(self, kernel: nnx.Param | None = None) -> Any:
         """Returns the dense twin, its kernel merged at the active rank, or a given
         one."""
         dense = nnx_internals.blank(self.dense_type)

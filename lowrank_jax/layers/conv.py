@@ -48,11 +48,11 @@ class ConvolutionLayer(LowRankLayer):
         self, inputs: Float[Array, "*b c"], out_sharding: Any = None
     ) -> Float[Array, "*b f"]:
         factors, fold = self.factors, self.fold
-        kernel = jax.ShapeDtypeStruct(self.kernel_shape, factors.u.dtype)
+        dense_kernel = jax.ShapeDtypeStruct(self.kernel_shape, factors.u.dtype)
         outputs = jax.eval_shape(
             lambda x, k: self._dense_call(x, kernel=k, out_sharding=out_sharding),
             inputs,
-            kernel,
+            dense_kernel,
         )
         if factors.max_rank == 0:  # XLA has no convolution without channels
             bias = jnp.zeros(1) if self.bias is None else self.bias[...]
@@ -285,7 +285,9 @@ def convolve(
     )
 
 
-def _check_no_mask(cls: type[ConvolutionLayer], dense: nnx.Module) -> None:
+def _check_no_mask(
+    cls: type[ConvolutionLayer], dense: nnx.Conv | nnx.ConvTranspose
+) -> None:
     if dense.mask is not None:
         raise UserError(
             f"{cls.__name__}: a masked kernel is not a product of low rank, got a"
@@ -305,4 +307,5 @@ def _sizes(
         columns[axis] if axis in fold.first_axes else rows[axis]
         for axis in range(spatial)
     ]
-    return tuple(batch * math.prod(sizes) for sizes in (rows, between, columns))
+    before, middle, after = map(math.prod, (rows, between, columns))
+    return batch * before, batch * middle, batch * after

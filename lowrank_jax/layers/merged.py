@@ -1,6 +1,6 @@
 """Merged kernels that foreign code reads as if they were an `nnx.Param`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -45,7 +45,7 @@ class MergedReads:
     def dtype(self) -> Any:
         return self.factors.u.dtype
 
-    def get_value(self) -> Float[Array, "..."]:
+    def get_value(self) -> Any:
         """Returns the merged kernel; where the factors are abstract, its shape."""
         if isinstance(self.factors.u.get_value(), jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(self.shape, self.dtype)
@@ -150,11 +150,13 @@ def _flatten_with_keys(kernel: MergedKernel) -> tuple[tuple[Any, ...], None]:
     return ((jax.tree_util.GetAttrKey("value"), kernel.get_value()),), None
 
 
+def _unflatten(_: None, children: Iterable[Any]) -> Any:
+    (value,) = children
+    return nnx.Param(value)
+
+
 jax.tree_util.register_pytree_with_keys(
-    MergedKernel,
-    _flatten_with_keys,
-    lambda _, children: nnx.Param(children[0]),
-    _flatten,
+    MergedKernel, _flatten_with_keys, _unflatten, _flatten
 )
 
 

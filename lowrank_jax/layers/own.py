@@ -154,7 +154,9 @@ def _subclass(
     that merges (`LowRankLayer`). `methods` become class methods.
     """
 
-    def __init__(self, *args: Any, max_rank: int | None = None, **options: Any):
+    def __init__(
+        self: Any, *args: Any, max_rank: int | None = None, **options: Any
+    ) -> None:
         self._adopt(dense_type(*args, **options), max_rank=max_rank)
 
     return type(

@@ -49,7 +49,7 @@ class LowRankParam(MergedReads, LowRankLayer):
         raise AssertionError("a Param is never called")
 
     @classmethod
-    def from_dense(
+    def from_dense(  # type: ignore[override]  # a Param's fold may be given whole
         cls,
         dense: nnx.Param,
         *,

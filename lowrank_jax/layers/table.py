@@ -1,6 +1,7 @@
 """The table of low-rank layers that factorization works from, and how to add a row."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from flax import nnx
 
@@ -77,7 +78,7 @@ def register(
     return low_rank
 
 
-def low_rank_type(dense_type: type) -> type[LowRankLayer] | None:
+def low_rank_type(dense_type: type[nnx.Module]) -> type[LowRankLayer] | None:
     """Returns the low-rank layer for a class, None where there is none.
 
     Of a subclass of a known class it is a subclass of both; it multiplies by the
@@ -91,3 +92,11 @@ def low_rank_type(dense_type: type) -> type[LowRankLayer] | None:
             low_rank = LAYERS[base]
             return low_rank if base is dense_type else subclass_of(low_rank, dense_type)
     return None
+
+
+def twin_type(layer: Any) -> type[LowRankLayer]:
+    """Returns the low-rank type of a dense layer that has one, as `find_layers` finds
+    them."""
+    kind = low_rank_type(type(layer))
+    assert kind is not None, type(layer)
+    return kind

@@ -125,7 +125,7 @@ def sum_over_layers(weight: float, term: Term) -> Penalty:
     """Makes the penalty that is a weight times the sum of a term over all layers."""
     check_weight(weight)
 
-    def penalty(model: nnx.Module, step: Int[Array, ""] | int = 0):
+    def penalty(model: nnx.Module, step: Int[Array, ""] | int = 0) -> Float[Array, ""]:
         del step
         total = jnp.float32(0)
         for factors in find_factors(model).values():

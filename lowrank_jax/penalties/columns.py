@@ -83,7 +83,7 @@ def nuclear(*, weight: float) -> Penalty:
     2004, lemma 1).
     """
 
-    def term(u, s, v) -> Float[Array, ""]:
+    def term(u: Array, s: Array | None, v: Array) -> Float[Array, ""]:
         left, right = linalg.column_norms(u, None, v)
         norms = left + right if s is None else jnp.abs(s) * (left + right)
         return 0.5 * jnp.sum(norms)
@@ -108,10 +108,10 @@ def funnel(*, weight: float, start: float, end: float, anneal_steps: int) -> Pen
     check_weight(weight)
     check_annealed(start, end, anneal_steps)
 
-    def penalty(model: nnx.Module, step: Int[Array, ""] | int = 0):
+    def penalty(model: nnx.Module, step: Int[Array, ""] | int = 0) -> Float[Array, ""]:
         c = annealed(start, end, anneal_steps, step)
 
-        def term(u, s, v) -> Float[Array, ""]:
+        def term(u: Array, s: Array | None, v: Array) -> Float[Array, ""]:
             left, right = linalg.column_norms(u, None, v)
             size = linalg.safe_sqrt(left) * linalg.safe_sqrt(right)
             size = size if s is None else jnp.abs(s)
@@ -128,7 +128,7 @@ def _sum_of_norms(
 ) -> Penalty:
     """Makes a penalty of the columns' squared norms on both sides."""
 
-    def term(u, s, v) -> Float[Array, ""]:
+    def term(u: Array, s: Array | None, v: Array) -> Float[Array, ""]:
         left, right = linalg.column_norms(u, s, v)
         return jnp.sum(norms(left)) + jnp.sum(norms(right))
 
@@ -141,9 +141,14 @@ def _sum_over_scales(
     measure: Callable[[Float[Array, "*stack r"]], Float[Array, ""]],
 ) -> Penalty:
     """Makes a penalty of |s| alone; `name` is its own, for errors."""
-    inner = sum_over_layers(weight, lambda u, s, v: measure(jnp.abs(s)))
 
-    def penalty(model: nnx.Module, step: Int[Array, ""] | int = 0):
+    def term(u: Array, s: Array | None, v: Array) -> Float[Array, ""]:
+        assert s is not None  # `penalty` refuses layers without
+        return measure(jnp.abs(s))
+
+    inner = sum_over_layers(weight, term)
+
+    def penalty(model: nnx.Module, step: Int[Array, ""] | int = 0) -> Float[Array, ""]:
         without = [p for p, factors in find_factors(model).items() if factors.s is None]
         if without:
             raise UserError(

@@ -57,7 +57,9 @@ def log_determinant(
     check_every_steps(every_steps)
     check_annealed(start, end, anneal_steps)
 
-    def refreshed(model: nnx.Module, smoothing: Float[Array, ""]):
+    def refreshed(
+        model: nnx.Module, smoothing: Float[Array, ""]
+    ) -> LogDeterminantState:
         left, squares = {}, {}
         for path, factors in find_factors(model).items():
             arrays = jax.lax.stop_gradient(factors.arrays())
@@ -68,7 +70,9 @@ def log_determinant(
     def smoothing_at(step: Int[Array, ""] | int) -> Float[Array, ""]:
         return jnp.asarray(annealed(start, end, anneal_steps, step), dtype=float)
 
-    def apply(model: nnx.Module, state: LogDeterminantState, step):
+    def apply(
+        model: nnx.Module, state: LogDeterminantState, step: Int[Array, ""] | int
+    ) -> tuple[Float[Array, ""], LogDeterminantState]:
         state = jax.lax.cond(
             step % every_steps == 0,
             lambda: refreshed(model, smoothing_at(step)),

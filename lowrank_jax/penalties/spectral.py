@@ -63,7 +63,7 @@ def stable_rank(*, weight: float, every_steps: int = 1) -> Penalty:
         stays the same.
     """
 
-    def term(u, s, v) -> Float[Array, ""]:
+    def term(u: Array, s: Array | None, v: Array) -> Float[Array, ""]:
         squares = jnp.square(unit(linalg.singular_values(u, s, v)))
         return jnp.sum(ratio(jnp.sum(squares, axis=-1), squares[..., 0]))
 
@@ -102,14 +102,16 @@ def modified_stable_rank(
     if power not in (1, 2):
         raise UserError(f"penalty power: must be 1 or 2, got {power}. Choose one.")
 
-    def term(target: RankValue, u, s, v) -> Float[Array, ""]:
+    def term(
+        target: RankValue, u: Array, s: Array | None, v: Array
+    ) -> Float[Array, ""]:
         powers = unit(linalg.singular_values(u, s, v)) ** power
         kept = np.arange(powers.shape[-1]) < np.asarray(target)[..., None]
         kept = np.broadcast_to(kept, powers.shape)
         head = jnp.sum(jnp.where(kept, powers, 0), axis=-1)
         return jnp.sum(ratio(jnp.sum(jnp.where(kept, 0, powers), axis=-1), head))
 
-    def penalty(model: nnx.Module, step: Int[Array, ""] | int = 0):
+    def penalty(model: nnx.Module, step: Int[Array, ""] | int = 0) -> Float[Array, ""]:
         del step
         layers = find_factors(model)
         lowered = _lowered(target_ranks, layers)
@@ -143,7 +145,7 @@ def _at_every(every_steps: int, penalty: Penalty) -> Penalty:
     if every_steps == 1:
         return penalty
 
-    def sparse(model: nnx.Module, step: Int[Array, ""] | int = 0):
+    def sparse(model: nnx.Module, step: Int[Array, ""] | int = 0) -> Float[Array, ""]:
         def compute() -> Float[Array, ""]:
             return every_steps * penalty(model, step)
 

@@ -180,11 +180,15 @@ def of_rungs(
       full_first: As of `RankSampler`.
     """
 
-    def choices(state: TableState, key: PRNGKeyArray, step: Int[Array, ""] | int):
+    def choices(
+        state: TableState, key: PRNGKeyArray, step: Int[Array, ""] | int
+    ) -> tuple[list[Choice], TableState]:
         del step
         return choose(state, key), state
 
-    def sample(state: TableState, key: PRNGKeyArray, step: Int[Array, ""] | int):
+    def sample(
+        state: TableState, key: PRNGKeyArray, step: Int[Array, ""] | int
+    ) -> tuple[SampledRanks, TableState]:
         del step
         each = [ranks_of(choice, state.tables) for choice in choose(state, key)]
         if passes == 1:

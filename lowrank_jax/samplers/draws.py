@@ -14,6 +14,7 @@ from lowrank_jax.samplers.base import (
     LimitsState,
     ModelOrRanks,
     RankSampler,
+    SampledRanks,
     init_limits,
     layer_keys,
     limits_of,
@@ -26,14 +27,18 @@ from lowrank_jax.samplers.levels import one_level
 def full() -> RankSampler:
     """Takes every layer at its full rank: plain training of the factors."""
 
-    def sample(state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int):
+    def sample(
+        state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int
+    ) -> tuple[SampledRanks, LimitsState]:
         del key, step
         return state.limits, state
 
     def rungs(model: ModelOrRanks) -> list[Ranks]:
         return [{path: limits.active for path, limits in limits_of(model).items()}]
 
-    def choose(state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int):
+    def choose(
+        state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int
+    ) -> tuple[list[Choice], LimitsState]:
         del key, step
         return [Choice((0,))], state
 
@@ -43,7 +48,9 @@ def full() -> RankSampler:
 def independent() -> RankSampler:
     """Draws a rank for each layer, uniform in 1 to its full rank."""
 
-    def sample(state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int):
+    def sample(
+        state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int
+    ) -> tuple[SampledRanks, LimitsState]:
         del step
         keys = layer_keys(key, state.limits)
         ranks = {
@@ -69,11 +76,15 @@ def geometric(*, decay: float) -> RankSampler:
             f"geometric: decay must be in (0, 1), got {decay}. Give one between them."
         )
 
-    def sample(state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int):
+    def sample(
+        state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int
+    ) -> tuple[SampledRanks, LimitsState]:
         del step
         keys = layer_keys(key, state.limits)
 
-        def draw(key: PRNGKeyArray, limit: Int[Array, "*stack"]):
+        def draw(
+            key: PRNGKeyArray, limit: Int[Array, "*stack"]
+        ) -> Int[Array, "*stack"]:
             uniform = jax.random.uniform(key, limit.shape, minval=1e-7, maxval=1.0)
             rank = 1 + jnp.floor(jnp.log(uniform) / np.log(decay)).astype(jnp.int32)
             return jnp.minimum(rank, limit)
@@ -94,7 +105,9 @@ def uniform_fraction(*, fractions: Sequence[float] = ()) -> RankSampler:
     if fractions:
         return one_level(fractions)
 
-    def sample(state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int):
+    def sample(
+        state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int
+    ) -> tuple[SampledRanks, LimitsState]:
         del step
         return ranks_at(jax.random.uniform(key), state.limits), state
 
@@ -116,7 +129,9 @@ def per_example(*, batch_size: int, common_fraction: bool = False) -> RankSample
             f"per_example: batch_size must be at least 1, got {batch_size}. Raise it."
         )
 
-    def sample(state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int):
+    def sample(
+        state: LimitsState, key: PRNGKeyArray, step: Int[Array, ""] | int
+    ) -> tuple[SampledRanks, LimitsState]:
         del step
         keys, ranks = layer_keys(key, state.limits), {}
         fractions = jax.random.uniform(key, (batch_size,))

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from lowrank_jax.samplers.base import ModelOrRanks, RankSampler, init_limits, is_cut
+from lowrank_jax.samplers.base import (
+    ModelOrRanks,
+    RankSampler,
+    SampledRanks,
+    init_limits,
+    is_cut,
+)
 
 
 class SingleLayerState(NamedTuple):
@@ -50,7 +56,9 @@ def _init(model: ModelOrRanks) -> SingleLayerState:
     )
 
 
-def _sample(state: SingleLayerState, key: PRNGKeyArray, step: Int[Array, ""] | int):
+def _sample(
+    state: SingleLayerState, key: PRNGKeyArray, step: Int[Array, ""] | int
+) -> tuple[SampledRanks, SingleLayerState]:
     del step
     total = state.order.size
     if total == 0:  # everything has been cut to rank 0

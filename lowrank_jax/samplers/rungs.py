@@ -11,6 +11,7 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.samplers.base import (
     ModelOrRanks,
     RankSampler,
+    SampledRanks,
     TableState,
     init_limits,
     is_cut,
@@ -49,7 +50,9 @@ def ladder(
         )
     top = list(fractions).index(1)
 
-    def sample(state: TableState, key: PRNGKeyArray, step: Int[Array, ""] | int):
+    def sample(
+        state: TableState, key: PRNGKeyArray, step: Int[Array, ""] | int
+    ) -> tuple[SampledRanks, TableState]:
         keys, ranks = layer_keys(key, state.tables), {}
         logits = jnp.log(jnp.asarray(chances, jnp.float32))
         for path, table in state.tables.items():

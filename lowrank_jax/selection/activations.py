@@ -28,7 +28,7 @@ from lowrank_jax import placement
 from lowrank_jax.active import get_ranks
 from lowrank_jax.errors import UserError
 from lowrank_jax.layers import LowRankLayer, LowRankParam
-from lowrank_jax.nnx_internals import change_type, view_as, wrapping_calls
+from lowrank_jax.nnx_internals import change_type, split, view_as, wrapping_calls
 from lowrank_jax.paths import find_factors, find_layers
 from lowrank_jax.ranked import Rank
 from lowrank_jax.ranks import flatten_rank, name_of
@@ -106,7 +106,8 @@ class _Measured:
     """
 
     def __init__(self, layer: LowRankLayer, numbers: Iterator[int]):
-        self._numbers, self.calls = numbers, []
+        self._numbers = numbers
+        self.calls: list[int] = []
         self._stack, self._most = layer.factors.stack_shape, layer.factors.max_rank
         self._inner = layer.fold.stack_shape
         self.outer = self._stack[: len(self._stack) - len(self._inner)]
@@ -168,7 +169,7 @@ def _measuring(model: nnx.Module) -> tuple[nnx.Module, dict[str, Any]]:
 
 
 @functools.cache
-def _measuring_type(cls: type[LowRankLayer]) -> type[LowRankLayer]:
+def _measuring_type(cls: type[LowRankLayer]) -> type[nnx.Module]:
     """Makes a subclass that runs a second time at its cap, at each call."""
 
     def measuring(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,7 +184,8 @@ def _measuring_type(cls: type[LowRankLayer]) -> type[LowRankLayer]:
             ends = (first, jax.tree.leaves(cut)[0])
             gone = jnp.subtract(*(end.astype(jnp.float32) for end in ends))
             lost = jnp.stack([jnp.sum(jnp.square(gone)), jnp.ones(())])
-            return tree.unflatten([_noted(first, self.measured_lost[...], lost), *rest])
+            noted = _noted(first, self.measured_lost[...], lost)
+            return jax.tree.unflatten(tree, [noted, *rest])
 
         return call
 
@@ -215,7 +217,7 @@ def _sums(
 ) -> dict[str, Float[np.ndarray, "n *outer 2"]]:
     """What the outputs of each layer lose at each of its settings, and how often they
     count, summed over the batches in float64."""
-    graphdef, places, _, rest = nnx.split(probe, _Lost, _Cap, ...)
+    graphdef, places, _, rest = split(probe, _Lost, _Cap, ...)
 
     @jax.jit
     def gradient(places: Any, caps: Any, rest: Any, batch: Any) -> Any:

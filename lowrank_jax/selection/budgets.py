@@ -4,7 +4,7 @@ A cost is a `LayerCost`, in "params" or "macs", or a `LayerTimes`, in "latency".
 """
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import SmallBudget, UserError
@@ -76,6 +76,6 @@ def check_run(costs: Costs, max_ranks: Ranks, measure: str) -> None:
         )
 
 
-def _was_run(cost: LayerCost) -> bool:
+def _was_run(cost: Any) -> bool:
     """Tells whether a count ran the layer; a lookup multiplies by `v` at least."""
     return any((cost.dense_positions, cost.first_positions, cost.second_positions))

@@ -97,7 +97,7 @@ def losses(
     worst = np.nanmin(scores, initial=0.0, where=np.isfinite(scores))
     whole, *lost = np.nan_to_num(scores, nan=worst, neginf=worst)
     taken = iter(lost)
-    found = {}
+    found: dict[str, list[Float[np.ndarray, " n"]]] = {}
     for path, rank in ranks.items():
         found[path] = []
         for active, several in zip(flatten_rank(rank), spaced[path], strict=True):
@@ -107,7 +107,7 @@ def losses(
 
 
 def falling(
-    levels: Sequence[int], values: Sequence[float], active: int
+    levels: Sequence[int], values: Sequence[float] | np.ndarray, active: int
 ) -> Float[np.ndarray, " n"]:
     """Returns a curve from what is lost at some ranks, rising, below the active one.
 

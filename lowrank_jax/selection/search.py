@@ -52,7 +52,8 @@ def beam_search(
     step = (total_cost(costs, start, measure) - budget) / steps
     if step <= 0:
         return start
-    frontier, done = [start], {}
+    frontier: list[Ranks] = [start]
+    done: dict[str, tuple[float, Ranks]] = {}
     while frontier:
         # Every way to lower one layer of one state, each rank vector once.
         children = _unique(
@@ -67,7 +68,7 @@ def beam_search(
                 done[_key(ranks)] = (value, ranks)
             else:
                 frontier.append(ranks)
-    return max(done.values(), key=lambda pair: pair[0])[1]
+    return dict(max(done.values(), key=lambda pair: pair[0])[1])
 
 
 def local_search(
@@ -129,7 +130,7 @@ def local_search(
             break
         else:
             amount /= 2
-    return ranks
+    return dict(ranks)
 
 
 def _swaps(

@@ -6,7 +6,7 @@ those that everybody can name are rows of `SELECTORS`. `choosing` runs them.
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, get_origin
+from typing import Any, NamedTuple, get_origin
 
 from lowrank_jax import families, linalg
 from lowrank_jax.ranks import Ranks, at_most, lowest
@@ -216,7 +216,7 @@ def swaps(
     Local search, see `search.local_search`. It begins with one fraction of all ranks,
     the trained family, `energy_budget`, `minimax`, `knapsack` of losses, and `greedy`.
     """
-    budget = {"measure": measure, "fraction": fraction}
+    budget: dict[str, Any] = {"measure": measure, "fraction": fraction}
     starts = [
         family(context._replace(family=()), **budget),
         family(context, **budget),
@@ -275,9 +275,8 @@ class Selector(NamedTuple):
 def _row(function: Callable[..., Ranks]) -> Selector:
     parameters = dict(list(inspect.signature(function).parameters.items())[1:])
     kind = parameters["value"].annotation if [*parameters] == ["value"] else None
-    return Selector(
-        function, inspect.getdoc(function).splitlines()[0], get_origin(kind) or kind
-    )
+    (about, *_) = (inspect.getdoc(function) or "").splitlines()
+    return Selector(function, about, get_origin(kind) or kind)
 
 
 SELECTORS: dict[str, Selector] = {

@@ -231,7 +231,7 @@ def _at_level(table: list[Options], max_ranks: Ranks, budget: float) -> dict[str
         for one in table
     ]
     total = sum(one.costs[at] for one, at in zip(table, first, strict=True))
-    fits = total <= budget
+    fits = np.less_equal(total, budget)
     if fits.any():
         at_best = [at[int(np.argmax(fits))] for at in first]
     else:  # the cheapest of a table may be its full rank, which no common level has
