@@ -1,12 +1,7 @@
 # Every target sets itself up: a virtual environment in .venv with this project in it.
 # Needs Python >= 3.11 (make PYTHON=python3.12 for another one) and make.
 #
-# test       all but the slow ones, a fourteenth of the contract tables; 2 workers, 5 GiB each
-# test-fast  for every save: no training, no binaries, no comparison with references
-# test-slow  whole recipes, minutes each, and the rest of the tables
-# faults     206 small runs, killed and damaged, until all are done; half an hour
-# benchmark  every table of benchmarks/ into docs/results.md, on an idle machine; long
-# peers      the one against PyTorch, which it installs into .venv-peers
+# `make` alone lists them.
 #
 # What the tests compile is kept in ~/.cache/lowrank_jax: the second run is faster.
 
@@ -17,35 +12,44 @@ READY := $(VENV)/ready
 PEERS := .venv-peers
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: quickstart test test-fast test-slow faults lint benchmark peers clean
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-fast test-slow faults lint build benchmark peers clean
 
-quickstart: $(READY)
+help:  ## this list
+	@echo 'make TARGET'
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+quickstart: $(READY)  ## train on real digits, cut at three budgets, evaluate, draw
 	$(BIN)/python -m train.quickstart --config=configs/digits_mlp.py \
 	  --workdir=runs/quickstart
 
-test: $(READY)
+test: $(READY)  ## all but the slow ones, a fourteenth of the contract tables; 2 workers, 5 GiB each
 	$(PYTEST)
 
-test-fast: $(READY)
+test-fast: $(READY)  ## for every save: no training, no binaries, no comparison with references
 	$(PYTEST) -m 'not slow and not long'
 
-test-slow: $(READY)
+test-slow: $(READY)  ## whole recipes, minutes each, and the rest of the tables
 	$(BIN)/python -m pytest -m slow
 
-faults: $(READY)
+faults: $(READY)  ## 206 small runs, killed and damaged, until all are done; half an hour
 	$(BIN)/python -W ignore -m tests.faults.campaign --runs=206 --jobs=2 \
 	  --report=docs/faults.md
 
-lint: $(READY)
+lint: $(READY)  ## ruff, and mypy on the library
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-benchmark: $(READY)
-	for name in step_time inference scaling host_time penalty_time latency elastic; do \
+build: $(READY)  ## the wheel and the sdist, in dist/
+	$(BIN)/python -m build --no-isolation
+
+benchmark: $(READY)  ## every table of benchmarks/ into docs/results.md, on an idle machine; long
+	for name in import_time step_time inference scaling host_time penalty_time latency elastic; do \
 	  $(BIN)/python -m benchmarks.$$name --docs=docs/results.md || exit 1; done
 	$(MAKE) peers
 
-peers: $(READY) $(PEERS)/ready
+peers: $(READY) $(PEERS)/ready  ## the one against PyTorch, which it installs into .venv-peers
 	$(BIN)/python -m benchmarks.peers --docs=docs/results.md
 
 $(PEERS)/ready: benchmarks/peers.txt
@@ -53,7 +57,7 @@ $(PEERS)/ready: benchmarks/peers.txt
 	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers.txt
 	touch $@
 
-$(READY): requirements.txt pyproject.toml
+$(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " \
 	  + sys.version.split()[0] + "; use make PYTHON=python3.11") \
 	  if sys.version_info < (3, 11) else None'
@@ -62,5 +66,5 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $(READY)
 
-clean:
-	rm -rf $(VENV) $(PEERS)
+clean:  ## remove the environments and what was built
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info

@@ -56,6 +56,7 @@ LONG = {
     "tests/lowrank_jax/test_reference_faults.py",
     "tests/lowrank_jax/test_reference_faults_training.py",
     "tests/test_configs.py",
+    "tests/test_packaging.py",
     "tests/train/test_binary.py",
     "tests/train/test_checks.py",
     "tests/train/test_command_line.py",

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import subprocess
 import sys
 
 import loop_configs
@@ -14,6 +15,7 @@ from benchmarks import (
     any_rank,
     elastic,
     host_time,
+    import_time,
     inference,
     input_share,
     latency,
@@ -62,6 +64,14 @@ def test_variants_of_the_step_are_timed(dense):
     assert len(rows) == 5
     assert rows["dense"]["ratio"] == rows["dense"]["flops_ratio"] == 1
     assert all(np.isfinite(row["ms"]) and row["mib"] > 0 for row in rows.values())
+
+
+def test_imports_are_timed():
+    """In fresh processes, which must end well."""
+    assert import_time.make_timer("import sys")(2) > 0
+    with pytest.raises(subprocess.CalledProcessError):
+        import_time.make_timer("import lowrank_jax.nowhere")(1)
+    assert import_time.BASE in import_time.PROGRAMS
 
 
 def test_models_that_are_cut_are_timed(dense):
