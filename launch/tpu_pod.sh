@@ -34,7 +34,7 @@ zone=${ZONE:?must be given, such as ZONE=us-west4-a}
 type=${TYPE:?must be given, such as TYPE=v5litepod-16}
 version=${VERSION:-v2-alpha-tpuv5-lite}
 poll=${POLL:-60}
-install=${INSTALL:-python3 -m venv venv && venv/bin/pip install --quiet . "'jax[tpu]'"}
+install=${INSTALL:-python3 -m venv venv && venv/bin/pip install --quiet "'.[train]'" "'jax[tpu]'"}
 stopping=0
 trap 'stopping=1' INT TERM
 
