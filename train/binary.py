@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from lowrank_jax.errors import UserError, raise_all
-from train import allocator, distributed, xla_flags
+from train import allocator, distributed, early, xla_flags
 from train.report import logs
 from train.stopping import Interrupted, Stopped
 
@@ -46,6 +46,7 @@ def run(main: Callable[..., None], *, takes: str = "") -> None:
     """
 
     def start(argv: list[str]) -> None:
+        early.SIGNALS.imported()
         arguments = argv[1:]
         if arguments and not takes:
             raise UserError(f"flags: must begin with --, got {arguments}. Add the --.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
-from train import computing, phases, registry, sharding
+from train import computing, phases, registry, schema, sharding
 from train.schema import NAMED, compare, difference, foreign, is_number
 from train.tasks import TASKS
 
@@ -51,6 +51,17 @@ CONFIG = {
     "keep_checkpoints": int,
     "keep_best": int,
 }
+
+
+def keys() -> list[str]:
+    """Lists every key that a config may have, by its dotted path.
+
+    `[]` stands for every entry of a list, as in "phases[].until".
+    """
+    found = schema.keys(CONFIG)
+    after = found.index("phases") + 1
+    return found[:after] + [f"phases[].{key}" for key in phases.keys()] + found[after:]
+
 
 MOST_EXAMPLES = 2**20
 """Of a batch, which is made at once: beyond it one is larger than a machine."""

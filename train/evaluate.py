@@ -7,6 +7,11 @@ frontier. Where the task translates, all sentences of the split are translated g
 and `"bleu"` is among the figures (`--nobleu` spares the time).
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from train import early
+
+    early.begin("train.evaluate")
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -9,6 +9,11 @@ is not needed. Prints the texts, a line each, or each below its prompt where one
 several lines, and ends with one line of JSON: `{"texts", "ranks", "params", "macs"}`.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from train import early
+
+    early.begin("train.generate")
+
 import math
 from pathlib import Path
 

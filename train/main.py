@@ -3,6 +3,11 @@
 Ends with one line of JSON: `{"workdir", "step", "frontier": [...]}`.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from train import early
+
+    early.begin("train.main")
+
 from absl import flags
 from ml_collections import config_flags
 

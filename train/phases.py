@@ -23,9 +23,9 @@ from lowrank_jax.ranks import Ranks
 from lowrank_jax.rules import compile_pattern
 from lowrank_jax.samplers import SAMPLERS, RankSampler
 from train import actions, optim, registry, schema
-from train.shrinks import Shrink, build_shrink
+from train.shrinks import SHRINK, Shrink, build_shrink
 from train.teachers import TEACHERS, Teacher
-from train.until import Until, build_until, complete_until
+from train.until import UNTIL, Until, build_until, complete_until
 
 
 class Field(NamedTuple):
@@ -35,11 +35,14 @@ class Field(NamedTuple):
       schema: Its type.
       build: From the checked value to what the phase holds; raises UserError.
       complete: The value with all default arguments written out.
+      inner: Schema of what a mapping may hold, or of every entry of a list, where the
+        type says less; None for values without keys.
     """
 
     schema: Any
     build: Callable[[Any], Any] = lambda value: value
     complete: Callable[[Any], Any] = lambda value: value
+    inner: Any = None
 
 
 def _has(kind: type) -> Callable[[Any], bool]:
@@ -84,7 +87,7 @@ def _choices(
             errors.raise_all(schema.compare(spec, schema.NAMED, "every entry"))
         return [complete(spec) for spec in specs]
 
-    return Field(list, build, complete_all)
+    return Field(list, build, complete_all, schema.NAMED)
 
 
 def _one_of(*words: str) -> Field:
@@ -182,23 +185,21 @@ class Phase:
     """
 
     name: str = _key(Field(str))
-    until: Until = _key(Field(dict, build_until, complete_until))
+    until: Until = _key(Field(dict, build_until, complete_until, UNTIL))
     sampler: RankSampler = _key(_choice(SAMPLERS, _has(RankSampler)))
     sizes: str = _key(_one_of("masked", "static"))
     pass_parts: int = _key(Field(int, _build_parts))
     teacher: Teacher | None = _key(_choice(TEACHERS, _is_teacher))
     passes_loss: str = _key(_one_of("mean", "sum"))
     pass_weights: tuple[float, ...] = _key(Field(list, _build_weights))
-    penalties: tuple[Any, ...] = _key(
-        Field(list, tuple, _choices(PENALTIES, _acts).complete)
-    )
+    penalties: tuple[Any, ...] = _key(_choices(PENALTIES, _acts)._replace(build=tuple))
     projections: tuple[Any, ...] = _key(_choices(PROJECTIONS, _acts))
     trainable: tuple[re.Pattern[str], ...] = _key(Field(list, _build_patterns))
     optimizer: optim.Optimizer = _key(
         Field(optim.SCHEMA, optim.Optimizer.build, optim.complete)
     )
     optimizer_state: str = _key(_one_of("new", "kept"))
-    shrink: Shrink | None = _key(Field(dict, build_shrink))
+    shrink: Shrink | None = _key(Field(dict, build_shrink, inner=SHRINK))
     on_end: tuple[tuple[str, actions.Action], ...] = _key(
         _choices(actions.ACTIONS, _has(actions.Action), actions.complete)
     )
@@ -276,6 +277,16 @@ FIELDS: dict[str, Field] = {
 }
 SCHEMA = {name: field.schema for name, field in FIELDS.items()}
 """What the config of a phase must hold."""
+
+
+def keys() -> list[str]:
+    """Lists the keys that the config of a phase may have, as `train.config.keys`."""
+    found = []
+    for name, field in FIELDS.items():
+        every = "[]" if field.schema is list else ""
+        inner = field.schema if isinstance(field.schema, Mapping) else field.inner
+        found += [name, *schema.keys(inner or {}, f"{name}{every}.")]
+    return found
 
 
 def complete(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,11 @@ from its own checkpoint, prints the table and draws the frontier. Ends with one 
 JSON holding the rows.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from train import early
+
+    early.begin("train.quickstart")
+
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path

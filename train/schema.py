@@ -138,6 +138,20 @@ def compare(value: Any, schema: Any, where: str) -> list[str]:
     return []
 
 
+def keys(schema: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lists the keys of a schema in order, those of mappings in it by dotted paths.
+
+    >>> keys({"seed": int, "data": {"name": str}})
+    ['seed', 'data', 'data.name']
+    """
+    found = []
+    for name, part in schema.items():
+        found.append(f"{prefix}{name}")
+        if isinstance(part, Mapping):
+            found += keys(part, f"{prefix}{name}.")
+    return found
+
+
 def difference(theirs: Any, ours: Any, where: str = "config") -> list[str]:
     """Lists the places where two configs, or facts, differ, with both values."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):

@@ -45,6 +45,10 @@ class Shrink(NamedTuple):
         return self.every_steps or self.every_epochs * steps_per_epoch
 
 
+SHRINK = Shrink.__annotations__
+"""What the rule of a config holds, if it is not empty."""
+
+
 def build_shrink(spec: Mapping[str, Any]) -> Shrink | None:
     """Builds the rule of a config; None for `{}`, which never cuts.
 
@@ -53,7 +57,7 @@ def build_shrink(spec: Mapping[str, Any]) -> Shrink | None:
     """
     if not spec:
         return None
-    errors.raise_all(schema.compare(spec, Shrink.__annotations__, "a rule"))
+    errors.raise_all(schema.compare(spec, SHRINK, "a rule"))
     often = (spec["every_epochs"], spec["every_steps"])
     if min(often) != 0 or max(often) < 1:
         raise UserError(

@@ -11,6 +11,11 @@ checkpoint is factorized first. Each new checkpoint stands alone. Ends with one 
 JSON: `{"output", "params", "macs", "ranks"}`, of a family `{"sizes": [...]}`.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from train import early
+
+    early.begin("train.truncate")
+
 import contextlib
 import json
 from collections.abc import Sequence

@@ -17,6 +17,9 @@ StableRanks = dict[str, Any]
 LENGTHS = ("steps", "epochs", "to_epoch")
 """So many steps, so many epochs, or to this epoch of the run."""
 
+UNTIL = {**dict.fromkeys(LENGTHS, int), "condition": schema.NAMED}
+"""What the end of a phase may hold in its config."""
+
 
 class Condition(NamedTuple):
     """When a phase ends early.

@@ -9,12 +9,10 @@ or augmented here.
 import dataclasses
 import functools
 import io
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
 from lowrank_jax import errors
@@ -22,6 +20,7 @@ from lowrank_jax.errors import UserError
 from train import registry
 from train.data import DATASETS, own_arrays, tfds_sets
 from train.data.own_arrays import Arrays
+from train.report import logs
 
 # A split whose decoded pixels exceed this is read from disk batch by batch.
 MEMORY_LIMIT_BYTES = 2**30
@@ -137,19 +136,18 @@ def _decode_all(source: TfdsSource) -> Arrays:
     One thread: with 28x28 and 32x32 PNGs the interpreter lock makes two threads a
     quarter slower than one (2 cores, 85 against 67 microseconds an image).
     """
-    began = time.monotonic()
     arrays = {
         "image": np.empty((source.size, *source.image_shape), np.uint8),
         "label": np.empty(source.size, np.int32),
     }
-    for start in range(0, source.size, _DECODE_CHUNK):
-        rows = np.arange(start, min(start + _DECODE_CHUNK, source.size))
-        for name, chunk in _read(source, rows).items():
-            arrays[name][rows] = chunk
+    place = f"{source.size:,} images of {source.directory}, {source.split}"
+    with logs.stage(f"decoding {place}"):
+        for start in range(0, source.size, _DECODE_CHUNK):
+            rows = np.arange(start, min(start + _DECODE_CHUNK, source.size))
+            for name, chunk in _read(source, rows).items():
+                arrays[name][rows] = chunk
     for array in arrays.values():
         array.setflags(write=False)
-    seconds = time.monotonic() - began
-    logging.info("decoded %s %s in %.1f s", source.directory, source.split, seconds)
     return arrays
 
 
