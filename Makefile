@@ -17,7 +17,7 @@ READY := $(VENV)/ready
 PEERS := .venv-peers
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: quickstart test test-fast test-slow faults lint benchmark peers clean
+.PHONY: quickstart test test-fast test-slow faults lint benchmark peers clean docs docs-serve
 
 quickstart: $(READY)
 	$(BIN)/python -m train.quickstart --config=configs/digits_mlp.py \
@@ -64,3 +64,9 @@ $(READY): requirements.txt pyproject.toml
 
 clean:
 	rm -rf $(VENV) $(PEERS)
+
+docs: $(READY) ## the documentation, into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(READY) ## the documentation at http://127.0.0.1:8000, built anew at changes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve

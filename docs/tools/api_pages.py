@@ -5,6 +5,7 @@ under a name that does not begin with an underscore.
 """
 
 import importlib
+import sys
 import types
 from collections.abc import Iterator
 
@@ -61,6 +62,14 @@ def public_names(module: types.ModuleType) -> list[str]:
     ]
 
 
+def _place(module: types.ModuleType, name: str) -> str:
+    """Where Griffe finds a name: not in its package where a file has the same name."""
+    place = f"{module.__name__}.{name}"
+    if place in sys.modules:
+        return f"{getattr(module, name).__module__}.{name}"
+    return place
+
+
 def _index() -> str:
     lines = ["# API", "", "`import lowrank_jax as lr`; made from the docstrings.", ""]
     lines += ["| module | what it holds |", "|---|---|"]
@@ -83,8 +92,8 @@ def _blocks(module: str) -> Iterator[str]:
     yield ""
     found = importlib.import_module(module)
     for name in public_names(found):
-        yield f"::: {module}.{name}"
-        yield "    options: { heading_level: 3 }"
+        yield f"::: {_place(found, name)}"
+        yield f"    options: {{ heading_level: 3, heading: {module}.{name} }}"
         yield ""
     for name in getattr(found, "__all__", ()):
         inner = f"{module}.{name}"

@@ -20,12 +20,12 @@ from train.until import CONDITIONS
 HEAD = """# Config keys
 
 A config is a Python file in `configs/`, or one of your own, with a function
-`get_config(arg="")` that returns a `ml_collections.ConfigDict`. **Every key is there and
-no other**: a misspelled key is an error, nothing has a hidden default. The defaults below
-are those of `configs/common.py`, whose functions `base`, `data`, `phase` and `optimizer`
-write every key; "given" stands where you must say it yourself. A flag changes a place:
-`--config.seed=1`, `--config.data.batch_size=64`; lists and mappings are changed in the
-file.
+`get_config(arg="")` that returns a `ml_collections.ConfigDict`. **Every key is there
+and no other**: a misspelled key is an error, nothing has a hidden default. The defaults
+below are those of `configs/common.py`, whose functions `base`, `data`, `phase` and
+`optimizer` write every key; "given" stands where you must say it yourself. A flag
+changes a place: `--config.seed=1`, `--config.data.batch_size=64`; lists and mappings
+are changed in the file.
 
 `[]` stands for every entry of a list. This page is made from the code; the choices by
 name follow [below](#names), each with its arguments.
@@ -88,7 +88,7 @@ CHOICES = (
         "phases[].optimizer",
         optim.OPTIMIZERS,
         supplied=("learning_rate", "weight_decay", "mask"),
-        about="As optax has them; learning rate and weight decay are keys beside `args`.",
+        about="As optax has them; learning rate and decay are keys beside `args`.",
     ),
     Choices("Schedules", "phases[].optimizer.schedule", optim.SCHEDULES, skipped=2),
     Choices("Models", "model", MODELS, supplied=BUILT_WITH),

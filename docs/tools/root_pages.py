@@ -1,7 +1,7 @@
 """Pages that stand outside of docs/, with their links as the site needs them.
 
-CONTRIBUTING.md and its like are read in the repository too. In the site a link to a page
-leads to the page, one to any other file of the repository becomes its path as code.
+CONTRIBUTING.md and its like are read in the repository too. In the site a link to a
+page leads to the page, one to any other file becomes its path as code.
 """
 
 import posixpath
