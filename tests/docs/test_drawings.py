@@ -1,12 +1,15 @@
 """The drawings of the Concepts page are what their script draws, and can be read."""
 
+import itertools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
+from matplotlib.transforms import Bbox
 
 DOCS = Path(__file__).parents[2] / "docs"
 FOLDER = DOCS / "drawings"
@@ -30,29 +33,42 @@ def test_the_files_are_what_the_script_draws(draw):
     assert drawn == files, "run python docs/drawings/draw.py"
 
 
-def texts(path: Path) -> Iterator[tuple[str, float, float]]:
-    """Every text of a picture with its left and right end, in a wide font."""
+def texts(path: Path) -> dict[str, Bbox]:
+    """Where the texts of a picture are, in the widest of the usual fonts."""
+    places = {}
     for node in ElementTree.parse(path).getroot().iter(f"{SVG}text"):
-        # DejaVu Sans, the widest of the usual fonts, has 0.62 em a letter on average
-        width = 0.62 * float(node.get("font-size")) * len(node.text)
-        left = float(node.get("x")) - width * {"middle": 0.5, "end": 1}.get(
-            node.get("text-anchor"), 0
+        font = FontProperties(
+            family="DejaVu Sans", weight=node.get("font-weight", "normal")
         )
-        yield node.text, left, left + width
+        size, anchor = float(node.get("font-size")), node.get("text-anchor")
+        x, y = float(node.get("x")), float(node.get("y"))
+        box = TextPath((0, 0), node.text, size=size, prop=font).get_extents()
+        left = x - box.width * {"start": 0, "middle": 0.5, "end": 1}[anchor]
+        place = Bbox.from_extents(left, y - box.y1, left + box.width, y - box.y0)
+        places[f"{node.text} at {x:g}, {y:g}"] = place
+    return places
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.svg")), ids=lambda p: p.stem)
-def test_a_picture_is_white_behind_and_loses_no_text(path):
-    """Dark pages show it, and nothing is written past its edges."""
+def test_a_picture_can_be_read(path):
+    """White behind, so that dark pages show it; no text past its edges or on another's
+    place."""
     root = ElementTree.parse(path).getroot()
     _, _, width, height = map(float, root.get("viewBox").split())
-    background = root.find(f"{SVG}rect")
-    assert (background.get("fill"), background.get("height")) == (
-        "#FFFFFF",
-        f"{height:g}",
-    )
-    outside = [text for text, left, right in texts(path) if left < 0 or right > width]
-    assert not outside
+    background = root.find(f"{SVG}rect").attrib
+    assert (background["fill"], background["height"]) == ("#FFFFFF", f"{height:g}")
+    places = texts(path)
+    outside = [
+        text
+        for text, place in places.items()
+        if place.x0 < 0 or place.x1 > width or place.y0 < 0 or place.y1 > height
+    ]
+    overlaps = [
+        pair
+        for pair in itertools.combinations(places, 2)
+        if places[pair[0]].overlaps(places[pair[1]])
+    ]
+    assert not outside and not overlaps
 
 
 def test_the_page_shows_every_drawing_with_words_for_it():
