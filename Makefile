@@ -13,7 +13,8 @@ PEERS := .venv-peers
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast test-slow faults lint build benchmark peers clean
+.PHONY: help quickstart test test-fast test-slow faults lint build benchmark peers docs \
+  docs-serve notebooks hooks clean
 
 help:  ## this list
 	@echo 'make TARGET'
@@ -66,5 +67,19 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $(READY)
 
+docs: $(READY)  ## the documentation, into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-serve: $(READY)  ## the documentation at http://127.0.0.1:8000, built anew at changes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+notebooks: $(READY)  ## run the notebooks and write docs/notebooks; five minutes
+	for name in train_and_cut_vit own_method language_model; do \
+	  $(BIN)/python -m notebooks.render $$name || exit 1; done
+
+hooks: $(READY)  ## the linter before every commit
+	$(BIN)/python -m pip install --quiet pre-commit
+	$(BIN)/pre-commit install
+
 clean:  ## remove the environments and what was built
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) build dist site *.egg-info
