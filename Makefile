@@ -64,3 +64,13 @@ $(READY): requirements.txt pyproject.toml
 
 clean:
 	rm -rf $(VENV) $(PEERS)
+
+.PHONY: notebooks hooks
+
+notebooks: $(READY)  ## run the notebooks and write docs/notebooks; five minutes
+	for name in train_and_cut_vit own_method language_model; do \
+	  $(BIN)/python -m notebooks.render $$name || exit 1; done
+
+hooks: $(READY)  ## the linter before every commit
+	$(BIN)/python -m pip install --quiet pre-commit
+	$(BIN)/pre-commit install
