@@ -6,7 +6,6 @@ the library: the clone is the one from which the library is imported, which an e
 install points to, whatever the folder that the command is given in.
 """
 
-import difflib
 import importlib.util
 import os
 import runpy
@@ -14,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank_jax.errors import MissingFile, UserError
+from lowrank_jax.errors import MissingFile, UserError, unknown
 from lowrank_jax.version import __version__
 
 COMMANDS = {
@@ -63,11 +62,8 @@ def find_module(name: str, clone: Path = _CLONE) -> str:
         is not installed.
     """
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        raise UserError(
-            f"lowrank: must be followed by one of {', '.join(COMMANDS)}, got {name!r}."
-            f" Write lowrank {near[0] if near else '--help, which explains them'}."
-        )
+        fix = "lowrank --help says what each does."
+        raise UserError(f"lowrank: {unknown('a command', name, COMMANDS, fix=fix)}")
     module, _ = COMMANDS[name]
     file = clone.joinpath(*module.split(".")).with_suffix(".py")
     if not (file.is_file() and (clone / "pyproject.toml").is_file()):

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 APPLICATION = ("train", "configs", "launch")
-COPIED = ("lowrank_jax", *APPLICATION, "benchmarks", "examples", "tests")
+COPIED = ("lowrank_jax", *APPLICATION, "benchmarks", "examples", "notebooks", "tests")
 EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
 
 OUTSIDE = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -25,6 +25,7 @@ def serve() -> None:
     """Runs the attempts that stdin asks for, one after the other."""
     import sklearn.datasets  # noqa: F401  (seconds, once)
 
+    import lowrank_jax.storage  # noqa: F401
     import train.checkpoints  # noqa: F401
     import train.loop  # noqa: F401
 

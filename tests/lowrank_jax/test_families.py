@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_jax import families
@@ -19,6 +19,7 @@ def not_above(small: Ranks, large: Ranks) -> bool:
     return all(np.all(np.less_equal(small[path], large[path])) for path in large)
 
 
+@settings(deadline=None)
 @given(SIZES)
 def test_without_a_family_a_size_is_a_fraction_of_every_rank(size):
     assert families.member((), WHOLE, size) == at_fraction(WHOLE, size)
@@ -46,6 +47,7 @@ def test_a_family_of_fractions_is_no_other_than_none():
         )
 
 
+@settings(deadline=None)
 @given(SIZES, SIZES)
 def test_a_smaller_size_is_nested_in_a_larger(first, second):
     small, large = sorted((first, second))
@@ -54,6 +56,7 @@ def test_a_smaller_size_is_nested_in_a_larger(first, second):
     assert all(min(np.ravel(found[0][path])) >= 1 for path in ("a", "c"))
 
 
+@settings(deadline=None)
 @given(SIZES)
 def test_what_was_cut_keeps_what_it_has(size):
     """A layer below the family's rank is no obstacle to the others."""
