@@ -136,14 +136,14 @@ def digits(config: ConfigDict, *, batch_size: int) -> None:
     """Sets data and task: scikit-learn's digits, 8x8, pixels 0 to 16; 1,437 to train
     on, of them 137 for validation, 360 to test on."""
     config.data = data("digits", batch_size=batch_size, validation_examples=137)
-    config.task = images(mean=(4.88,), std=(6.02,))
+    config.task = images()
 
 
 def mnist(config: ConfigDict, *, batch_size: int) -> None:
     """Sets data and task: MNIST, 5,000 of the 60,000 training images held out for
     validation."""
     config.data = data("mnist", batch_size=batch_size, validation_examples=5000)
-    config.task = images(mean=(33.3,), std=(78.6,))
+    config.task = images()
 
 
 def cifar10(config: ConfigDict, *, batch_size: int) -> None:
@@ -151,8 +151,6 @@ def cifar10(config: ConfigDict, *, batch_size: int) -> None:
     images held out for validation."""
     config.data = data("cifar10", batch_size=batch_size, validation_examples=5000)
     config.task = images(
-        mean=(125.31, 122.95, 113.87),
-        std=(62.99, 62.09, 66.70),
         augment=(("random_crop", {"padding": 4}), ("random_flip", {})),
     )
 
@@ -179,9 +177,13 @@ def data(
 
 
 def images(
-    *, mean: Sequence[float], std: Sequence[float], augment: Sequence[Any] = ()
+    *,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    augment: Sequence[Any] = (),
 ) -> dict[str, Any]:
-    """Makes the classification of images whose pixels have this mean and deviation."""
+    """Makes the classification of images whose pixels have this mean and deviation, of
+    each channel; () for those of the data set."""
     return named(
         "classification", mean=tuple(mean), std=tuple(std), augment=tuple(augment)
     )
