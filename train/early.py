@@ -40,8 +40,9 @@ class Signals:
 
     def __init__(self) -> None:
         self._asked: float | None = None
-        self._importing = True
+        self._importing, self._handled = True, False
         self._note: Callable[[], None] | None = None
+        self._answered = threading.Event()
         self.watched = False
 
     def watch(self) -> None:
@@ -60,6 +61,8 @@ class Signals:
     def imported(self) -> None:
         """Lets the program tidy up from here on, when it is asked to stop."""
         self._importing = False
+        if self._handled:
+            self._end()
 
     @contextlib.contextmanager
     def noting(self, note: Callable[[], None]) -> Iterator[None]:
@@ -82,7 +85,7 @@ class Signals:
 
     def _answer(self, name: str) -> None:
         """Says at once what becomes of a request; runs beside the program."""
-        now = time.monotonic()
+        now, name = time.monotonic(), f"\n{name}" if os.isatty(2) else name
         if self._asked is not None:
             if now - self._asked >= _SECONDS_TO_SECOND:
                 tell(f"{name} again: {AT_ONCE}")
@@ -96,13 +99,19 @@ class Signals:
         if note is not None:
             note()
         tell(f"{name}: {SAVING if note is not None else STOPPING}")
+        self._answered.set()
 
     def _handle(self, *_: Any) -> None:
         """Ends the program, or notes; runs when Python comes to it."""
+        self._handled = True
         if self._note is not None:
             self._note()
         elif not self._importing:
-            sys.exit(REQUEUE)
+            self._end()
+
+    def _end(self) -> None:
+        self._answered.wait(timeout=1.0)  # the line comes before the end
+        sys.exit(REQUEUE)
 
 
 SIGNALS = Signals()
@@ -119,13 +128,12 @@ def begin(program: str) -> None:
     """
     words = " ".join(sys.argv[1:])
     quiet = "--help" in words or ("--process_id" in words and "_id=0" not in words)
+    SIGNALS.watch()
     if "jax" not in sys.modules and not quiet:
         tell(f"{program}: importing JAX ...")
-    SIGNALS.watch()
 
 
 def tell(line: str) -> None:
     """Writes a line on stderr by one call of the system, past whatever is locked."""
-    start = "\n" if os.isatty(2) and SIGNALS.watched else ""  # below a progress bar
     with contextlib.suppress(OSError):
-        os.write(2, f"{start}{line}\n".encode())
+        os.write(2, f"{line}\n".encode())

@@ -25,6 +25,11 @@ from lowrank_jax.errors import UserError
 from train import binary, selecting, writing
 from train.report import logs
 
+_EXAMPLES = (
+    'train.generate --checkpoint=runs/text --prompt="ROMEO:"',
+    'train.generate --checkpoint=runs/text --prompt="ROMEO:" --temperature=0.8',
+)
+
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a checkpoint, of its steps, or of a run."
 )
@@ -112,4 +117,4 @@ def _prompts() -> tuple[list[str], str]:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("checkpoint")
-    binary.run(_main)
+    binary.run(_main, examples=_EXAMPLES)

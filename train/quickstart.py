@@ -25,6 +25,11 @@ from train import binary, checkpoints, folders, opening
 from train.loop import train_and_evaluate
 from train.report import logs, plots
 
+_EXAMPLES = (
+    "train.quickstart --config=configs/digits_mlp.py",
+    "train.quickstart --config=configs/digits_mlp.py:smoke --workdir=runs/quick",
+)
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to run.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/quickstart", "Folder of the run; an earlier quickstart there goes."
@@ -130,4 +135,4 @@ def _main() -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    binary.run(_main)
+    binary.run(_main, examples=_EXAMPLES)

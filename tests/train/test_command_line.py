@@ -128,7 +128,9 @@ def test_any_selector_by_name_and_arguments(run, tmp_path):
         f"error: selector: {OWN}:raised: head: rank must be in [0, 10], got 11",
         "hidden/0: rank must be in [0, 64], got 65",
     ]
-    assert ended["typo"].message.startswith("error: selector: args: must be of ['path'")
+    assert ended["typo"].message.startswith(
+        "error: selector: args: must be an argument"
+    )
     assert ended["gauge"].result["ranks"] == {"head": 8, "hidden/0": 8}
     only = "head: rank must be 8, the only one of its form, got 4"
     for name in ("again", "sweep"):
@@ -180,7 +182,16 @@ def test_mistakes_are_one_line(run, tmp_path):
             "--recalibrate",
             "--recalibration_batches=0",
         ),
-        "flags: flag --form=dense: ": (*cut, "--rank=3", "--form=dense"),
+        "--form: must be one of its values, got 'gague'. Did you mean 'gauge'?": (
+            *cut,
+            "--rank=3",
+            "--form=gague",
+        ),
+        "--rnak: must be a flag of this program, got '--rnak'. Did you mean"
+        " '--rank'?": (
+            *cut,
+            "--rnak=3",
+        ),
         "--recalibration_batches: acts only with --rank_fractions, got 3": (
             *evaluate,
             "--recalibration_batches=3",

@@ -9,6 +9,7 @@ or augmented here.
 import dataclasses
 import functools
 import io
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ from PIL import Image
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from train import registry
-from train.data import DATASETS, own_arrays, tfds_sets
+from train.data import DATASETS, original_files, own_arrays, tfds_sets
 from train.data.own_arrays import Arrays
 from train.report import logs
 
@@ -171,6 +172,9 @@ def open_dataset(
         )
     if name == "digits":
         return _digits()
+    root = tfds_sets.resolve_data_dir(data_dir)
+    if original_files.is_there(name, root) and not tfds_sets.is_prepared(name, root):
+        return _from_files(name, root / name)
     return _from_tfds(name, data_dir)
 
 
@@ -191,6 +195,17 @@ def _digits() -> RawDataset:
         for rows in (train, test)
     ]
     return RawDataset("digits", _image_facts((8, 8, 1), 10), *sources)
+
+
+@functools.lru_cache(maxsize=4)
+def _from_files(name: str, folder: pathlib.Path) -> RawDataset:
+    """A set in its original files, whose examples have another order than TFDS's."""
+    original = original_files.ORIGINALS[name]
+    with errors.at(f"data set {name!r}"):
+        train, test = original_files.read(original, folder)
+    facts = _image_facts(original.image_shape, 10)
+    facts["about"] = {"order": "original files"}
+    return RawDataset(name, facts, ArraySource(train), ArraySource(test))
 
 
 def _image_facts(shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
