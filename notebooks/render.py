@@ -112,7 +112,7 @@ def code_of(page: str) -> list[str]:
 
 
 def trimmed(text: str) -> str:
-    """Returns what a cell printed without the middle of more than `MOST_LINES` lines."""
+    """Returns what a cell printed, without the middle of more than `MOST_LINES`."""
     lines = [line.rstrip() for line in text.strip("\n").splitlines()]
     if len(lines) > MOST_LINES:
         half = MOST_LINES // 2
