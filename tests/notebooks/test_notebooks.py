@@ -144,18 +144,28 @@ def test_an_assertion_ends_it_with_the_line_of_the_file(tmp_path):
     assert error.traceback[-1].lineno == 5  # counted from 0
 
 
-def test_a_picture_must_be_written_and_small(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("path.write_bytes(bytes(200_000))", "got 200000 bytes"),
+        ("path.exists()", "got none"),
+    ],
+)
+def test_a_picture_must_be_written_and_small(tmp_path, monkeypatch, code, said):
     text = (
-        "# %%\nopen('p.png', 'wb').write(bytes({size}))\n# %% [markdown]\n# ![p](p.png)"
+        "# %%\nfrom pathlib import Path\n\npath = Path('p.png')\n{}\n# %% [markdown]\n"
     )
     monkeypatch.setattr(render, "FOLDER", tmp_path)
-    for size, said in ((200_000, "got 200000 bytes"), (0, "")):
-        (tmp_path / "own_method.py").write_text(text.format(size=size))
-        if said:
-            with pytest.raises(UserError, match=said):
-                render.render("own_method", tmp_path / "out")
-        else:
-            render.render("own_method", tmp_path / "out")
-            assert (tmp_path / "out/own_method_p.png").is_file()
-    with pytest.raises(UserError, match="notebook: must be one of"):
-        render.render("owm_method", tmp_path / "out")
+    notebook = tmp_path / "own_method.py"
+    notebook.write_text(text.format(code) + "# ![p](p.png)\n")
+    with pytest.raises(UserError, match=said):
+        render.render("own_method", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    notebook.write_text(text.format("path.write_bytes(b'1')") + "# ![p](p.png)\n")
+    render.render("own_method", tmp_path / "out")
+    assert (tmp_path / "out/own_method_p.png").read_bytes() == b"1"
+
+
+def test_an_unknown_notebook_is_refused(tmp_path):
+    with pytest.raises(UserError, match="notebook: must be one of .*'owm_method'"):
+        render.render("owm_method", tmp_path)
