@@ -34,6 +34,9 @@ SHOWN = ("", "bibtex", "diff", "ini", "json", "markdown", "text", "toml", "yaml"
 LINKED = ("configs", "examples", "launch", "lowrank_jax", "tests", "train")
 """What of the repository a page finds in its scratch folder."""
 
+LONGEST_S = 1800
+"""How long a page may take, beside other work; one that hangs is an error."""
+
 _FENCE = re.compile(
     r"^(?P<indent> *)(?P<marks>`{3,}|~{3,})(?P<language>[^\s`]*)(?P<rest>.*)$"
 )
@@ -377,6 +380,7 @@ def run(found: Sequence[Block], folder: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            timeout=LONGEST_S,
         )
     assert done.returncode == 0, done.stdout[-6000:]
 
