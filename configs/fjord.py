@@ -4,7 +4,7 @@ model.
 Command:  python -m train.main --config=configs/fjord.py --workdir=runs/fjord
 Variants: :cifar10 for ResNet-18
 Hardware: 2 CPU cores
-Time:     2 minutes on one core
+Time:     3 minutes on one core, beside other work
 Result:   small BatchNorm network on MNIST, test accuracy 96.5 / 96.1 / 95.2 / 93.0 /
           71.9 at 1 / 0.8 / 0.6 / 0.4 / 0.2 of the ranks, with BatchNorm of every size
 

@@ -81,18 +81,32 @@ def unfounded(text: str) -> list[str]:
             linked = part[len("(../results.md#") : -1]
             continue
         for header, rows in tables(part):
-            measured = {
+            known = {
                 row
-                for other, known in results().get(linked, [])
+                for other, measured_rows in results().get(linked, [])
                 if other == header
-                for row in known
+                for row in measured_rows
             }
-            wrong += [row for row in rows if row not in measured]
+            wrong += [row for row in rows if row not in known]
     return wrong
 
 
 def decimals(text: str) -> set[str]:
     return set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", text))
+
+
+@functools.cache
+def measured() -> set[str]:
+    texts = ((DOCS / name).read_text() for name in ("results.md", "LOG.md"))
+    return set().union(*map(decimals, texts))
+
+
+@pytest.mark.parametrize("name", ["concepts.md", "methods/index.md"])
+def test_numbers_in_the_text_were_measured(name):
+    """Those with a point, outside of code."""
+    text = re.sub(r"^```.*?^```", "", (DOCS / name).read_text(), flags=re.M | re.S)
+    told = decimals(text)
+    assert told and not told - measured()
 
 
 def test_every_method_has_a_page_in_the_index():
@@ -160,16 +174,13 @@ def test_the_figures_stand_in_the_results(name):
     assert tables(found["Figures"])
     assert not unfounded(found["Figures"])
     told = decimals(found["Figures"]) | decimals(found["What to watch for"])
-    measured = decimals(
-        (DOCS / "results.md").read_text() + (DOCS / "LOG.md").read_text()
-    )
-    assert not told - measured
+    assert not told - measured()
 
 
 def test_the_index_has_the_figures_of_the_results():
     """Means and step times, method by method; the table is whole."""
     (header, rows), *_ = tables(page("index"))
-    ((columns, measured),) = results()["lenet-on-mnist-all-methods"]
+    ((columns, known),) = results()["lenet-on-mnist-all-methods"]
     wanted = [name for name in cells(header) if name in cells(columns)]
     assert wanted == ["method", "step time", "whole", "1/2", "1/4", "1/8"]
 
@@ -182,7 +193,7 @@ def test_the_index_has_the_figures_of_the_results():
         return re.sub(r" \(\d+\.\d-\d+\.\d\)", "", row)
 
     told = [figures(header, row) for row in rows]
-    assert told == [figures(columns, means(row)) for row in measured]
+    assert told == [figures(columns, means(row)) for row in known]
 
 
 def test_a_figure_that_was_not_measured_is_seen():
