@@ -17,7 +17,7 @@ READY := $(VENV)/ready
 PEERS := .venv-peers
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: quickstart test test-fast test-slow faults lint benchmark peers clean docs docs-serve
+.PHONY: quickstart test test-fast test-slow faults lint benchmark peers clean
 
 quickstart: $(READY)
 	$(BIN)/python -m train.quickstart --config=configs/digits_mlp.py \
@@ -65,8 +65,20 @@ $(READY): requirements.txt pyproject.toml
 clean:
 	rm -rf $(VENV) $(PEERS)
 
-docs: $(READY) ## the documentation, into site/; warnings are errors
+.PHONY: notebooks hooks
+
+notebooks: $(READY)  ## run the notebooks and write docs/notebooks; five minutes
+	for name in train_and_cut_vit own_method language_model; do \
+	  $(BIN)/python -m notebooks.render $$name || exit 1; done
+
+hooks: $(READY)  ## the linter before every commit
+	$(BIN)/python -m pip install --quiet pre-commit
+	$(BIN)/pre-commit install
+
+.PHONY: docs docs-serve
+
+docs: $(READY)  ## the documentation, into site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-docs-serve: $(READY) ## the documentation at http://127.0.0.1:8000, built anew at changes
+docs-serve: $(READY)  ## the documentation at http://127.0.0.1:8000, built anew at changes
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve

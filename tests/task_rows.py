@@ -73,7 +73,7 @@ class Row(NamedTuple):
     """Shape of the outputs of one example."""
     counted: Callable[[dict[str, Any]], jax.Array] = lambda batch: jnp.ones(SIZE)
     """How much each example weighs beside its own weight."""
-    augments: bool = True
+    augments: bool = False
     """Whether a key changes the inputs."""
 
 
@@ -88,6 +88,7 @@ ROWS = {
         {**PIXELS, "augment": AUGMENT},
         lenet.build,
         lambda batch: 100.0 * jax.nn.one_hot(batch["label"], 5),
+        augments=True,
     ),
     "regression": Row(
         "own_package.task:regression",
@@ -95,6 +96,7 @@ ROWS = {
         {"noise": 0.1},
         own_model.build,
         lambda batch: batch["y"],
+        augments=True,
     ),
     "language_model": Row(
         "language_model",
@@ -104,7 +106,6 @@ ROWS = {
         lambda batch: tokens_right(batch["tokens"][:, 1:]),
         outputs=(7, 5),
         counted=lambda batch: batch["length"],
-        augments=False,
     ),
     "translation": Row(
         "translation",
@@ -120,7 +121,6 @@ ROWS = {
         lambda batch: tokens_right(batch["label"]),
         outputs=(8, 5),
         counted=lambda batch: (batch["target_segment"] > 0).sum(axis=1),
-        augments=False,
     ),
 }
 every_task = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)

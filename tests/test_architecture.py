@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TREES = ("lowrank_jax", "train", "configs", "benchmarks", "launch", "examples")
+TREES = (
+    *("lowrank_jax", "train", "configs", "benchmarks", "launch", "examples"),
+    "notebooks",
+)
 
 LAYERS = (
     {"errors", "placement", "version"},

@@ -30,6 +30,7 @@ from reference import relative_error
 
 from lowrank_jax.factors import Factors
 from lowrank_jax.layers import (
+    LAYERS,
     LowRankConv,
     LowRankConvTranspose,
     LowRankEinsum,
@@ -40,6 +41,16 @@ from lowrank_jax.layers import (
 )
 
 row = layer_rows.row
+
+
+def test_every_layer_has_a_row():
+    """Those of the library; others may have been registered by tests."""
+    ours = {kind for kind, low_rank in LAYERS.items() if is_ours(low_rank)}
+    assert len(ours) >= 6 and ours <= {row.kind for row in ROWS.values()}
+
+
+def is_ours(low_rank: type[LowRankLayer]) -> bool:
+    return low_rank.__module__.startswith("lowrank_jax.layers.")
 
 
 def test_full_rank_equals_dense(row):
