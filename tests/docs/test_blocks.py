@@ -8,11 +8,8 @@ import pages
 import pytest
 from pages import ROOT, Block, blocks
 
-FAST = {
-    "docs/guides/own_model.md",
-    "docs/guides/own_loop.md",
-}
-"""Pages of Python alone, of a few seconds; those with commands train: minutes."""
+FAST = {"docs/concepts.md"}
+"""Pages of a few seconds that nothing else runs; those with commands train: minutes."""
 
 
 def name_of(path: Path) -> str:
