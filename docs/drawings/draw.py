@@ -296,7 +296,7 @@ def phases() -> Drawing:
     d.text(280, 352, "factorize", anchor="middle", colour=RED)
     d.text(570, 352, "truncate", anchor="middle", colour=RED)
     d.text(738, 352, "recalibrate", anchor="end", colour=RED)
-    note = "shapes change at these lines and at shrinks alone; moments go along"
+    note = "shapes change at factorize, truncate and shrinks alone"
     d.text(738, 378, note, anchor="end", size=13)
     return d
 
