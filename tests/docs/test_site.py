@@ -10,8 +10,9 @@ import page_links
 import pages
 import pytest
 import yaml
+from mkdocs.exceptions import PluginError
 
-from docs.tools import api_pages, config_page, root_pages
+from docs.tools import api_pages, config_page, hooks, root_pages
 from docs.tools.root_pages import ROOT
 
 READ_IN_PLACE = sorted(path for path in (*ROOT.glob("*.md"), ROOT / "launch/README.md"))
@@ -169,6 +170,20 @@ def test_pages_of_the_root_keep_their_links():
     text = "[log](docs/LOG.md#log) [loop](train/loop.py) [`x`](train/x.py) [h](#here)"
     moved = root_pages.moved(text, "CONTRIBUTING.md", "guides/contributing.md")
     assert moved == "[log](../LOG.md#log) loop (`train/loop.py`) `x` [h](#here)"
+
+
+def test_a_folder_in_the_navigation_is_its_pages():
+    """Its index first, made pages in their order; one without pages is an error."""
+    nav = [{"Home": "index.md"}, {"Methods": "methods/"}, {"API": "api/"}]
+    made = ["api/z.md", "api/a.md"]
+    paths = ["methods/index.md", "methods/bsr.md", *sorted(made), "index.md"]
+    assert hooks.expanded(nav, paths, made) == [
+        {"Home": "index.md"},
+        {"Methods": ["methods/index.md", "methods/bsr.md"]},
+        {"API": made},
+    ]
+    with pytest.raises(PluginError, match="notebooks/ must hold a page"):
+        hooks.expanded(["notebooks/"], paths, made)
 
 
 def test_a_key_without_a_meaning_is_an_error(monkeypatch: pytest.MonkeyPatch):
