@@ -4,9 +4,9 @@
 # **Asked.** A small language model is trained once. What does it lose, and how does it
 # sound, with a half, a quarter and an eighth of its ranks?
 #
-# **Done.** A character transformer of 0.8 million parameters, 1,000 steps on tiny
-# Shakespeare: 500 dense, then factorized by its SVD, then 500 nested, where every step
-# trains four sizes. Beside it the same model, dense for all 1,000 steps and cut
+# **Done.** A character transformer of 0.8 million parameters, 700 steps on tiny
+# Shakespeare: 350 dense, then factorized by its SVD, then 350 nested, where every step
+# trains four sizes. Beside it the same model, dense for all 700 steps and cut
 # afterwards.
 #
 # **Seen.** The perplexity of each size, the figure that counts; and a few lines written
@@ -68,11 +68,11 @@ print(f"text: {source}")
 # %% [markdown]
 # ## One run, four sizes
 #
-# The config is `configs/shakespeare.py:cpu` with a quarter of its steps a phase. In the
-# second phase the first pass of a step is the whole model on the whole batch; each of
-# the other three sizes runs on a quarter of the batch, on factors that are cut to its
-# size, and learns from what the whole model said. Which ranks a size has is chosen when
-# the dense phase ends: one share of energy for all layers.
+# The config is `configs/shakespeare.py:cpu` with 350 steps a phase in place of 1,000.
+# In the second phase the first pass of a step is the whole model on the whole batch;
+# each of the other three sizes runs on a quarter of the batch, on factors that are cut
+# to its size, and learns from what the whole model said. Which ranks a size has is
+# chosen when the dense phase ends: one share of energy for all layers.
 
 
 # %%
@@ -93,7 +93,7 @@ def trained(name: str, config) -> opening.Opened:
         return opening.open_model(f"runs/{name}")
 
 
-nested = trained("nested", config_of("cpu", 500))
+nested = trained("nested", config_of("cpu", 350))
 for number, phase in enumerate(nested.run.config["phases"]):
     print(
         number, phase["name"], phase["until"], phase["sampler"]["name"], phase["sizes"]
@@ -104,7 +104,7 @@ for number, phase in enumerate(nested.run.config["phases"]):
 # then factorized, and get ranks by the same rule.
 
 # %%
-dense = trained("dense", config_of("cpu,dense", 1000))
+dense = trained("dense", config_of("cpu,dense", 700))
 task, factored = dense.run.task, lr.factorize(dense.model, text.rank_rules("full"))
 family = [
     (fraction, lr.ranks_for(factored, *task.example, energy_fraction=fraction))
@@ -136,8 +136,14 @@ plots.plot_frontier(
 )
 
 # %% [markdown]
-# ![Loss in nats a character against parameters and against MACs: nearly level for the
-# nested model, rising steeply for the dense one cut afterwards](frontier.png)
+# ![Loss in nats a character against parameters and against MACs: the nested model rises
+# slowly to the smallest size, the dense one cut afterwards is level to a quarter and
+# steep from there to an eighth](frontier.png)
+#
+# Down to a quarter of the ranks nothing is gained by nested training: after 700 steps
+# the weights of the dense model are near to low rank still, and the SVD cuts them for
+# nothing. (Longer runs fill their spectra; `docs/results.md` has those of 2,000 steps.)
+# At an eighth it is another matter.
 #
 # ## Listen
 #
@@ -155,9 +161,9 @@ for fraction in FRACTIONS:
     print(result["texts"][0].strip(), end="\n\n")
 
 # %% [markdown]
-# After 1,000 steps on one core no size writes Shakespeare: it has the names, the lines
-# and the short words. What is worth hearing is that the smallest sounds like the
-# largest. The dense model, cut to an eighth of its ranks without training for it:
+# After 700 steps on one core no size writes Shakespeare. What is worth hearing is that
+# the smallest sounds like the largest. The dense model, cut to an eighth of its ranks
+# without training for it:
 
 # %%
 small = lr.truncate(factored, family[-1][1])
@@ -174,14 +180,16 @@ print(broken[0].strip())
 # %% [markdown]
 # ## What is claimed, and checked
 #
-# An eighth of the ranks costs the nested model less than a fifth in perplexity; a
-# quarter of them costs the dense model more than that.
+# Nested training gives up a little at the large sizes, under a twentieth of the
+# perplexity, and at an eighth of the ranks loses less than half of what the cut dense
+# model loses.
 
 # %%
 perplexity = {
     name: [row["perplexity"] for row in rows] for name, rows in series.items()
 }
 ours, control = perplexity["nested, cut"], perplexity["dense + SVD"]
-assert np.all(np.diff(ours) > -0.05), "smaller is not better"
-assert ours[3] / ours[0] < 1.2 < control[2] / control[0]
-assert all(mine < other for mine, other in zip(ours[1:], control[1:], strict=True))
+assert np.all(np.diff(ours) > -0.05) and np.all(np.diff(control) > -0.05)
+assert all(a < 1.05 * b for a, b in zip(ours[:3], control[:3], strict=True))
+assert ours[3] / ours[0] - 1 < 0.5 * (control[3] / control[0] - 1)
+assert ours[3] < control[3]

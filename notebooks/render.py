@@ -13,6 +13,7 @@ import contextlib
 import io
 import re
 import shutil
+import sys
 import tempfile
 import time
 import types
@@ -64,13 +65,19 @@ def render(name: str, output: Path) -> float:
 
 
 def run_cells(cells: Sequence[Cell], name: str) -> Iterator[str]:
-    """Runs the code cells in one namespace; yields what each of them showed."""
+    """Runs the code cells in one namespace; yields what each of them showed.
+
+    On the way stderr tells which cell has run and what it showed.
+    """
     module = types.ModuleType(name)
     for cell in cells:
         if cell.is_code:
-            shown = io.StringIO()
+            began, shown = time.process_time(), io.StringIO()
             with contextlib.redirect_stdout(shown):
                 _run(cell, module, f"{name}.py")
+            seconds = time.process_time() - began
+            print(f"{name}.py:{cell.line}: {seconds:.1f} s of CPU", file=sys.stderr)
+            print(shown.getvalue(), file=sys.stderr)
             yield shown.getvalue()
 
 
