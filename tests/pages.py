@@ -355,7 +355,7 @@ def write_files(found: Sequence[Block], folder: Path) -> None:
       AssertionError: One would lie in the repository.
     """
     for block in found:
-        if block.file:
+        if block.file and not block.skipped:
             path = folder / block.file
             inside = path.resolve().is_relative_to(folder.resolve())
             assert inside, f"{block.where}: {block.file} is not in the scratch folder"

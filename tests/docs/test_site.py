@@ -12,7 +12,14 @@ import pytest
 import yaml
 from mkdocs.exceptions import PluginError
 
-from docs.tools import api_pages, config_page, hooks, root_pages
+from docs.tools import (
+    api_pages,
+    binaries,
+    commands_page,
+    config_page,
+    hooks,
+    root_pages,
+)
 from docs.tools.root_pages import ROOT
 
 READ_IN_PLACE = sorted(path for path in (*ROOT.glob("*.md"), ROOT / "launch/README.md"))
@@ -170,6 +177,27 @@ def test_pages_of_the_root_keep_their_links():
     text = "[log](docs/LOG.md#log) [loop](train/loop.py) [`x`](train/x.py) [h](#here)"
     moved = root_pages.moved(text, "CONTRIBUTING.md", "guides/contributing.md")
     assert moved == "[log](../LOG.md#log) loop (`train/loop.py`) `x` [h](#here)"
+
+
+def test_every_program_has_a_row_and_its_flags():
+    """Those of train/, launch/ and examples/; flags that a program defines just before
+    it runs are among them, and which it cannot do without."""
+    programs = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for tree in ("train", "launch", "examples")
+        for path in (ROOT / tree).rglob("*.py")
+        if 'if __name__ == "__main__":' in path.read_text()
+    }
+    assert programs == set(binaries.BINARIES)
+    found = binaries.ask(*binaries.BINARIES)
+    assert {"sizes", "port"} <= set(found["examples.serve_digits"].own)
+    required = [f.name for f in found["train.main"].own.values() if f.required]
+    assert required == ["config", "workdir"]
+    assert found["train.truncate"].takes("norecalibrate")
+    assert not found["train.truncate"].takes("norank")
+    page = commands_page.page()
+    assert all(f"## {name}\n" in page for name in programs)
+    assert "| `--config=...` | required |" in page
 
 
 def test_a_folder_in_the_navigation_is_its_pages():
