@@ -20,7 +20,12 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; `fraction` is the share of the dense MACs to keep."""
-    options = common.options(arg, cifar10=False, fraction=0.25, weight=float)
+    options = common.options(
+        arg,
+        cifar10=common.Option(False, "ResNet-56 on CIFAR-10"),
+        fraction=common.Option(0.25, "budget, as a share of the dense MACs"),
+        weight=common.Option(float, "of the penalty"),
+    )
     smoke, cifar10 = options["smoke"], options["cifar10"]
     config = common.resnet(56, batch_size=128) if cifar10 else common.mnist_lenet()
     config.rank_rules = ((".*", "dense"),)

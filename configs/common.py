@@ -2,43 +2,94 @@
 train/."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import UserError, unknown
 
 
-def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
+class Option(NamedTuple):
+    """A name that the argument of a config may hold.
+
+    Args:
+      default: What it is without; a word sets a bool, a type stands for no number.
+      meaning: A line for `--config=FILE.py:help`.
+    """
+
+    default: float | bool | type
+    meaning: str = ""
+
+    @property
+    def is_word(self) -> bool:
+        """Whether it is given as a word, without a number."""
+        return isinstance(self.default, bool)
+
+
+Known = Option | float | bool | type
+"""An option, or its default alone."""
+
+SMOKE = Option(False, "a few steps, to see that it runs")
+CIFAR10 = Option(False, "ResNet-18 on CIFAR-10 in the place of LeNet on MNIST")
+
+
+def options(arg: str, **known: Known) -> dict[str, Any]:
     """Reads what stands after the colon of `--config=FILE:ARG`.
+
+    "help" prints what there is, and ends the program.
 
     Args:
       arg: Words and `name=number`, separated by commas, such as "smoke,lasso=1e-4".
-      **known: The names a config takes, with their defaults; a word sets a bool. A
-        type stands for no default: None where the argument gives no number.
+      **known: The names a config takes beside "smoke".
+
+    Returns:
+      A value for each name; None where there is no default and no number.
 
     Raises:
-      ValueError: A word or name that the config does not take.
+      UserError: A word or name that the config does not take.
 
-    >>> options("smoke,lasso=1e-4", lasso=0.0)
+    >>> options("smoke,lasso=1e-4", lasso=Option(0.0, "weight of the penalty"))
     {'smoke': True, 'lasso': 0.0001}
     """
-    defaults: dict[str, Any] = {"smoke": False, **known}
-    values = {n: None if isinstance(d, type) else d for n, d in defaults.items()}
-    for part in filter(None, arg.split(",")):
+    table = {
+        name: option if isinstance(option, Option) else Option(option)
+        for name, option in {"smoke": SMOKE, **known}.items()
+    }
+    values = {
+        name: None if isinstance(option.default, type) else option.default
+        for name, option in table.items()
+    }
+    parts = list(filter(None, arg.split(",")))
+    if "help" in parts:
+        print(_listed(table))
+        raise SystemExit(0)
+    for part in parts:
         name, equals, text = part.partition("=")
-        is_word = isinstance(defaults.get(name), bool)
-        if name not in values or is_word == bool(equals):
-            words = [
-                name if isinstance(default, bool) else f"{name}=NUMBER"
-                for name, default in defaults.items()
-            ]
+        if name not in table:
+            fix = "What they mean: --config=FILE.py:help."
+            problem = unknown("a name that the config takes", name, table, fix=fix)
+            raise UserError(f"config argument: {problem}")
+        is_word = table[name].is_word
+        if is_word == bool(equals):
+            written = name if is_word else f"{name}=NUMBER"
             raise UserError(
-                f"config argument: must be of {words}, got {part!r}. Separate several"
-                " with commas."
+                f"config argument: must be written as {written}, got {part!r}. Correct"
+                " it."
             )
-        values[name] = True if is_word else _number(name, text, defaults[name])
+        values[name] = True if is_word else _number(name, text, table[name].default)
     return values
+
+
+def _listed(table: Mapping[str, Option]) -> str:
+    """The options, a line each."""
+    lines = []
+    for name, (default, meaning) in table.items():
+        number = {bool: "", int: "=INTEGER"}.get(
+            default if isinstance(default, type) else type(default), "=NUMBER"
+        )
+        stated = "" if isinstance(default, bool | type) else f" (default {default:g})"
+        lines.append(f"  :{name + number:18} {meaning}{stated}".rstrip())
+    return "\n".join(lines)
 
 
 def _number(name: str, text: str, default: float | type) -> float:
@@ -85,14 +136,14 @@ def digits(config: ConfigDict, *, batch_size: int) -> None:
     """Sets data and task: scikit-learn's digits, 8x8, pixels 0 to 16; 1,437 to train
     on, of them 137 for validation, 360 to test on."""
     config.data = data("digits", batch_size=batch_size, validation_examples=137)
-    config.task = images(mean=(4.88,), std=(6.02,))
+    config.task = images()
 
 
 def mnist(config: ConfigDict, *, batch_size: int) -> None:
     """Sets data and task: MNIST, 5,000 of the 60,000 training images held out for
     validation."""
     config.data = data("mnist", batch_size=batch_size, validation_examples=5000)
-    config.task = images(mean=(33.3,), std=(78.6,))
+    config.task = images()
 
 
 def cifar10(config: ConfigDict, *, batch_size: int) -> None:
@@ -100,8 +151,6 @@ def cifar10(config: ConfigDict, *, batch_size: int) -> None:
     images held out for validation."""
     config.data = data("cifar10", batch_size=batch_size, validation_examples=5000)
     config.task = images(
-        mean=(125.31, 122.95, 113.87),
-        std=(62.99, 62.09, 66.70),
         augment=(("random_crop", {"padding": 4}), ("random_flip", {})),
     )
 
@@ -128,9 +177,13 @@ def data(
 
 
 def images(
-    *, mean: Sequence[float], std: Sequence[float], augment: Sequence[Any] = ()
+    *,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    augment: Sequence[Any] = (),
 ) -> dict[str, Any]:
-    """Makes the classification of images whose pixels have this mean and deviation."""
+    """Makes the classification of images whose pixels have this mean and deviation, of
+    each channel; () for those of the data set."""
     return named(
         "classification", mean=tuple(mean), std=tuple(std), augment=tuple(augment)
     )

@@ -14,7 +14,7 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; "smoke" and "cifar10" are words."""
-    options = common.options(arg, cifar10=False)
+    options = common.options(arg, cifar10=common.CIFAR10)
     smoke, cifar10 = options["smoke"], options["cifar10"]
     config = common.resnet(18, batch_size=128) if cifar10 else common.mnist_lenet()
     config.rank_rules = ((".*", "dense"),)

@@ -22,7 +22,7 @@ FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0)
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; "smoke" and "cifar10" are words."""
-    options = common.options(arg, cifar10=False)
+    options = common.options(arg, cifar10=common.CIFAR10)
     smoke, cifar10 = options["smoke"], options["cifar10"]
     config = common.resnet(18, batch_size=128) if cifar10 else common.mnist_lenet()
     if not cifar10:

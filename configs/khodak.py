@@ -20,7 +20,12 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; `ratio` is the rank of a layer as a share of its full rank."""
-    options = common.options(arg, cifar10=False, plain=False, ratio=float)
+    options = common.options(
+        arg,
+        cifar10=common.Option(False, "ResNet-32 of double width on CIFAR-10"),
+        plain=common.Option(False, "ordinary decay on the factors"),
+        ratio=common.Option(float, "rank, as a fraction of the full one"),
+    )
     smoke, cifar10 = options["smoke"], options["cifar10"]
     if cifar10:
         config = common.resnet(32, batch_size=128)

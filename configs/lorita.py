@@ -19,7 +19,12 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; `depth` counts the factors, `decay` is that on each."""
-    options = common.options(arg, cifar10=False, depth=2, decay=float)
+    options = common.options(
+        arg,
+        cifar10=common.Option(False, "ResNet-20 on CIFAR-10"),
+        depth=common.Option(2, "factors of each layer"),
+        decay=common.Option(float, "weight decay on the factors"),
+    )
     smoke, cifar10 = options["smoke"], options["cifar10"]
     config = common.resnet(20, batch_size=128) if cifar10 else common.mnist_lenet()
     config.rank_rules = ((".*", {"depth": options["depth"]}),)

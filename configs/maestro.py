@@ -21,11 +21,18 @@ from lowrank_jax.errors import UserError
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; `lasso` is the papers' lambda."""
     options = common.options(
-        arg, lasso=float, dense=False, compare=False, cifar10=False, vgg=False
+        arg,
+        lasso=common.Option(float, "lambda of the group lasso"),
+        dense=common.Option(False, "dense, under the same recipe"),
+        compare=common.Option(False, "the recipe of the table of all methods"),
+        cifar10=common.CIFAR10,
+        vgg=common.Option(False, "with cifar10: VGG-19"),
     )
     smoke, dense, cifar10 = options["smoke"], options["dense"], options["cifar10"]
     if options["vgg"] and not cifar10:
-        raise UserError("config argument: 'vgg' needs 'cifar10' beside it. Add it.")
+        raise UserError(
+            f"config argument: vgg needs cifar10 beside it, got {arg!r}. Add it."
+        )
     lambdas = {"lenet": 2**-4 / 100, "compare": 2**-3 / 100, "cifar10": 16e-6}
     setting = "cifar10" if cifar10 else "compare" if options["compare"] else "lenet"
     lasso = lambdas[setting] if options["lasso"] is None else options["lasso"]

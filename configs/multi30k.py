@@ -25,7 +25,9 @@ LENGTH = 128
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; "smoke" for a run of two minutes."""
-    options = text.options(arg, small=False)
+    options = text.options(
+        arg, small=common.Option(False, "a size that trains on two cores")
+    )
     small = options["small"] or options["smoke"]
     config = common.base(seed=0)
     config.data = common.data(

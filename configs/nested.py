@@ -24,7 +24,11 @@ COMPARED = (1.0, 0.358, 0.1666, 0.0625)
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; "smoke" for a run of a minute."""
-    options = sizes.options(arg, compare=False, epochs=16)
+    options = sizes.options(
+        arg,
+        compare=common.Option(False, "the recipe of the table of all methods"),
+        epochs=common.Option(16, "length of the run"),
+    )
     smoke, compare = options["smoke"], options["compare"]
     config = common.mnist_lenet()
     config.steps_per_call = 10

@@ -18,7 +18,11 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; `ratio` is the rank of a layer as a share of its full rank."""
-    options = common.options(arg, cifar10=False, ratio=0.25)
+    options = common.options(
+        arg,
+        cifar10=common.CIFAR10,
+        ratio=common.Option(0.25, "rank, as a fraction of the full one"),
+    )
     smoke, cifar10 = options["smoke"], options["cifar10"]
     config = common.resnet(18, batch_size=128) if cifar10 else common.mnist_lenet()
     config.rank_rules = ((".*", "dense"),)

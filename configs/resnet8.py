@@ -28,7 +28,11 @@ DENSE_SHARE = 0.5
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; "smoke" for a run of a minute."""
-    options = sizes.options(arg, batch=False, dense=False)
+    options = sizes.options(
+        arg,
+        batch=common.Option(False, "BatchNorm in the place of GroupNorm"),
+        dense=common.Option(False, "dense, under the same recipe"),
+    )
     smoke = options["smoke"]
     config = common.base(seed=0)
     common.cifar10(config, batch_size=64)

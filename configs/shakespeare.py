@@ -24,7 +24,11 @@ from configs import common, text
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; "smoke" for a run of a minute."""
-    options = text.options(arg, cpu=False, byte_pairs=int)
+    options = text.options(
+        arg,
+        cpu=common.Option(False, "a size that trains on two cores"),
+        byte_pairs=common.Option(int, "so many byte pairs in the place of characters"),
+    )
     vocab_size = options["byte_pairs"]
     small = options["cpu"] or options["smoke"]
     config = common.base(seed=0)

@@ -20,23 +20,18 @@ trained for its size alone."""
 _FINE = ((0.75, 0.625, 0.5, 0.4375, 0.375), (0.3125, 0.25, 0.1875), (0.125,))
 
 STEPS: dict[str, dict[str, Any]] = {
-    # four passes at the price of four whole ones, for comparison
     "masked": {"sampler": _ALL},
     "all": {"sampler": _ALL, "sizes": "static"},
-    # each smaller size on its own quarter of the batch
     "parts": {"sampler": _ALL, "sizes": "static", "pass_parts": 4},
-    # one of the smaller sizes, on the whole batch
     "one": {
         "sampler": common.named("strata", fractions=(_OFTEN_SMALL,)),
         "sizes": "static",
     },
-    # a half or a quarter, and an eighth, each on half of the batch
     "halves": {
         "sampler": common.named("strata", fractions=((0.5, 0.25), (0.125,))),
         "sizes": "static",
         "pass_parts": 2,
     },
-    # any ranks: a large, a middle, and the smallest size
     "any": {
         "sampler": common.named("strata", fractions=_FINE, between="layers"),
         "sizes": "static",
@@ -45,8 +40,18 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 """By word, the keys of a phase that a step is made of."""
 
+WORDS = {
+    "masked": "four sizes under masks, at the price of four whole passes",
+    "all": "the same four sizes, by cut factors",
+    "parts": "each smaller size on its own quarter of the batch",
+    "one": "one of the smaller sizes, on the whole batch",
+    "halves": "a half or a quarter, and an eighth, each on half of the batch",
+    "any": "any ranks: a large, a middle, and the smallest size",
+}
+"""What the words mean."""
 
-def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
+
+def options(arg: str, **known: common.Known) -> dict[str, Any]:
     """Reads a config's argument with the words of the steps; `alone=0.5` trains at this
     fraction of the ranks alone, `dense` and `maestro`, where a config takes them, as
     they say; `smallest=3` weighs the smallest size three times in the loss.
@@ -54,8 +59,10 @@ def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
     Raises:
       UserError: As `common.options`, more than one method, or a fraction out of bounds.
     """
-    words = dict.fromkeys(STEPS, False)
-    options = common.options(arg, **words, alone=float, smallest=float, **known)
+    words = {word: common.Option(False, WORDS[word]) for word in STEPS}
+    alone = common.Option(float, "train at this fraction of the ranks alone")
+    smallest = common.Option(float, "weight of the smallest size in the loss")
+    options = common.options(arg, **words, alone=alone, smallest=smallest, **known)
     methods = ("dense", "maestro", "alone", *STEPS)
     chosen = [word for word in methods if options.get(word) not in (None, False)]
     if len(chosen) > 1:

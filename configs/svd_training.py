@@ -33,12 +33,12 @@ def get_config(arg: str = "") -> ConfigDict:
     """Makes the config; `sparsity` is the weight on s, `energy` the removed share."""
     options = common.options(
         arg,
-        cifar10=False,
-        l1=False,
-        spatial=False,
-        depth=20,
-        sparsity=float,
-        energy=float,
+        cifar10=common.Option(False, "ResNet on CIFAR-10"),
+        l1=common.Option(False, "L1 on s in the place of Hoyer"),
+        spatial=common.Option(False, "k x 1 and 1 x k convolutions"),
+        depth=common.Option(20, "with cifar10: of the ResNet, 18, 20, 32 or 56"),
+        sparsity=common.Option(float, "weight of the penalty on s"),
+        energy=common.Option(float, "share of the energy that is pruned"),
     )
     smoke, cifar10 = options["smoke"], options["cifar10"]
     depth, spatial = options["depth"], options["spatial"]

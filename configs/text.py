@@ -12,7 +12,7 @@ _SHRINKS = 8
 """How often Maestro cuts in its phase."""
 
 
-def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
+def options(arg: str, **known: common.Known) -> dict[str, Any]:
     """Reads a config's argument with the methods' words; nested training without one.
 
     `energy` gives a size ranks that keep one share of energy in all layers, `uniform`
@@ -27,11 +27,11 @@ def options(arg: str, **known: float | bool | type) -> dict[str, Any]:
     """
     options = sizes.options(
         arg,
-        dense=False,
-        maestro=False,
-        energy=False,
-        uniform=False,
-        lasso=float,
+        dense=common.Option(False, "dense all along, cut by SVD"),
+        maestro=common.Option(False, "Maestro's lasso and shrinking"),
+        energy=common.Option(False, "sizes whose ranks keep one share of energy"),
+        uniform=common.Option(False, "sizes of one fraction of every rank"),
+        lasso=common.Option(float, "with maestro: lambda of the group lasso"),
         **known,
     )
     if options["lasso"] is not None and not options["maestro"]:

@@ -6,7 +6,9 @@ bug, of ours or of the user's code, and keeps its traceback.
 """
 
 import contextlib
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class UserError(ValueError):
@@ -47,6 +49,41 @@ def at(place: str) -> Iterator[None]:
         if str(error).startswith(f"{place}: "):
             raise
         raise type(error)(f"{place}: {error}") from error
+
+
+def nearest(name: Any, known: Iterable[Any]) -> Any:
+    """Returns the known name that a misspelled one is most like, None if none is.
+
+    >>> nearest("sede", ["data", "seed"])
+    'seed'
+    """
+    by_text = {str(choice): choice for choice in known}
+    found = difflib.get_close_matches(str(name), by_text, n=1)
+    return by_text[found[0]] if found else None
+
+
+def unknown(what: str, name: Any, known: Iterable[Any], *, fix: str = "") -> str:
+    """Returns what to say, after a place, of a name that is not among the known ones.
+
+    All of them are listed only where none is near.
+
+    Args:
+      what: What it must be, as in "a key of the config".
+      name: What was given.
+      known: What is known.
+      fix: What else to do where none is near.
+
+    >>> unknown("a key", "sede", ["data", "seed"])
+    "must be a key, got 'sede'. Did you mean 'seed'?"
+    >>> unknown("a key", "lr", ["data", "seed"])
+    "must be a key, one of 'data', 'seed', got 'lr'. Choose one."
+    """
+    known = list(known)
+    meant = nearest(name, known)
+    if meant is not None:
+        return f"must be {what}, got {name!r}. Did you mean {meant!r}?"
+    listed = ", ".join(map(repr, known)) or "none"
+    return f"must be {what}, one of {listed}, got {name!r}. {fix or 'Choose one.'}"
 
 
 def raise_all(problems: list[str]) -> None:

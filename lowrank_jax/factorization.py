@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lowrank_jax import placement
-from lowrank_jax.errors import UserError, raise_all
+from lowrank_jax.errors import UserError, raise_all, unknown
 from lowrank_jax.factors import Factors
 from lowrank_jax.folds import ConvFold, Fold
 from lowrank_jax.forms import FORMS
@@ -312,9 +312,7 @@ def _form(options: Mapping[str, Any]) -> tuple[type[Factors], dict[str, Any]]:
     """The form that a rule asks for, and what the rule chooses of it."""
     name = options.get("form", Factors.form)
     if not isinstance(name, str) or name not in FORMS:
-        raise UserError(
-            f"form must be one of {sorted(FORMS)}, got {name!r}. Choose one."
-        )
+        raise UserError(f"form {unknown('a known one', name, sorted(FORMS))}")
     form = FORMS[name]
     given = {key: value for key, value in options.items() if key in form.rule_options}
     if foreign := set(options) - set(given) - _COMMON_KEYS:

@@ -7,6 +7,7 @@ its stdout and its stderr.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,9 @@ for number, (module, *arguments) in enumerate(json.load(sys.stdin)):
 """
 
 
+_DOING = re.compile(r".* \.\.\.|.*: done in \d+\.\d s")
+
+
 class Ended(NamedTuple):
     """What a command left.
 
@@ -55,10 +59,16 @@ class Ended(NamedTuple):
         return json.loads(self.out.splitlines()[-1])
 
     @property
+    def lines(self) -> list[str]:
+        """Returns the lines on stderr but those that say what is being done."""
+        lines = self.err.splitlines()
+        return [line for line in lines if not _DOING.fullmatch(line)]
+
+    @property
     def message(self) -> str:
         """Returns the one line on stderr of a command that ended with a mistake."""
         assert (self.status, self.out) == (1, ""), self
-        (line,) = self.err.splitlines()
+        (line,) = self.lines
         return line
 
 

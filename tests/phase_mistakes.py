@@ -76,7 +76,7 @@ MISTAKES: dict[str, tuple[str | dict[str, Any], Any, tuple[str, ...]]] = {
     "an optimizer state of another word": (
         "phases/0/optimizer_state",
         "old",
-        ("(only): optimizer_state", "('new', 'kept')", "'old'"),
+        ("(only): optimizer_state", "one of 'new', 'kept', got 'old'"),
     ),
     "no parameter to train": (
         "phases/0/trainable",

@@ -172,6 +172,7 @@ def test_its_phases_fit_its_model(tmp_path, name, arg):
         shapes = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3), "digits": (8, 8, 1)}
         size = {"shape": shapes[config["data"]["name"]], "examples": 600}
         data = pipeline.load_dataset(_noise, validation_examples=90, args=size)
+    config = models.complete_task(config, data)
     task = models.build_task(config, data.facts, allow_imports=None)
     placement = sharding.make_placement(config["mesh"])
     run = Run(config, task, data, placement, StopRequest())

@@ -13,15 +13,12 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from lowrank_jax.errors import UserError, raise_all
-from train import allocator, distributed, xla_flags
-from train.report import logs
+from train import allocator, command_line, distributed, early, xla_flags
 from train.stopping import Interrupted, Stopped
 
 _DISK_ERRORS = {
@@ -32,20 +29,22 @@ _DISK_ERRORS = {
     errno.EPERM: "Mend its permissions, or name another folder",
 }
 """What a disk may refuse, and what the user can do about it."""
-_CONFIG_FAILED = "Error whilst parsing config file"
-"""How ml_collections begins the text it puts around an error of `get_config`."""
 
 
-def run(main: Callable[..., None], *, takes: str = "") -> None:
+def run(
+    main: Callable[..., None], *, takes: str = "", examples: Sequence[str] = ()
+) -> None:
     """Runs a binary, after its flags are parsed.
 
     Args:
       main: What it does; reads flags by itself.
+      examples: Command lines, for --help, after `python -m`.
       takes: What its arguments are, where it takes some beside flags, one at least; it
         is called with them.
     """
 
     def start(argv: list[str]) -> None:
+        early.SIGNALS.imported()
         arguments = argv[1:]
         if arguments and not takes:
             raise UserError(f"flags: must begin with --, got {arguments}. Add the --.")
@@ -59,7 +58,8 @@ def run(main: Callable[..., None], *, takes: str = "") -> None:
         xla_flags.leave_products_apart()
         main(*arguments)
 
-    app.run(_ending(start), flags_parser=_ending(_parse_flags))
+    parse = functools.partial(command_line.parse, main=main, examples=examples)
+    app.run(_ending(start), flags_parser=_ending(parse))
 
 
 def check_companions(
@@ -88,7 +88,6 @@ def check_companions(
 def _ending(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
     """Returns the function with its mistakes turned into one message and status 1."""
 
-    @functools.wraps(function)
     def ended(argv: list[str]) -> Any:
         try:
             return function(argv)
@@ -115,7 +114,7 @@ def _message_of(error: Exception) -> str | None:
     if isinstance(error, UserError | Stopped):
         return f"error: {error}"
     if isinstance(error, flags.Error):
-        return f"error: {_flags_message(error)}"
+        return f"error: {command_line.message_of(error)}"
     # A full disk reaches us through several layers, as a cause or as text alone.
     # What merely came up while another error was handled is a bug of its own.
     for link in _causes(error):
@@ -136,13 +135,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an exception and what it comes from, the outermost first."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def _errno_in(text: str) -> int | None:
     """The error number in a message of the storage driver."""
     found = re.search(r"os_error_code='(\d+)'", text)
@@ -153,111 +145,3 @@ def _path_in(text: str) -> str | None:
     """The file in a message of the storage driver."""
     found = re.search(r'"(/[^"]*)"', text)
     return found and found[1]
-
-
-def _flags_message(error: flags.Error) -> str:
-    """What absl says of flags, in one line."""
-    missing = re.findall(r"Flag (--\w+) must have a value other than None", str(error))
-    if missing:
-        return (
-            f"{', '.join(missing)}: must be given, got none. Add a value; see --help."
-        )
-    text = "; ".join(line for line in str(error).splitlines() if line)
-    return f"flags: {text.removesuffix('.')}. See --help."
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; a mistake in those of the config is one error, help is none."""
-    path = _config_path(argv)
-    if path is not None and not Path(path.partition(":")[0]).is_file():
-        raise UserError(
-            f"--config: must be a config file, got {path}, which is not there. Correct"
-            " the path."
-        )
-    try:
-        return flags.FLAGS(argv)
-    except SystemExit:  # absl ends with status 1 after it has printed its help
-        _print_config_help(path)
-        sys.exit(0)
-    except (AttributeError, LookupError) as error:
-        if getattr(error, "name", None) == "get_config":
-            raise UserError(
-                "--config: must be a file with a function get_config, got"
-                f" {path}, which has none. Write one that returns the config."
-            ) from error
-        if path is not None:
-            raise_all(wrong_keys(_load_config(path), argv))
-        raise
-    except TypeError as error:  # a key below a value, or a value of another type
-        if path is None:
-            raise
-        raise_all(wrong_keys(_load_config(path), argv))
-        raise UserError(
-            f"--config: flags must give values of the types that the config has, got"
-            f" one that is not ({error}). Write a config file of your own for it."
-        ) from error
-    except flags.Error as error:
-        for link in _chain(error):
-            if str(link).startswith(_CONFIG_FAILED) and link.__context__:
-                raise link.__context__ from None
-        raise
-
-
-def _config_path(argv: Sequence[str]) -> str | None:
-    """What --config is given, with the argument after its colon."""
-    for argument, following in zip(argv, [*argv[1:], None], strict=True):
-        found = re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL)
-        if found:
-            return following if found[1] is None else found[1]
-    return None
-
-
-def _load_config(path: str) -> Any:
-    """The config of a file as it is, without what flags change of it."""
-    try:
-        return ConfigFileFlagParser("config").parse(path)
-    except (TypeError, ValueError) as error:
-        raise (error.__context__ or error) from None
-
-
-def wrong_keys(config: Any, argv: Sequence[str]) -> list[str]:
-    """Says of every flag `--config.KEY` whose key the config lacks what there is.
-
-    >>> print(wrong_keys({"seed": 0}, ["--config.sede=1"])[0])
-    --config.sede: must be one of ['seed'], got 'sede'. Correct it.
-    """
-    problems = []
-    for argument in argv:
-        found = re.match(r"--?(?:no)?(config\.[^=]*)", argument)
-        if not found:
-            continue
-        node = config
-        for key in re.findall(r"[^.\[\]]+", found[1])[1:]:
-            if isinstance(node, list | tuple):
-                known: list[Any] = list(range(len(node)))
-                key = int(key) if key.isdigit() else key
-            else:
-                known = sorted(node) if hasattr(node, "keys") else []
-            if key not in known:
-                problems.append(
-                    f"--{found[1]}: must be one of {known}, got {key!r}. Correct it."
-                )
-                break
-            node = node[key]
-    return problems
-
-
-def _print_config_help(path: str | None) -> None:
-    """Says where the keys of a config stand, for binaries that take one."""
-    if "config" not in flags.FLAGS:
-        return
-    print(
-        "\nConfig keys stand in the file that --config names, each with its value;"
-        "\n--config.KEY=VALUE changes one, such as --config.seed=1 or"
-        " --config.phases[0].until.steps=100."
-    )
-    if path is None:
-        print("With --config=FILE before --help, the keys of that file are listed.")
-        return
-    for key, value in logs.flatten({"config": _load_config(path).to_dict()}):
-        print(f"  --{key.replace('/', '.')}={value!r}")

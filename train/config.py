@@ -149,8 +149,8 @@ def _bounds(config: Mapping[str, Any]) -> list[str]:
             )
     if (dtype := config["compute_dtype"]) not in computing.DTYPES:
         problems.append(
-            f"config.compute_dtype: must be one of {computing.DTYPES}, got {dtype!r}."
-            " Choose one."
+            "config.compute_dtype: "
+            + errors.unknown("a precision", dtype, computing.DTYPES)
         )
     if not config["phases"]:
         problems.append(

@@ -7,6 +7,11 @@ frontier. Where the task translates, all sentences of the split are translated g
 and `"bleu"` is among the figures (`--nobleu` spares the time).
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from train import early
+
+    early.begin("train.evaluate")
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,11 @@ from lowrank_jax.errors import UserError
 from train import binary, folders, opening, translating
 from train.report import logs, plots
 from train.tasks import Task
+
+_EXAMPLES = (
+    "train.evaluate --checkpoint=runs/digits",
+    "train.evaluate --checkpoint=runs/digits --rank_fractions=1,0.5,0.25",
+)
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a checkpoint, of its steps, or of a run."
@@ -132,4 +142,4 @@ def _table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("checkpoint")
-    binary.run(_main)
+    binary.run(_main, examples=_EXAMPLES)

@@ -9,6 +9,11 @@ is not needed. Prints the texts, a line each, or each below its prompt where one
 several lines, and ends with one line of JSON: `{"texts", "ranks", "params", "macs"}`.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from train import early
+
+    early.begin("train.generate")
+
 import math
 from pathlib import Path
 
@@ -19,6 +24,11 @@ from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from train import binary, selecting, writing
 from train.report import logs
+
+_EXAMPLES = (
+    'train.generate --checkpoint=runs/text --prompt="ROMEO:"',
+    'train.generate --checkpoint=runs/text --prompt="ROMEO:" --temperature=0.8',
+)
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a checkpoint, of its steps, or of a run."
@@ -107,4 +117,4 @@ def _prompts() -> tuple[list[str], str]:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("checkpoint")
-    binary.run(_main)
+    binary.run(_main, examples=_EXAMPLES)

@@ -9,6 +9,7 @@ from lowrank_jax import errors, paths
 from lowrank_jax.errors import UserError
 from train.model import about, factorize
 from train.opening import load_latest
+from train.report import logs
 from train.run import Run
 from train.schema import difference
 
@@ -20,7 +21,8 @@ def initial_model(run: Run) -> nnx.Module:
       UserError: The checkpoint is of something else.
     """
     if not run.config["init_from"]:
-        return run.fresh_model()
+        with logs.stage("building the model"):
+            return run.fresh_model()
     with errors.at("config.init_from"):
         saved, model = load_latest(
             run.config["init_from"], allow_imports=None, placement=run.placement

@@ -17,7 +17,7 @@ from typing import Any
 
 from train import distributed
 from train.report import logs, trackers
-from train.report.status import StatusFile
+from train.report.progress import Progress
 from train.saving import Saver
 from train.start import start_run
 from train.stopping import Interrupted, StopRequested
@@ -45,7 +45,7 @@ def train_and_evaluate(
     Raises:
       UserError: The config does not hold together (found before any work).
       NotFinite: A loss or a gradient that is not finite, naming step and parameter.
-      Interrupted: SIGTERM came; the state is saved.
+      Interrupted: SIGTERM came, or Ctrl-C to a binary; the state is saved.
     """
     workdir = Path(workdir)
     frontier: list[dict[str, Any]] = []
@@ -54,18 +54,19 @@ def train_and_evaluate(
         session, saved = start_run(config, workdir, resources)
         run = session.run
         config, stop = run.config, resources.enter_context(run.stop)
-        status = resources.enter_context(
-            StatusFile(workdir, enabled=distributed.is_first())
-        )
         step = saved.step if saved else 0
+        progress = resources.enter_context(
+            Progress(workdir, session.last_step(), start=step)
+        )
         writer = logs.MetricWriter(
             workdir, start_step=step, config=config, further=further
         )
-        metrics_log = logs.StepMetrics(writer, run.batch_size, saved_step=step or None)
-        progress = logs.Progress(session.last_step(), start=step, status=status)
+        metrics_log = logs.StepMetrics(
+            writer, run.batch_size, pace=progress.pace, saved_step=step or None
+        )
         saver = Saver(run, workdir, saved)
         batches = run.batches_from(step)
-        for resource in (saver, writer, progress, batches):  # however the run ends
+        for resource in (saver, writer, batches):  # however the run ends
             resources.enter_context(contextlib.closing(resource))
         resources.push(distributed.leave_lost_peer)
         while True:
@@ -73,47 +74,53 @@ def train_and_evaluate(
             try:
                 if session.done["changes_due"]:
                     metrics_log.flush()  # nothing is made of what is not finite
-                    status.write(state="changing", step=step)
+                    progress.doing("changing", step)
                     session.change(step)
                     progress.total = session.last_step()
                 fresh = session.done["evaluated"] != step
                 finished = session.finished(step)
                 if finished or (fresh and session.evaluates(step)):
                     metrics_log.flush()
-                    status.write(state="evaluating", step=step, **session.about())
+                    progress.doing("evaluating", step, **session.about())
                     frontier = session.frontier()
                     if fresh and frontier:
                         writer.write(step, {"validation": _by_fraction(frontier)})
                     session.done["evaluated"] = step
-                    status.write(figures=_by_fraction(frontier))
+                    progress.note(figures=_by_fraction(frontier))
                     summary = _summary(frontier, run.task.headline)
                     progress.update(step, summary, at_once=bool(summary))
             except StopRequested:
                 finished = False  # what was broken off is done anew
             if (stopping := stop.poll()) or finished or saver.due(step):
                 metrics_log.flush()  # a loss that is not finite is never saved
-                status.write(state="saving", step=step)
+                progress.doing("saving", step)
                 judged = session.done["evaluated"] == step
                 saver.save(step, session, frontier if judged else [])
                 metrics_log.saved_step = saver.saved_step
-                status.write(state="training")
             if finished:
                 break
             if stopping:
                 raise Interrupted(f"stopped at step {step}; run it again to go on.")
 
             count = session.steps_at_once(step, saver.due)
-            if session.compiles(count):
-                metrics_log.names = session.param_names()
-                status.write(**session.about())
-                progress.compiling(step)
-                metrics_log.compiling()
+            compiles = session.compiles(step, count)
+            if not compiles:
+                progress.training(step)
             given = [next(batches) for _ in range(count)]
+            if compiles:
+                metrics_log.names = session.param_names()
+                progress.compiling(step, session.name_of(count), **session.about())
             metrics = session.train_step(step, *given)
             step += count
             metrics_log.add(step, metrics, count)
+            if compiles:
+                progress.compiled()
+                metrics_log.wait()  # the rate is without the first step
             if step % config["log_every_steps"] == 0:
                 progress.update(step, metrics_log.flush())
+            elif progress.due():
+                metrics_log.wait()
+                progress.update(step)
             session.done["changes_due"] = session.changes(step)
 
     return {"step": step, "frontier": frontier}

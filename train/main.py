@@ -3,12 +3,22 @@
 Ends with one line of JSON: `{"workdir", "step", "frontier": [...]}`.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from train import early
+
+    early.begin("train.main")
+
 from absl import flags
 from ml_collections import config_flags
 
 from lowrank_jax.errors import UserError
 from train import binary, distributed, loop
 from train.report import logs, trackers
+
+_EXAMPLES = (
+    "train.main --config=configs/digits_mlp.py --workdir=runs/digits",
+    "train.main --config=configs/nested.py:smoke --workdir=runs/nested --config.seed=1",
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, with :argument after it (such as :smoke)."
@@ -34,4 +44,4 @@ def _main() -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    binary.run(_main)
+    binary.run(_main, examples=_EXAMPLES)

@@ -29,7 +29,8 @@ MEANINGS: Mapping[str, str] = {
     "data.train_examples": "Of the others, how many to learn from; 0: all. Default: 0.",
     "task": "What is learned, and how it is judged.",
     "task.name": f"Task: {_NAME}",
-    "task.args": "Its arguments, such as normalization and augmentation.",
+    "task.args": "Its arguments; mean and std of a classification are those of the data"
+    " set where they are ().",
     "model": "The plain dense model that the rules make low-rank.",
     "model.name": f"Model: {_NAME}",
     "model.args": "Its arguments, such as widths; defaults are written out.",

@@ -1,5 +1,6 @@
 """A checkpoint opened to judge it: its model, at its ranks or any lower ones."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -44,7 +45,8 @@ class Opened(NamedTuple):
         _, params, model_state = split_model(self.model)
         ranks = active.get_ranks(self.model)
         evaluator = self.evaluator(split, translate=translate)
-        return evaluator.at(params, model_state, ranks)
+        with self._evaluating(split):
+            return evaluator.at(params, model_state, ranks)
 
     def sweep(
         self,
@@ -67,7 +69,12 @@ class Opened(NamedTuple):
         evaluator = self.evaluator(split, recalibration_batches, translate=translate)
         ranks = active.get_ranks(self.model)
         values = (params, model_state)
-        return evaluation.sweep(evaluator, *values, ranks, fractions, self.family)
+        with self._evaluating(split):
+            return evaluation.sweep(evaluator, *values, ranks, fractions, self.family)
+
+    def _evaluating(self, split: str) -> contextlib.AbstractContextManager[None]:
+        count = self.run.data.sizes[split]
+        return logs.stage(f"compiling, then evaluating {count:,} {split} examples")
 
     def evaluator(
         self, split: str, batches: int = 0, *, translate: bool = True
@@ -144,7 +151,9 @@ def load_latest(
         saved = checkpoint.open_checkpoint(step)
         config, _, _ = about(saved)
         place = placement or any_devices(config["mesh"])
-        return saved, load_model(saved, allow_imports=allow_imports, placement=place)
+        with logs.stage(f"reading {saved.path}"):
+            model = load_model(saved, allow_imports=allow_imports, placement=place)
+        return saved, model
 
     return first_whole(checkpoint.complete_steps(path) or [Path(path)], load)
 

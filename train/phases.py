@@ -95,7 +95,7 @@ def _one_of(*words: str) -> Field:
 
     def build(word: str) -> str:
         if word not in words:
-            raise UserError(f"must be one of {words}, got {word!r}. Choose one.")
+            raise UserError(errors.unknown("a known word", word, words))
         return word
 
     return Field(str, build)

@@ -6,6 +6,11 @@ from its own checkpoint, prints the table and draws the frontier. Ends with one 
 JSON holding the rows.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from train import early
+
+    early.begin("train.quickstart")
+
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +24,11 @@ from lowrank_jax.ranks import flatten_rank
 from train import binary, checkpoints, folders, opening
 from train.loop import train_and_evaluate
 from train.report import logs, plots
+
+_EXAMPLES = (
+    "train.quickstart --config=configs/digits_mlp.py",
+    "train.quickstart --config=configs/digits_mlp.py:smoke --workdir=runs/quick",
+)
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file to run.")
 _WORKDIR = flags.DEFINE_string(
@@ -125,4 +135,4 @@ def _main() -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    binary.run(_main)
+    binary.run(_main, examples=_EXAMPLES)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from lowrank_jax import errors
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import UserError, nearest, unknown
 from train.schema import check_values
 
 Table = Mapping[str, str | Callable[..., Any]]
@@ -42,11 +42,9 @@ def resolve(
         return entry if callable(entry) else _import(entry)
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), attribute]):
-        raise UserError(
-            f"name: must be one of {', '.join(sorted(table))} or an import path"
-            f" 'package.module:function', got {name!r}. Correct the spelling, or give"
-            " the import path of your own function."
-        )
+        what = "a known name or an import path 'package.module:function'"
+        fix = "Choose one, or give the import path of your own function."
+        raise UserError(f"name: {unknown(what, name, sorted(table), fix=fix)}")
     package = module_name.split(".")[0]
     if allow_imports is not None and package not in list(allow_imports):
         raise UserError(
@@ -125,6 +123,15 @@ def call(function: Callable[..., Any], /, *positional: Any, **args: Any) -> Any:
       UserError: Unknown or missing arguments, with the known ones.
     """
     known = _options(function, len(positional))
+    every = inspect.signature(function).parameters
+    taken = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    errors.raise_all(
+        [
+            f"args: {unknown(_arguments_of(function), name, known)}"
+            for name in args
+            if name not in every and not taken
+        ]
+    )
     try:
         inspect.signature(function).bind(*positional, **args)
     except TypeError as error:
@@ -171,16 +178,13 @@ def complete(
         if name not in supplied
         and option.kind not in (option.VAR_KEYWORD, option.VAR_POSITIONAL)
     ]
-    unknown = [
-        name
-        for name in spec["args"]
-        if name in supplied or (name not in open_names and not taken)
-    ]
-    if unknown:
-        raise UserError(
-            f"args: must be of {open_names}, the arguments of {_name_of(function)}, got"
-            f" {unknown}. Correct them."
-        )
+    errors.raise_all(
+        [
+            f"args: {unknown(_arguments_of(function), name, open_names)}"
+            for name in spec["args"]
+            if name in supplied or (name not in open_names and not taken)
+        ]
+    )
     defaults = {name: options[name].default for name in open_names}
     recorded = {
         name: _to_json(default)
@@ -207,6 +211,10 @@ def _options(
 def _name_of(function: Callable[..., Any]) -> str:
     """A name for messages; a partial or an object that is called has none."""
     return getattr(function, "__name__", None) or repr(function)
+
+
+def _arguments_of(function: Callable[..., Any]) -> str:
+    return f"an argument of {_name_of(function)}"
 
 
 def _is_json(value: Any) -> bool:
@@ -240,8 +248,10 @@ def _import(path: str) -> Callable[..., Any]:
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
+        meant = nearest(attribute, [k for k, v in vars(module).items() if callable(v)])
         raise UserError(
             f"name: must be the import path of a function, got {path!r}"
-            f" ({module_name} has no function {attribute!r}). Correct the path."
+            f" ({module_name} has no function {attribute!r})."
+            + (f" Did you mean {meant!r}?" if meant else " Correct the path.")
         )
     return function

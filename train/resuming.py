@@ -8,7 +8,7 @@ from train import workdirs
 from train.model import check_facts, load_model
 from train.opening import first_whole
 from train.phases import Phase
-from train.report.description import describe
+from train.report import description
 from train.run import Run
 from train.session import Session
 
@@ -31,10 +31,11 @@ def resume(
     """
 
     def begin(step: Path) -> tuple[Session, checkpoint.Saved]:
-        saved = checkpoint.open_checkpoint(step)
-        check_facts(saved, run.data.facts)
-        model = load_model(saved, allow_imports=None, placement=run.placement)
-        describe(run, plan, model, saved.step)
+        with description.reading(step):
+            saved = checkpoint.open_checkpoint(step)
+            check_facts(saved, run.data.facts)
+            model = load_model(saved, allow_imports=None, placement=run.placement)
+        description.describe(run, plan, model, saved.step)
         return Session(run, plan, model, saved), saved
 
     session, saved = first_whole(steps, begin)

@@ -12,7 +12,13 @@ from lowrank_jax import checkpoint, counting, errors
 from lowrank_jax.errors import UserError
 from train import registry, sharding
 from train.data import pipeline
-from train.model import build_model, build_task, check_facts, model_cost
+from train.model import (
+    build_model,
+    build_task,
+    check_facts,
+    complete_task,
+    model_cost,
+)
 from train.models import MODELS
 from train.sharding import Placement
 from train.stopping import StopRequest
@@ -139,7 +145,8 @@ def open_run(
 ) -> Run:
     """Opens the data of a config and builds its task.
 
-    The defaults of the model's and the data's arguments are written out.
+    The defaults of the model's and the data's arguments are written out, and those of
+    the task that the data say.
 
     Args:
       config: The whole config as plain values.
@@ -155,6 +162,7 @@ def open_run(
     with errors.at("config.data"):
         about = pipeline.complete(config["data"], allow_imports=allow_imports)
         data = pipeline.load_data(about, allow_imports=allow_imports)
+    config = complete_task(config, data)
     task = build_task(config, data.facts, allow_imports=allow_imports)
     run = Run({**config, "data": about}, task, data, placement, StopRequest())
     with errors.at("config.model"):

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowrank_jax.errors import UserError
+from lowrank_jax.errors import UserError, nearest, unknown
 
 NAMED = {"name": str, "args": dict}
 """A choice from a table, or an import path, and its arguments."""
@@ -195,13 +195,14 @@ def _compare_mapping(value: Any, schema: Mapping[str, Any], where: str) -> list[
             f"{where}: must be a mapping with {sorted(schema)}, got {value!r}."
             " Write them as keys."
         ]
-    unknown, missing = sorted(value.keys() - schema), sorted(schema.keys() - value)
+    strange, missing = sorted(value.keys() - schema), sorted(schema.keys() - value)
     problems = []
-    if unknown:
-        problems.append(
-            f"{where}: keys must be of {sorted(schema)}, got {unknown}. Correct the"
-            " spelling."
-        )
+    for key in strange:
+        meant = nearest(key, missing)  # misspelled, it is missing as well
+        if meant is not None:
+            missing.remove(meant)
+        known = [meant] if meant is not None else sorted(schema)
+        problems.append(f"{where}: every key {unknown('known', key, known)}")
     if missing:
         problems.append(f"{where}: must have {missing}, got none. Add them.")
     return problems + [

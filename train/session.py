@@ -107,23 +107,32 @@ class Session:
             end = phase.until.end(end, self.steps_per_epoch)
         return end
 
-    def compiles(self, count: int) -> bool:
+    def compiles(self, step: int, count: int) -> bool:
         """Returns whether so many steps at once are compiled when they are called."""
-        return count not in self._called
+        return (self._pattern(step), count) not in self._called
+
+    def name_of(self, count: int) -> str:
+        """Returns how messages name so many steps at once."""
+        steps = "the step" if count == 1 else f"{count} steps at once"
+        return f"{steps} of phase {self.running.phase.name}"
+
+    def _pattern(self, step: int) -> int:
+        """Which of the phase's patterns says what is trained after a step."""
+        epoch = (step - self.running.start) // self.steps_per_epoch
+        return epoch % len(self._compiled.train_step)
 
     def train_step(self, step: int, *batches: Any) -> dict[str, Any]:
         """Trains on one batch, or on several in one call, nothing being due between
         them; returns metrics that are still on the device, with an axis of several."""
         compiled, count = self._compiled, len(batches)
-        epoch = (step - self.running.start) // self.steps_per_epoch
-        number = epoch % len(compiled.train_step)
+        number = self._pattern(step)
         if count == 1:
             train_step = compiled.train_step[number]
             self.state, metrics = train_step(self.state, *batches)
         else:
             train_steps = compiled.train_steps[number]
             self.state, metrics = train_steps(self.state, batches)
-        self._called.add(count)
+        self._called.add((number, count))
         return metrics
 
     def steps_at_once(self, step: int, saves: Callable[[int], bool]) -> int:
@@ -213,7 +222,7 @@ class Session:
         self._layout = run.placement.layout(model)
         self.structure, self.state = structure, self._layout.put(state)
         self._compiled = compile_phase(run, running, structure, model)
-        self._called: set[int] = set()
+        self._called: set[tuple[int, int]] = set()
 
     def _switches(self, step: int) -> bool:
         """Whether other parameters are trained from a step on."""

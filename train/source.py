@@ -32,6 +32,7 @@ from train.model import (
     family_of,
     model_cost,
 )
+from train.report import logs
 from train.run import Run, open_checkpoint_run
 from train.timing import Timing
 
@@ -66,7 +67,8 @@ class Source:
         timing: Timing | None = None,
     ):
         with errors.at("--checkpoint"):
-            self.saved = checkpoint.open_checkpoint(step)
+            with logs.stage(f"reading {step}"):
+                self.saved = checkpoint.open_checkpoint(step)
             self._stored = abstract_checkpoint_model(self.saved, allow_imports=allowed)
         self._data_dir, self._allowed = data_dir, allowed
         self.timing = timing or Timing()
@@ -127,9 +129,11 @@ class Source:
 
     def at(self, ranks: Ranks) -> nnx.Module:
         """Loads the model cut to some ranks; no more is read than is kept."""
-        if self._dense:
-            return surgery.truncate(self.whole, ranks)
-        return checkpoint.load(self.saved, self._stored, ranks={**self.ranks, **ranks})
+        with logs.stage("cutting the model"):
+            if self._dense:
+                return surgery.truncate(self.whole, ranks)
+            ranks = {**self.ranks, **ranks}
+            return checkpoint.load(self.saved, self._stored, ranks=ranks)
 
     def layer_by_layer(
         self, curve: Callable[[Mapping[str, Factors]], dict[str, np.ndarray]]

@@ -8,7 +8,7 @@ from lowrank_jax import checkpoint
 from train import checks, workdirs
 from train.initial import initial_model
 from train.preparing import prepare
-from train.report.description import describe
+from train.report import description
 from train.resuming import resume
 from train.session import Session
 
@@ -35,8 +35,9 @@ def start_run(
         session, saved = resume(run, plan, steps)
     else:
         model, saved = initial_model(run), None
-        checks.check_phases(run, plan, model)
-        describe(run, plan, model)
+        with description.checking(plan):
+            checks.check_phases(run, plan, model)
+        description.describe(run, plan, model)
         session = Session(run, plan, model, None)
     workdirs.write_config(workdir, run.config)
     return session, saved

@@ -198,4 +198,4 @@ def _main(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    binary.run(_main, takes="WORKDIR")
+    binary.run(_main, takes="WORKDIR", examples=("train.status runs/digits",))

@@ -1,5 +1,6 @@
 """How a run ends early without a bug: asked to stop, a peer gone, a loss not finite."""
 
+import contextlib
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -8,11 +9,10 @@ from typing import Any, ClassVar, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-T = TypeVar("T")
+from train import early
+from train.early import REQUEUE
 
-REQUEUE = 75
-"""The exit status of a run that goes on when it is started again: EX_TEMPFAIL of
-sysexits.h. Launchers start it anew on this status, and on death by a signal."""
+T = TypeVar("T")
 
 
 class Stopped(RuntimeError):
@@ -26,7 +26,7 @@ class Stopped(RuntimeError):
 
 
 class Interrupted(Stopped):
-    """The process was asked to stop (SIGTERM) and has saved its state."""
+    """The process was asked to stop (SIGTERM, Ctrl-C) and has saved its state."""
 
     status = REQUEUE
 
@@ -48,22 +48,29 @@ class StopRequested(Exception):
 class StopRequest:
     """Notes SIGTERM, so that the loop can save before it stops.
 
-    Used as a context manager, and polled. With several processes a signal to one of
-    them stops all at the same poll: JAX's coordination service agrees on it, so every
-    process must poll as often as every other. Alone, outside the main thread, where
-    Python takes no signals, nothing is noted.
+    Used as a context manager, and polled. A binary answers it at once, and Ctrl-C as
+    well (`train.early`). With several processes a signal to one of them stops all at
+    the same poll: JAX's coordination service agrees on it, so every process must poll
+    as often as every other. Alone, outside the main thread, where Python takes no
+    signals, nothing is noted.
     """
 
     def __init__(self) -> None:
         self._requested = False
         self._polls = 0
         self._together = False
+        self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> "StopRequest":
         self._together = jax.process_count() > 1
         main = threading.current_thread() is threading.main_thread()
-        if main and not self._together:  # else JAX has a handler of its own
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        if self._together or not main:  # JAX has a handler of its own
+            return self
+        if early.SIGNALS.watched:
+            self._resources.enter_context(early.SIGNALS.noting(self._note))
+        else:
+            before = signal.signal(signal.SIGTERM, self._note)
+            self._resources.callback(signal.signal, signal.SIGTERM, before)
         return self
 
     def _note(self, *_: Any) -> None:
@@ -86,5 +93,4 @@ class StopRequest:
 
     def __exit__(self, *_: Any) -> None:
         self._together = False
-        if hasattr(self, "_before"):
-            signal.signal(signal.SIGTERM, self._before)
+        self._resources.close()

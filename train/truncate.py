@@ -11,6 +11,11 @@ checkpoint is factorized first. Each new checkpoint stands alone. Ends with one 
 JSON: `{"output", "params", "macs", "ranks"}`, of a family `{"sizes": [...]}`.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from train import early
+
+    early.begin("train.truncate")
+
 import contextlib
 import json
 from collections.abc import Sequence
@@ -24,6 +29,11 @@ from lowrank_jax.forms import Factors
 from lowrank_jax.times import MERGED
 from train import binary, checkpoints, exporting, folders, selecting, timing
 from train.report import logs
+
+_EXAMPLES = (
+    "train.truncate --checkpoint=runs/digits --output=runs/small --rank=8",
+    "train.truncate --checkpoint=runs/digits --output=runs/b --select=beam --macs=0.3",
+)
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of a checkpoint, of its steps, or of a run."
@@ -199,4 +209,4 @@ def _check_files() -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["checkpoint"])
-    binary.run(_main)
+    binary.run(_main, examples=_EXAMPLES)

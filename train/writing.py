@@ -12,6 +12,7 @@ from lowrank_jax.selection import choosing
 from train import opening, selecting
 from train.generation import generate
 from train.model import about, checkpoint_task, family_of, model_cost
+from train.report import logs
 from train.tasks.base import Generation
 
 
@@ -39,8 +40,10 @@ class Writer(NamedTuple):
           "texts", "ranks", "params" and "macs".
         """
         ranks = active.get_ranks(self.model)
+        with logs.stage(f"compiling, then writing {len(prompts):,} texts"):
+            texts = generate(self.model, self.generation, prompts, **how)
         return {
-            "texts": generate(self.model, self.generation, prompts, **how),
+            "texts": texts,
             "ranks": ranks,
             "params": self.cost.params(ranks),
             "macs": self.cost.macs(ranks),

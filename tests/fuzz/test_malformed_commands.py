@@ -12,7 +12,7 @@ CONFIG = "--config=configs/digits_mlp.py:smoke"
 
 def is_refusal(ended: commands.Ended) -> bool:
     """Whether a command ended in one line that says what is wrong."""
-    lines = ended.err.splitlines()
+    lines = ended.lines
     one_line = (ended.status, ended.out, len(lines)) == (1, "", 1)
     return one_line and lines[0].startswith("error: ")
 

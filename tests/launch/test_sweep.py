@@ -284,7 +284,7 @@ def test_the_command_line(tmp_path, plan, monkeypatch):
     for name, part in {
         "nothing": "--config, --grid: must be given",
         "no sweep": "--output: must be the folder of a sweep",
-        "wrong": "--config.sede: must be one of",
+        "wrong": "--config.sede: must be a key of the config, got",
         "alone": "--sbatch_args: acts only with --slurm",
         "no element": "--index: must be in [0, 2], got 3",
         "element failed": "seed=2: must end with status 0, got error: place",

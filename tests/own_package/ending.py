@@ -37,6 +37,6 @@ ENDS = {
 }
 
 if __name__ == "__main__":
-    _END = flags.DEFINE_string("end", "", "How it ends.")
+    _END = flags.DEFINE_string("end", "user", "What to end with.")
     config_flags.DEFINE_config_file("config", None, "Config.")
-    binary.run(lambda: ENDS[_END.value]())
+    binary.run(lambda: ENDS[_END.value](), examples=("own_package.ending --end=user",))

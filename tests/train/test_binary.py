@@ -6,6 +6,7 @@ from absl import flags
 
 from lowrank_jax.errors import UserError
 from train import binary
+from train.meanings import MEANINGS
 
 CONFIG = "--config=configs/digits_mlp.py"
 ENDING = "own_package.ending"
@@ -19,27 +20,63 @@ ENDS = {
     "driver": f"error: {FULL} Free some space.",
 }
 FLAGS = {
-    "a misspelled flag": (["--edn=user"], "flags: Unknown command line flag 'edn'"),
+    "a misspelled flag": (
+        ["--edn=user"],
+        "--edn: must be a flag of this program, got '--edn'. Did you mean '--end'?",
+    ),
     "no flag": (["run"], "flags: must begin with --, got ['run']"),
+    "a misspelled config": (
+        ["--config=configs/nestde.py"],
+        "--config: must be a config file, got configs/nestde.py, which is not there."
+        " Did you mean 'configs/nested.py'?",
+    ),
+    "a config of another folder": (
+        ["--config=config/maestro.py"],
+        "--config: must be a config file, got config/maestro.py, which is not there."
+        " Did you mean 'configs/maestro.py'?",
+    ),
     "a missing config": (
-        ["--config=configs/none.py"],
-        "--config: must be a config file, got configs/none.py, which is not there",
+        ["--config=configs/zzzzzz.py"],
+        "--config: must be a config file, got configs/zzzzzz.py, which is not there."
+        " Correct the path.",
     ),
     "a misspelled key": (
         [CONFIG, "--config.sede=1"],
-        "--config.sede: must be one of ['accumulation_steps', ",
+        "--config.sede: must be a key of the config, got 'sede'. Did you mean 'seed'?",
     ),
     "a key of a phase": (
         [CONFIG, "--config.phases[0].nme=1"],
-        "--config.phases[0].nme: must be one of ['name', 'on_end', ",
+        "--config.phases[0].nme: must be a key of the config, got 'nme'. Did you mean"
+        " 'name'?",
+    ),
+    "a key like no other": (
+        [CONFIG, "--config.data.qqq=1"],
+        "--config.data.qqq: must be a key of the config, one of 'args', 'batch_size',"
+        " 'data_dir', 'eval_batch_size', 'name', 'train_examples',"
+        " 'validation_examples', got 'qqq'. Choose one.",
     ),
     "a phase that is not there": (
         [CONFIG, "--config.phases[7].name=x"],
-        "--config.phases[7].name: must be one of [0], got 7",
+        "--config.phases[7].name: must be a key of the config, one of 0, got 7",
     ),
     "a key below a value": (
         [CONFIG, "--config.data.name.first=x"],
-        "--config.data.name.first: must be one of [], got 'first'",
+        "--config.data.name.first: must be a key of the config, one of none, got",
+    ),
+    "a misspelled argument of a config": (
+        ["--config=configs/nested.py:smok"],
+        "config argument: must be a name that the config takes, got 'smok'. Did you"
+        " mean 'smoke'?",
+    ),
+    "an argument like no other": (
+        ["--config=configs/bsr.py:zzz"],
+        "config argument: must be a name that the config takes, one of 'smoke',"
+        " 'cifar10', 'fraction', 'weight', got 'zzz'. What they mean:"
+        " --config=FILE.py:help.",
+    ),
+    "an argument without its number": (
+        ["--config=configs/bsr.py:weight"],
+        "config argument: must be written as weight=NUMBER, got 'weight'. Correct it.",
     ),
     "a value of another type": ([CONFIG, "--config.seed=abc"], "flags: flag --con"),
     "an argument of the config": (
@@ -61,6 +98,7 @@ HELP = {
     "help alone": ["--help"],
     "short help": ["--helpshort"],
     "help of a config": [CONFIG, "--help"],
+    "arguments": ["--config=configs/bsr.py:help"],
     "done": ["--end="],
 }
 
@@ -132,11 +170,31 @@ def test_a_bug_of_a_users_model(ended):
 
 
 def test_help_ends_well(ended):
-    """It says where the keys of a config stand, and lists those of a given one."""
-    assert [ended[name].status for name in HELP] == [0, 0, 0, 0]
-    for name in list(HELP)[:3]:
-        assert "Config keys stand in the file" in ended[name].out
-    assert "--config.data.name='digits'" in ended["help of a config"].out
+    """On stdout, status 0: examples, own flags, each config key with its meaning, or
+    those of a given config with their values and its arguments."""
+    assert [ended[name][::2] for name in HELP] == [(0, "")] * len(HELP)
+    assert ended["help alone"].out == ended["short help"].out
+    lines = ended["help alone"].out.splitlines()
+    assert (
+        lines[0] == "A binary that ends in each of several ways, `--end` says in which."
+    )
+    assert "  python -m own_package.ending --end=user" in lines
+    assert "  --end                     What to end with; default user." in lines
+    flags = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert flags == ["--end", "--config"]  # none of absl's, of JAX's
+    for key, meaning in MEANINGS.items():
+        (row,) = [n for n, line in enumerate(lines) if line.split()[:1] == [key]]
+        assert " ".join(lines[row:]).split()[1:3] == meaning.split()[:2]
+    assert max(map(len, lines)) <= 88
+    of_config = ended["help of a config"].out.splitlines()
+    assert any(line.startswith("  data.name='digits'") for line in of_config)
+    assert "  :smoke              a few steps, to see that it runs" in of_config
+    assert ended["arguments"].out.splitlines() == [
+        "  :smoke              a few steps, to see that it runs",
+        "  :cifar10            ResNet-56 on CIFAR-10",
+        "  :fraction=NUMBER    budget, as a share of the dense MACs (default 0.25)",
+        "  :weight=NUMBER      of the penalty",
+    ]
     assert ended["done"].out == "done\n"
 
 

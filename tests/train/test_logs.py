@@ -1,15 +1,14 @@
 """Metrics survive a resume, stdout carries one line of JSON, tables line up."""
 
 import doctest
-import io
 import json
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from train.report import logs
+from train.report.pace import Pace
 from train.stopping import NotFinite
 
 
@@ -61,74 +60,17 @@ def test_metrics_that_cannot_be_written_are_named(tmp_path):
     assert read(tmp_path) == []
 
 
-def test_progress_writes_few_plain_lines_without_a_terminal(capsys, monkeypatch):
-    clock = iter(range(100))
-    monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
-    progress = logs.Progress(20, start=8)
-    for step in range(9, 21):
-        progress.update(step, f"loss {step}")
-    progress.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("step 20/20")
-    assert lines[-1].endswith("loss 20")
-    assert len(lines) == 3
-
-
-def test_what_is_said_at_once_gets_its_line(capsys, monkeypatch):
-    """The figures of an evaluation come right after the loss of the same step."""
-    monkeypatch.setattr(logs.time, "monotonic", lambda: 0.0)
-    progress = logs.Progress(20)
-    progress.update(5, "loss 1")
-    progress.update(5, "validation loss 2", at_once=True)
-    progress.close()
-    assert capsys.readouterr().err.splitlines() == ["step 5/20, validation loss 2"]
-
-
-def test_the_rate_leaves_the_compilation_out(capsys, monkeypatch):
-    """A minute of compiling, then ten steps a second: as said, with the time left."""
-    now = [0.0]
+def test_step_metrics_are_means_at_the_rate_of_training_alone(tmp_path, monkeypatch):
+    now, pace = [0.0], Pace()
     monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
-    progress = logs.Progress(200)
-    progress.compiling(0)
-    now[0] = 60.0
-    progress.update(1)
-    now[0] = 66.0
-    progress.update(61, "loss 2")
-    now[0] = 79.9
-    progress.update(200, "loss 1")
-    progress.close()
-    assert capsys.readouterr().err.splitlines() == [
-        "step 0/200, compiling ...",
-        "step 1/200",
-        "step 61/200, 10 steps/s, 00:13 left, loss 2",
-        "step 200/200, 10 steps/s, loss 1",
-    ]
-
-
-def test_progress_is_a_bar_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    progress = logs.Progress(10, start=4)
-    for step in range(5, 11):
-        progress.update(step, "loss 1")
-    progress.close()
-    assert "10/10" in terminal.getvalue()
-
-
-def test_step_metrics_are_means_at_the_rate_without_compilation(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
     writer = logs.MetricWriter(tmp_path, start_step=0)
-    metrics = logs.StepMetrics(writer, batch_size=10)
+    metrics = logs.StepMetrics(writer, batch_size=10, pace=pace)
     for step, seconds in enumerate((60, 61, 62, 63), start=1):  # the first compiles
         now[0] = seconds
         metrics.add(step, {"loss": jnp.float32(step)})
+        pace.go(step)
     assert metrics.flush() == "loss 2.5000"
-    metrics.compiling()
+    pace.stop(4)
     now[0] = 100.0
     metrics.add(5, {"loss": 1.0})
     metrics.flush()

@@ -37,14 +37,16 @@ def test_short_names_need_no_permission(name, allow_imports):
 
 
 @pytest.mark.parametrize(
-    "name", ["lenett", "", "my.module", "a:", ":build", "a:b:c", "..a:b", "a b:c"]
+    "name", ["net", "", "my.module", "a:", ":build", "a:b:c", "..a:b", "a b:c"]
 )
-def test_unknown_name_lists_the_known_ones(name):
+def test_unknown_name_gives_the_nearest_one_or_all(name):
     with pytest.raises(ValueError) as error:
         resolve(name, TABLE, allow_imports=None)
+    meant = "Did you mean 'lenet'?" if name == "net" else "Choose one, or give the"
+    listed = "" if name == "net" else ", one of 'lenet', 'mlp'"
     assert str(error.value).startswith(
-        "name: must be one of lenet, mlp or an import path "
-        f"'package.module:function', got {name!r}. "
+        "name: must be a known name or an import path 'package.module:function'"
+        f"{listed}, got {name!r}. {meant}"
     )
 
 
@@ -110,16 +112,20 @@ class TestBuild:
 
     @pytest.mark.parametrize(
         "args, reason",
-        [({"widht": 3}, "'widht'"), ({"shape": 3}, "multiple values"), ({}, None)],
+        [
+            ({"widht": 3}, "an argument of model, got 'widht'. Did you mean 'width'?"),
+            ({"shape": 3}, "arguments of model (['width', "),
+            ({}, "missing a required argument: 'shape'"),
+        ],
     )
     def test_arguments_that_do_not_fit(self, args, reason):
-        """The caller's place comes first; the known arguments are listed."""
-        positional = ((8, 8),) if reason else ()
+        """The caller's place comes first; the nearest known argument is given."""
+        positional = ((8, 8),) if args else ()
         with pytest.raises(UserError) as error, at("config.model"):
             build({"name": "model", "args": args}, CHOICES, *positional)
         message = str(error.value)
-        assert message.startswith("config.model: args: must be arguments of model (")
-        assert "'width'" in message and (reason or "'shape'") in message
+        assert message.startswith("config.model: args: must be a")
+        assert reason in message
 
     def test_mistakes_and_bugs_pass_through(self):
         """What the function raises is its own; a bug is not made a user's mistake."""
@@ -175,5 +181,9 @@ class TestComplete:
                 positional=1,
                 supplied=("rngs",),
             )
-        assert "of ['width', 'sizes', 'act', 'mode'], the" in str(error.value)
-        assert "got ['widht', 'rngs', 'shape']" in str(error.value)
+        listed = "one of 'width', 'sizes', 'act', 'mode', got"
+        assert str(error.value).splitlines() == [
+            "args: must be an argument of model, got 'widht'. Did you mean 'width'?",
+            f"args: must be an argument of model, {listed} 'rngs'. Choose one.",
+            f"args: must be an argument of model, {listed} 'shape'. Choose one.",
+        ]

@@ -13,7 +13,8 @@ import pytest
 from lowrank_jax.errors import UserError
 from train import folders
 from train import status as status_binary
-from train.report import logs, status
+from train.report import status
+from train.report.progress import Progress
 from train.stopping import Interrupted, NotFinite
 
 
@@ -103,18 +104,19 @@ def test_a_damaged_file_is_named(tmp_path, text):
 
 def test_progress_tells_the_file(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
-    with status.StatusFile(tmp_path) as file:
-        progress = logs.Progress(200, status=file)
-        progress.compiling(0)
+    monkeypatch.setattr(status.time, "monotonic", lambda: now[0])
+    with Progress(tmp_path, 200) as progress:
+        progress.compiling(0, "the step", phase="prune")
         assert written(tmp_path)["state"] == "compiling"
         now[0] = 60.0
-        progress.update(1)
+        progress.compiled()
+        progress.training(1)
+        assert written(tmp_path)["state"] == "training"
         now[0] = 66.0
         progress.update(61, "loss 2")
         values = written(tmp_path)
     expected = {"state": "training", "step": 61, "last_step": 200, "rate": 10.0}
-    assert values | expected | {"message": "loss 2"} == values
+    assert values | expected | {"message": "loss 2", "phase": "prune"} == values
     assert values["seconds_left"] == pytest.approx(13.9)
 
 

@@ -240,17 +240,17 @@ MISTAKES = {
     "no such tokenizer": (
         {},
         with_args(tokenizer={"name": "words", "args": {}}),
-        "tokenizer.name: must be one of .*characters.*'words'",
+        "tokenizer.name: must be a tokenizer, .*characters.*'words'",
     ),
     "a tokenizer by import path": (
         {},
         with_args(tokenizer={"name": "os:system", "args": {}}),
-        "tokenizer.name: must be one of",
+        "tokenizer.name: must be a tokenizer",
     ),
     "no such argument of the tokenizer": (
         {},
         with_args(tokenizer={"name": "characters", "args": {"size": 3}}),
-        "tokenizer: args: must be arguments of characters.*'size'",
+        "tokenizer: args: must be an argument of characters.*'size'",
     ),
     "reserved ids": (
         {},
@@ -260,7 +260,7 @@ MISTAKES = {
     "no choice of a tokenizer": (
         {},
         with_args(tokenizer={"kind": "characters"}),
-        "tokenizer: keys must be",
+        "tokenizer: every key must be",
     ),
     "other splits": (
         {},

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num, PRNGKeyArray
 
-from lowrank_jax.errors import UserError, raise_all
+from lowrank_jax.errors import UserError, raise_all, unknown
 
 Images = Num[Array, "b x y c"]
 Augment = Callable[[PRNGKeyArray, Images], Images]
@@ -78,10 +78,7 @@ def _problem(op: Any) -> str:
         return f"must be a pair of a name and its arguments, got {op!r}. Write both."
     name, args = op
     if not isinstance(name, str) or name not in AUGMENTATIONS:
-        return (
-            f"must be one of {sorted(AUGMENTATIONS)}, got {name!r}."
-            " Correct the spelling."
-        )
+        return unknown("an augmentation", name, sorted(AUGMENTATIONS))
     if not isinstance(args, Mapping):
         return (
             f"{name}: arguments must be a mapping, got {args!r}. Write {{}} for none."

@@ -19,6 +19,7 @@ import numpy as np
 from lowrank_jax.errors import UserError
 from train import registry
 from train.data import DATASETS, sources
+from train.report import logs
 
 Batch = dict[str, np.ndarray]
 T = TypeVar("T")
@@ -278,13 +279,14 @@ def load_data(
     name = spec["name"]
     if _is_import_path(name):
         name = registry.resolve(name, DATASETS, allow_imports=allow_imports)
-    return load_dataset(
-        name,
-        data_dir=spec["data_dir"],
-        validation_examples=spec["validation_examples"],
-        train_examples=spec["train_examples"],
-        args=spec["args"],
-    )
+    with logs.stage(f"reading data set {spec['name']}"):
+        return load_dataset(
+            name,
+            data_dir=spec["data_dir"],
+            validation_examples=spec["validation_examples"],
+            train_examples=spec["train_examples"],
+            args=spec["args"],
+        )
 
 
 @functools.lru_cache(maxsize=4)

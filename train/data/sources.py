@@ -9,19 +9,19 @@ or augmented here.
 import dataclasses
 import functools
 import io
-import time
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from train import registry
-from train.data import DATASETS, own_arrays, tfds_sets
+from train.data import DATASETS, original_files, own_arrays, tfds_sets
 from train.data.own_arrays import Arrays
+from train.report import logs
 
 # A split whose decoded pixels exceed this is read from disk batch by batch.
 MEMORY_LIMIT_BYTES = 2**30
@@ -137,19 +137,18 @@ def _decode_all(source: TfdsSource) -> Arrays:
     One thread: with 28x28 and 32x32 PNGs the interpreter lock makes two threads a
     quarter slower than one (2 cores, 85 against 67 microseconds an image).
     """
-    began = time.monotonic()
     arrays = {
         "image": np.empty((source.size, *source.image_shape), np.uint8),
         "label": np.empty(source.size, np.int32),
     }
-    for start in range(0, source.size, _DECODE_CHUNK):
-        rows = np.arange(start, min(start + _DECODE_CHUNK, source.size))
-        for name, chunk in _read(source, rows).items():
-            arrays[name][rows] = chunk
+    place = f"{source.size:,} images of {source.directory}, {source.split}"
+    with logs.stage(f"decoding {place}"):
+        for start in range(0, source.size, _DECODE_CHUNK):
+            rows = np.arange(start, min(start + _DECODE_CHUNK, source.size))
+            for name, chunk in _read(source, rows).items():
+                arrays[name][rows] = chunk
     for array in arrays.values():
         array.setflags(write=False)
-    seconds = time.monotonic() - began
-    logging.info("decoded %s %s in %.1f s", source.directory, source.split, seconds)
     return arrays
 
 
@@ -173,6 +172,9 @@ def open_dataset(
         )
     if name == "digits":
         return _digits()
+    root = tfds_sets.resolve_data_dir(data_dir)
+    if original_files.is_there(name, root) and not tfds_sets.is_prepared(name, root):
+        return _from_files(name, root / name)
     return _from_tfds(name, data_dir)
 
 
@@ -193,6 +195,17 @@ def _digits() -> RawDataset:
         for rows in (train, test)
     ]
     return RawDataset("digits", _image_facts((8, 8, 1), 10), *sources)
+
+
+@functools.lru_cache(maxsize=4)
+def _from_files(name: str, folder: pathlib.Path) -> RawDataset:
+    """A set in its original files, whose examples have another order than TFDS's."""
+    original = original_files.ORIGINALS[name]
+    with errors.at(f"data set {name!r}"):
+        train, test = original_files.read(original, folder)
+    facts = _image_facts(original.image_shape, 10)
+    facts["about"] = {"order": "original files"}
+    return RawDataset(name, facts, ArraySource(train), ArraySource(test))
 
 
 def _image_facts(shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
-from lowrank_jax.errors import MissingFile, UserError
+from lowrank_jax.errors import MissingFile, UserError, nearest, unknown
 from train.data import DATASETS
+from train.data.original_files import ORIGINALS
 
 
 class PreparedSet(NamedTuple):
@@ -59,6 +60,48 @@ def resolve_data_dir(data_dir: str) -> pathlib.Path:
     return pathlib.Path(chosen).expanduser()
 
 
+def is_prepared(name: str, root: pathlib.Path) -> bool:
+    """Returns whether a version of a set is prepared."""
+    return bool(_versions(name, root))
+
+
+def _versions(name: str, root: pathlib.Path) -> list[pathlib.Path]:
+    """The prepared versions of a set, without those that were left half done."""
+    infos = (root / name.replace(":", "/")).glob("**/dataset_info.json")
+    folders = [path.parent for path in infos]
+    return [folder for folder in folders if re.fullmatch(r"[\d.]+", folder.name)]
+
+
+def _missing(name: str, root: pathlib.Path) -> UserError:
+    """What to do about a set that is not there."""
+    features = root.glob("*/**/features.json")
+    prepared = {path.relative_to(root).parts[0] for path in features}
+    known = sorted({"digits", *DATASETS, *ORIGINALS, *prepared})
+    base = re.sub(r"[:/].*", "", name)
+    if base in ORIGINALS:
+        files = ", ".join(file.name for file in ORIGINALS[base].files)
+        return MissingFile(
+            f"data set {name!r}: must be in {root}, got nothing of it there. Run"
+            f" python -m train.fetch {base} --data_dir={root} (no TensorFlow needed),"
+            " or set config.data.data_dir or TFDS_DATA_DIR to where it is.\n"
+            f"  as it was published: {root}/{base}/ with {files}\n"
+            f"  as TFDS prepares it: {root}/{base}/VERSION/ with dataset_info.json and"
+            " *.array_record*"
+        )
+    if base not in known and nearest(base, known) is not None:
+        what = f"a known name, or a set that is prepared in {root}"
+        return UserError(f"data set: {unknown(what, name, known)}")
+    return MissingFile(
+        f"data set {name!r}: must be one of {', '.join(known)}, or prepared in {root},"
+        " got neither. Set config.data.data_dir or TFDS_DATA_DIR to where it is, or"
+        " prepare it once on a machine with TensorFlow:\n"
+        f"  tfds.builder({name!r}, data_dir={str(root)!r},"
+        " file_format='array_record').download_and_prepare()\n"
+        f"  which makes {root}/{base}/VERSION/ with dataset_info.json and"
+        " *.array_record*"
+    )
+
+
 def _find_version(name: str, root: pathlib.Path) -> pathlib.Path:
     """Returns the newest prepared version of `name`, without asking the network.
 
@@ -72,20 +115,9 @@ def _find_version(name: str, root: pathlib.Path) -> pathlib.Path:
             f"'cifar10', or a function, got {name!r}. An import path "
             "'package.module:function' is resolved to its function by the caller."
         )
-    infos = (root / name.replace(":", "/")).glob("**/dataset_info.json")
-    # Other names are what an interrupted preparation leaves.
-    found = [path.parent for path in infos if re.fullmatch(r"[\d.]+", path.parent.name)]
+    found = _versions(name, root)
     if not found:
-        features = root.glob("*/**/features.json")
-        prepared = sorted({path.relative_to(root).parts[0] for path in features})
-        raise MissingFile(
-            f"data set {name!r}: must be one of {known} or prepared in {root}, got "
-            f"neither; found there: {', '.join(prepared) or 'nothing'}. Set "
-            "config.data.data_dir or TFDS_DATA_DIR, or prepare it once on a machine "
-            "with TensorFlow: "
-            f"tfds.builder({name!r}, data_dir={str(root)!r}, "
-            "file_format='array_record').download_and_prepare()"
-        )
+        raise _missing(name, root)
     configs = sorted({str(path.parent.relative_to(root)) for path in found})
     if ":" not in name and len(configs) > 1:
         raise UserError(

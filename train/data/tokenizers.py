@@ -69,10 +69,8 @@ def check(spec: Any) -> None:
     """Raises UserError where a config's choice of a tokenizer names none."""
     errors.raise_all(schema.compare(spec, schema.NAMED, "tokenizer"))
     if spec["name"] not in TOKENIZERS:
-        raise UserError(
-            f"tokenizer.name: must be one of {', '.join(sorted(TOKENIZERS))}, got"
-            f" {spec['name']!r}. Correct the spelling."
-        )
+        problem = errors.unknown("a tokenizer", spec["name"], sorted(TOKENIZERS))
+        raise UserError(f"tokenizer.name: {problem}")
 
 
 def build(

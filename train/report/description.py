@@ -1,6 +1,8 @@
 """What a run says of itself before its first step."""
 
+import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from flax import nnx
 
@@ -10,12 +12,25 @@ from train.report import logs
 from train.run import Run
 
 
+def checking(
+    plan: Sequence[phases.Phase],
+) -> contextlib.AbstractContextManager[None]:
+    """Says that the phases are traced, which may take long, and how long it took."""
+    count = "1 phase" if len(plan) == 1 else f"{len(plan)} phases"
+    return logs.stage(f"checking {count}")
+
+
+def reading(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Says that a checkpoint is read, and how long it took."""
+    return logs.stage(f"reading {path}")
+
+
 def describe(
     run: Run, plan: Sequence[phases.Phase], model: nnx.Module, step: int = 0
 ) -> None:
     """Says data, model, devices and phases on stderr, and where it goes on."""
     cost = run.cost(model)
-    sizes = ", ".join(f"{n} {split}" for split, n in run.data.sizes.items())
+    sizes = ", ".join(f"{n:,} {split}" for split, n in run.data.sizes.items())
     logs.say(f"{run.config['data']['name']}: {sizes}")
     logs.say(
         f"{run.config['model']['name']}: {cost.dense_params:,} parameters and"

@@ -20,13 +20,14 @@ import tqdm
 from lowrank_jax.errors import UserError
 from train import distributed
 from train.report import trackers
-from train.report.status import StatusFile
+from train.report.pace import Pace
 from train.stopping import NotFinite
 
 NONFINITE_GRADIENT = "nonfinite_gradient"
 """The step's metric that says which parameter's gradient is the first that is not
 finite, -1 if all are; no figure of its own."""
-_SECONDS_BETWEEN_LINES = 5.0
+_WORTH_SAYING = 1.0
+"""Seconds; what is over sooner needs no line at its end."""
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -103,95 +104,6 @@ class MetricWriter:
                 stack.callback(tracker.close)
 
 
-class Progress:
-    """A bar when stderr is a terminal, else a line every few seconds.
-
-    The first step after `compiling` is named so, and is left out of the rate: it takes
-    as long as thousands of others.
-
-    Args:
-      total: The last step; may be set anew.
-      start: Steps already done.
-      status: File that is told the same.
-    """
-
-    def __init__(self, total: int, *, start: int = 0, status: StatusFile | None = None):
-        self.total = total
-        self._status = status
-        self._counted_from, self._began = start, time.monotonic()
-        self._spoke = self._began
-        self._compiling = False
-        self._bar = None
-        if distributed.is_first() and sys.stderr.isatty():
-            self._bar = tqdm.tqdm(
-                total=total, initial=start, file=sys.stderr, dynamic_ncols=True
-            )
-
-    def compiling(self, step: int) -> None:
-        """Says, before the step after `step` runs, that it is compiled first."""
-        self._compiling = True
-        if self._status is not None:
-            self._status.write(state="compiling", step=step, last_step=self.total)
-        if self._bar is not None:
-            self._bar.set_postfix_str("compiling")
-        else:
-            say(f"step {step}/{self.total}, compiling ...")
-
-    def update(self, step: int, message: str = "", *, at_once: bool = False) -> None:
-        """Shows that `step` steps are done, with `message` beside it.
-
-        Args:
-          step: Steps that are done.
-          message: What is shown beside it.
-          at_once: Write a line even if the last one is a moment ago.
-        """
-        now = time.monotonic()
-        if self._compiling:  # the clock starts when the compiled step is done
-            self._compiling = False
-            self._counted_from, self._began = step, now
-            if self._bar is not None:
-                self._bar.unpause()
-                self._bar.set_postfix_str("", refresh=False)
-        rate, left = self._pace(step, now)
-        if self._status is not None:
-            pace = {"rate": rate, "seconds_left": left}
-            self._status.write(
-                state="training",
-                step=step,
-                last_step=self.total,
-                message=message,
-                **pace,
-            )
-        if self._bar is not None:
-            if message:
-                self._bar.set_postfix_str(message, refresh=False)
-            self._bar.total = self.total
-            self._bar.update(step - self._bar.n)
-            return
-        recent = now - self._spoke < _SECONDS_BETWEEN_LINES
-        if recent and step < self.total and not at_once:
-            return
-        self._spoke = now
-        parts = [f"step {step}/{self.total}"]
-        if rate is not None:
-            parts.append(f"{rate:.3g} steps/s")
-            parts += [f"{duration(left)} left"] if left else []
-        if distributed.is_first():
-            print(", ".join([*parts, message] if message else parts), file=sys.stderr)
-
-    def _pace(self, step: int, now: float) -> tuple[float | None, float | None]:
-        """Steps a second, and how many seconds those that are left will take."""
-        done, seconds = step - self._counted_from, now - self._began
-        if done <= 0 or seconds <= 0:
-            return None, None
-        return done / seconds, (self.total - step) * seconds / done
-
-    def close(self) -> None:
-        """Ends the bar, so that later output starts on a line of its own."""
-        if self._bar is not None:
-            self._bar.close()
-
-
 def duration(seconds: float) -> str:
     """Writes seconds as minutes and seconds, with hours if there are some.
 
@@ -207,12 +119,24 @@ def say(message: str) -> None:
         tqdm.tqdm.write(message, file=sys.stderr)
 
 
+@contextlib.contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Says what is done next, and how long it took if that was long."""
+    say(f"{what} ...")
+    began = time.monotonic()
+    yield
+    seconds = time.monotonic() - began
+    if seconds >= _WORTH_SAYING:
+        say(f"{what}: done in {seconds:.1f} s")
+
+
 class StepMetrics:
     """Metrics of steps, left on the device until they are logged together.
 
     Args:
       writer: Where their means go.
       batch_size: Examples in a step, for the rate.
+      pace: Of the steps, where the rate is to be among the metrics.
       saved_step: Step of the last checkpoint, None without one; to be set after a save.
       names: Paths of the parameters, in the order in which the step's metric
         `NONFINITE_GRADIENT` counts them; to be set anew when they change.
@@ -223,26 +147,23 @@ class StepMetrics:
         writer: MetricWriter,
         batch_size: int,
         *,
+        pace: Pace | None = None,
         saved_step: int | None = None,
         names: Sequence[str] = (),
     ):
         self._writer, self._batch_size = writer, batch_size
         self.saved_step, self.names = saved_step, names
         self._pending: list[tuple[range, Mapping[str, Any]]] = []
-        self._timed, self._began = 0, None
-
-    def compiling(self) -> None:
-        """Leaves the next step, which is compiled first, out of the rate."""
-        self._timed, self._began = 0, None
+        self._pace, self._before = pace, (0, 0.0)
 
     def add(self, step: int, metrics: Mapping[str, Any], count: int = 1) -> None:
         """Notes the metrics of a step without waiting for them, or of so many up to it,
         with a leading axis."""
         self._pending.append((range(step - count + 1, step + 1), metrics))
-        if self._began is None:
-            self._timed, self._began = 0, time.perf_counter()
-        else:
-            self._timed += count
+
+    def wait(self) -> None:
+        """Waits until the steps are done whose metrics it holds."""
+        jax.block_until_ready([metrics for _, metrics in self._pending])
 
     def flush(self) -> str:
         """Writes the means since the last call; returns a short summary.
@@ -275,16 +196,21 @@ class StepMetrics:
         for metrics in values:
             metrics.pop(NONFINITE_GRADIENT, None)
         means = {key: float(np.mean([v[key] for v in values])) for key in values[0]}
-        now = time.perf_counter()
-        if self._timed:
-            rate = self._timed * self._batch_size / (now - self._began)
-            means["examples_per_s"] = rate
-        self._timed, self._began = 0, now
+        if (rate := self._rate(steps[-1])) is not None:
+            means["examples_per_s"] = rate * self._batch_size
         self._writer.write(steps[-1], {"train": means})
         summary = f"loss {means['loss']:.4f}"
         if "loss_pass_1" in means:  # "loss" is what is minimized: of all passes
             summary += f", of the first pass {means['loss_pass_0']:.4f}"
         return summary
+
+    def _rate(self, step: int) -> float | None:
+        """Steps a second since the last call; None without any that was timed."""
+        if self._pace is None:
+            return None
+        now, (steps, seconds) = self._pace.measure(step), self._before
+        self._before = now
+        return (now[0] - steps) / (now[1] - seconds) if now[1] > seconds else None
 
     def _whose(self, metrics: Mapping[str, Any]) -> str:
         """The parameter whose gradient was not finite, if one was."""

@@ -8,10 +8,16 @@ no task.
 
 from train.tasks.base import Task, check_parts
 
-__all__ = ["TASKS", "Task", "check_parts"]
+__all__ = ["COMPLETED_BY", "TASKS", "Task", "check_parts"]
 
 TASKS: dict[str, str] = {
     "classification": "train.tasks.classification:classification",
     "language_model": "train.tasks.language_model:language_model",
     "translation": "train.tasks.translation:translation",
 }
+
+COMPLETED_BY: dict[str, str] = {
+    "classification": "train.tasks.classification:complete_args",
+}
+"""What writes out those arguments of a task that its data say, `(args, data) -> args`,
+by the name of the task."""

@@ -12,7 +12,8 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
 from lowrank_jax.errors import UserError, raise_all
-from train.data import augmentation
+from train.data import augmentation, pixels
+from train.data.pipeline import Dataset
 from train.tasks import base
 from train.tasks.base import Batch, Task
 
@@ -28,8 +29,8 @@ LARGEST = 1e30
 def classification(
     facts: Mapping[str, Any],
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
     augment: Sequence[Sequence[Any]],
 ) -> Task:
     """Makes the task of a data set with "image" uint8 (x, y, c) and integer "label".
@@ -40,7 +41,8 @@ def classification(
 
     Args:
       facts: The data set's facts; "num_classes" among them.
-      mean: Subtracted from the pixels: one number, or one for each channel.
+      mean: Subtracted from the pixels: one number, or one for each channel; () in a
+        config for that of the data set.
       std: What they are then divided by, likewise.
       augment: Pairs of an augmentation's name and its arguments, in order (see
         `train.data.augmentation`).
@@ -83,6 +85,12 @@ def classification(
         headline="accuracy",
         higher_is_better=True,
     )
+
+
+def complete_args(args: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
+    """Returns the arguments with what the data say: their mean and deviation."""
+    _check_facts(data.facts)
+    return {**args, **pixels.normalization(args, data)}
 
 
 def normalize(
