@@ -20,6 +20,7 @@ BINARIES = {
     "train.evaluate": "judges a checkpoint",
     "train.truncate": "cuts a checkpoint",
     "train.generate": "writes text with a checkpoint",
+    "train.fetch": "fetches the original files of an image set",
     "train.status": "says what runs and sweeps are doing",
     "launch.local": "runs a program as several processes on this machine",
     "launch.sweep": "trains a config at every point of a grid",

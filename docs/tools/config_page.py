@@ -26,7 +26,7 @@ below are those of `configs/common.py`, whose functions `base`, `data`, `phase` 
 `optimizer` write every key; "given" stands where you must say it yourself. A flag
 changes a place: `--config.seed=1`, `--config.data.batch_size=64`; lists and mappings
 are changed in the file. Words after the file's colon are its own arguments
-(`configs/nested.py:smoke,alone=0.5`); its head tells them.
+(`configs/nested.py:smoke,alone=0.5`); `--config=configs/nested.py:help` lists them.
 
 The config in a checkpoint has every argument of what it names written out, defaults
 included. Beside it stands the structure that its rank rules made, layer by layer.

@@ -82,7 +82,8 @@ def test_links_of_the_repository_lead_somewhere(page: Path):
 def small_site(folder: Path, **files: str) -> Path:
     """A site of a few pages under the project's own settings, without its hooks."""
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-    del settings["hooks"], settings["exclude_docs"]
+    for key in ("hooks", "exclude_docs", "watch"):
+        del settings[key]
     settings["nav"] = ["index.md"]
     python = settings["plugins"][1]["mkdocstrings"]["handlers"]["python"]
     tuples = str(ROOT / "docs/tools/reading.py")
