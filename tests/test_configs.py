@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from lowrank_jax import checkpoint
-from train import checkpoints, checks, loop, opening, phases, sharding
+from train import checkpoints, checks, loop, opening, phases, sharding, tasks
 from train import model as models
 from train.config import to_json
 from train.data import pipeline
+from train.data.pixels import PIXELS
 from train.run import Run
 from train.stopping import StopRequest
 
@@ -172,7 +173,7 @@ def test_its_phases_fit_its_model(tmp_path, name, arg):
         shapes = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3), "digits": (8, 8, 1)}
         size = {"shape": shapes[config["data"]["name"]], "examples": 600}
         data = pipeline.load_dataset(_noise, validation_examples=90, args=size)
-    config = models.complete_task(config, data)
+    config = tasks.complete(config, data)
     task = models.build_task(config, data.facts, allow_imports=None)
     placement = sharding.make_placement(config["mesh"])
     run = Run(config, task, data, placement, StopRequest())
@@ -278,6 +279,8 @@ def test_it_trains_end_to_end(tmp_path, name, arg):
     assert saved.step == steps
     written = saved.metadata["config"]
     config["model"]["args"] = written["model"]["args"] | config["model"]["args"]
+    if config["task"]["name"] == "classification":
+        config["task"]["args"] |= PIXELS.get(data["name"], {})
     assert written == json.loads(json.dumps(config))
     output, packages = tmp_path / "cut", [__name__.split(".")[0]]
     selector = {"name": "rank_fraction", "args": {"value": 0.5}}

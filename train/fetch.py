@@ -1,4 +1,4 @@
-"""Fetches the original files of an image set, without TensorFlow: `python -m
+"""Fetches the original files of a data set, without TensorFlow: `python -m
 train.fetch mnist --data_dir=DIR`.
 
 Each file is checked by its size and sha256; what is there already stays, and what was

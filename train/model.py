@@ -11,11 +11,10 @@ from lowrank_jax.errors import UserError
 from lowrank_jax.families import Family
 from lowrank_jax.ranks import Limits, Ranks, largest
 from train import recorded, registry, schema
-from train.data.pipeline import Dataset
 from train.models import MODELS
 from train.sharding import Placement
 from train.state import seed_rngs
-from train.tasks import COMPLETED_BY, TASKS, Task, check_parts
+from train.tasks import TASKS, Task, check_parts
 
 
 def build_task(
@@ -37,16 +36,6 @@ def build_task(
         registry.check_kind(spec, TASKS, task, lambda made: isinstance(made, Task))
         check_parts(task)
         return task
-
-
-def complete_task(config: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
-    """Returns the config with the arguments of its task that the data say."""
-    spec = config["task"]
-    if spec["name"] not in COMPLETED_BY:
-        return dict(config)
-    complete = registry.resolve(spec["name"], COMPLETED_BY, allow_imports=())
-    with errors.at("config.task"):
-        return {**config, "task": {**spec, "args": complete(spec["args"], data)}}
 
 
 def build_model(

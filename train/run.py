@@ -10,19 +10,13 @@ from jaxtyping import Array
 
 from lowrank_jax import checkpoint, counting, errors
 from lowrank_jax.errors import UserError
-from train import registry, sharding
+from train import registry, sharding, tasks
 from train.data import pipeline
-from train.model import (
-    build_model,
-    build_task,
-    check_facts,
-    complete_task,
-    model_cost,
-)
+from train.model import build_model, build_task, check_facts, model_cost
 from train.models import MODELS
 from train.sharding import Placement
 from train.stopping import StopRequest
-from train.tasks.base import Task
+from train.tasks import Task
 
 Batches = Iterable[Mapping[str, Array]]
 
@@ -162,7 +156,7 @@ def open_run(
     with errors.at("config.data"):
         about = pipeline.complete(config["data"], allow_imports=allow_imports)
         data = pipeline.load_data(about, allow_imports=allow_imports)
-    config = complete_task(config, data)
+    config = tasks.complete(config, data)
     task = build_task(config, data.facts, allow_imports=allow_imports)
     run = Run({**config, "data": about}, task, data, placement, StopRequest())
     with errors.at("config.model"):

@@ -46,13 +46,14 @@ def test_all_mistakes_of_a_kind_at_once(tmp_path):
 
 @pytest.mark.parametrize("name", ["mnist", "no_such_set"])
 def test_data_that_is_not_there(tmp_path, name):
-    """The message says where it was looked for and how to prepare it."""
+    """The message says where it was looked for and how to get it."""
     config, folder = make_config(), tmp_path / "data"
     put(config, "data/name", name)
     put(config, "data/data_dir", str(folder))
     with pytest.raises(FileNotFoundError) as caught:
         loop.train_and_evaluate(config, tmp_path / "run")
-    for part in (f"'{name}'", str(folder), "download_and_prepare()", "TFDS_DATA_DIR"):
+    fix = "train.fetch mnist" if name == "mnist" else "download_and_prepare()"
+    for part in (f"'{name}'", str(folder), fix, "TFDS_DATA_DIR"):
         assert part in str(caught.value)
     check_form(str(caught.value))
     assert not list(tmp_path.iterdir())

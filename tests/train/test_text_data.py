@@ -293,7 +293,7 @@ def test_missing_files_are_all_named(tmp_path):
     with pytest.raises(MissingFile) as caught:
         open_windows(paths)
     assert all(path in str(caught.value) for path in paths.values())
-    with pytest.raises(MissingFile, match="text_windows or prepared in"):
+    with pytest.raises(MissingFile, match="text_windows, or prepared in"):
         load_dataset("my_text", data_dir=str(tmp_path))
 
 
