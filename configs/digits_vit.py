@@ -3,8 +3,9 @@
 Command:  python -m train.main --config=configs/digits_vit.py --workdir=runs/digits_vit
 Variants: :dense for the same epochs dense, to be cut afterwards
 Hardware: 2 CPU cores
-Time:     RESULT_TIME
-Result:   RESULT
+Time:     2 minutes of CPU
+Result:   test accuracy 93.3 whole, 91.7 at half of the ranks, 86.1 at a quarter, 59.2
+          at an eighth; cut from :dense 94.4, 72.2, 27.2, 10.0 (seed 0, notebooks)
 
 Crops keep 1,300 images from being learned by heart. The 40 dense epochs come first as
 transformers that are low-rank from the start learn late to attend (docs/LOG.md).

@@ -140,10 +140,9 @@ plots.plot_frontier(
 # slowly to the smallest size, the dense one cut afterwards is level to a quarter and
 # steep from there to an eighth](frontier.png)
 #
-# Down to a quarter of the ranks nothing is gained by nested training: after 700 steps
-# the weights of the dense model are near to low rank still, and the SVD cuts them for
-# nothing. (Longer runs fill their spectra; `docs/results.md` has those of 2,000 steps.)
-# At an eighth it is another matter.
+# Down to a quarter of the ranks nothing is gained by nested training: in 700 steps the
+# dense model has come to use few directions of its layers, and the SVD finds them. At
+# an eighth it is another matter.
 #
 # ## Listen
 #

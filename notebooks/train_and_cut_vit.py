@@ -152,9 +152,8 @@ print(lr.summary(small, *example))
 # A cut layer multiplies by two thin matrices where the dense one multiplies by one;
 # `lr.merge` makes plain Flax layers of it again, which cost what dense ones cost. Times
 # are ratios to the dense model on the same machine in the same minute, the least of 40
-# calls in turn, on batches of 256 images. They are shown and not asserted: layers of 64
-# features are so small that most of the time is not in their products, and MACs promise
-# what only larger layers keep (`docs/results.md` has those).
+# calls in turn, on batches of 256 images. They are shown and not asserted: on layers of
+# 64 features time does not follow MACs (`docs/results.md` has larger ones).
 
 
 # %%

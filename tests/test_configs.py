@@ -78,6 +78,7 @@ VARIANTS = [(name, "") for name in NAMES] + [
     ("bsr", "cifar10"),
     ("cuttlefish", "cifar10"),
     ("dense", "cifar10"),
+    ("digits_vit", "dense"),
     ("fjord", "cifar10"),
     ("khodak", "cifar10"),
     ("khodak", "plain"),
