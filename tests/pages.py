@@ -34,6 +34,9 @@ SHOWN = ("", "bibtex", "diff", "ini", "json", "markdown", "text", "toml", "yaml"
 LINKED = ("configs", "examples", "launch", "lowrank_jax", "tests", "train")
 """What of the repository a page finds in its scratch folder."""
 
+LONGEST_S = 1800
+"""How long a page may take, beside other work; one that hangs is an error."""
+
 _FENCE = re.compile(
     r"^(?P<indent> *)(?P<marks>`{3,}|~{3,})(?P<language>[^\s`]*)(?P<rest>.*)$"
 )
@@ -219,6 +222,17 @@ def problems(page: str, found: Sequence[Block]) -> list[str]:
     ]
 
 
+def flags_in_prose(text: str) -> list[str]:
+    """Lists the flags that the text of a page names, blocks left out.
+
+    Args:
+      text: Of the page.
+    """
+    prose = re.sub(r"^( *)(`{3,}).*?^\1\2\s*$", "", text, flags=re.M | re.S)
+    spans = re.findall(r"`([^`]+)`", prose)
+    return [f for span in spans for f in re.findall(r"(?<!\S)--(\w+)(?!\w*-)", span)]
+
+
 def command_problems(command: Command, written: Sequence[str] = ()) -> Iterator[str]:
     """Yields what is wrong with a call of ours: targets, modules, flags, configs.
 
@@ -341,7 +355,7 @@ def write_files(found: Sequence[Block], folder: Path) -> None:
       AssertionError: One would lie in the repository.
     """
     for block in found:
-        if block.file:
+        if block.file and not block.skipped:
             path = folder / block.file
             inside = path.resolve().is_relative_to(folder.resolve())
             assert inside, f"{block.where}: {block.file} is not in the scratch folder"
@@ -377,6 +391,7 @@ def run(found: Sequence[Block], folder: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            timeout=LONGEST_S,
         )
     assert done.returncode == 0, done.stdout[-6000:]
 

@@ -1,29 +1,29 @@
 """The README's examples run as they stand there."""
 
-import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 from flax import nnx
 
 import lowrank_jax as lr
 
-ROOT = Path(__file__).parents[1]
-FIRST, FUNCTIONAL, ELASTIC = re.findall(
-    r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S
+FIRST, FUNCTIONAL, ELASTIC = (
+    block
+    for block in pages.blocks((pages.ROOT / "README.md").read_text(), "README.md")
+    if block.language == "python"
 )
 
 
-def run(code: str) -> dict[str, Any]:
+def run(block: pages.Block) -> dict[str, Any]:
     names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(block.text, block.where, "exec"), names)
     return names
 
 
 def test_the_first_example_cuts_what_it_trained(capsys):
     """In 20 lines; ranks are whole again after the loop, the cut keeps its budget."""
-    assert len([line for line in FIRST.splitlines() if line.strip()]) <= 20
+    assert len([line for line in FIRST.text.splitlines() if line.strip()]) <= 20
     names = run(FIRST)
     model, small = names["model"], names["small"]
     assert lr.get_ranks(model) == lr.max_ranks(model) == {"": 10}

@@ -62,8 +62,13 @@ def public_names(module: types.ModuleType) -> list[str]:
     ]
 
 
-def _place(module: types.ModuleType, name: str) -> str:
-    """Where Griffe finds a name: not in its package where a file has the same name."""
+def place_of(module: types.ModuleType, name: str) -> str:
+    """Returns where Griffe finds a name: not in its package where a file has it too.
+
+    Args:
+      module: Imported.
+      name: One of its public names.
+    """
     place = f"{module.__name__}.{name}"
     if place in sys.modules:
         return f"{getattr(module, name).__module__}.{name}"
@@ -92,7 +97,7 @@ def _blocks(module: str) -> Iterator[str]:
     yield ""
     found = importlib.import_module(module)
     for name in public_names(found):
-        yield f"::: {_place(found, name)}"
+        yield f"::: {place_of(found, name)}"
         yield f"    options: {{ heading_level: 3, heading: {module}.{name} }}"
         yield ""
     for name in getattr(found, "__all__", ()):

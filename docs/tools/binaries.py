@@ -1,7 +1,8 @@
 """The programs of this project, and the flags that each takes, asked of themselves.
 
-A binary defines its flags when it is imported, and two may define the same one: each is
-imported in a process of its own, a fork of one that has imported JAX.
+A binary defines its flags when it is imported or just before it runs, and two may
+define the same one: each is started in a process of its own, a fork of one that has
+imported JAX, up to the call that would parse its flags and run it.
 """
 
 import functools
@@ -19,6 +20,7 @@ BINARIES = {
     "train.evaluate": "judges a checkpoint",
     "train.truncate": "cuts a checkpoint",
     "train.generate": "writes text with a checkpoint",
+    "train.fetch": "fetches the original files of an image set",
     "train.status": "says what runs and sweeps are doing",
     "launch.local": "runs a program as several processes on this machine",
     "launch.sweep": "trains a config at every point of a grid",
@@ -30,14 +32,26 @@ BINARIES = {
 COMMON = ("help", "verbosity")
 """Flags of every binary that are worth a word; others come with the libraries."""
 
-_PROGRAM = """
-import gc, importlib, json, os, sys
+_PROGRAM = '''
+import ast, gc, importlib.util, json, os, runpy, sys
 
 import train.checkpoints, train.loop, train.report.plots
 from absl import app, flags
+from train import binary
 
 gc.freeze()  # else each fork spends a second on collecting all of this when it ends
 app.define_help_flags()
+
+
+class Reached(BaseException):
+    """The call that would parse the flags and run the program."""
+
+
+def reach(*args, **kwargs):
+    raise Reached
+
+
+app.run = binary.run = reach
 
 
 def row(flag):
@@ -47,15 +61,21 @@ def row(flag):
         "default": None if flag.default is None else flag.default_as_str.strip("'"),
         "help": " ".join((flag.help or "").split()),
         "values": list(getattr(flag.parser, "enum_values", None) or []),
+        "required": any("other than None" in v.message for v in flag.validators),
     }
 
 
 for module in sys.argv[1:]:
     child = os.fork()
     if not child:
-        found = importlib.import_module(module)
-        if hasattr(found, "_define_flags"):
-            found._define_flags()
+        source = open(importlib.util.find_spec(module).origin).read()
+        runs = "binary.run(" in source or "app.run(" in source
+        sys.argv = [module]
+        try:
+            runpy.run_module(module, run_name="__main__" if runs else module)
+        except Reached:
+            pass
+        doc = ast.get_docstring(ast.parse(source)) or ""
         ours = {"train", "launch", "examples", "benchmarks", "tests"}
         by_module = flags.FLAGS.flags_by_module_dict()
         own = {
@@ -67,11 +87,11 @@ for module in sys.argv[1:]:
         rows = [row(flags.FLAGS[name]) for name in flags.FLAGS]
         own = [r for r in rows if r["name"] in own]
         foreign = [r for r in rows if r not in own]
-        print(json.dumps([module, found.__doc__ or "", own, foreign]), flush=True)
+        print(json.dumps([module, doc, own, foreign]), flush=True)
         os._exit(0)
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
         sys.exit(f"{module}: cannot be imported")
-"""
+'''
 
 
 class Flag(NamedTuple):
@@ -83,6 +103,7 @@ class Flag(NamedTuple):
       default: As it would be written, None for no value.
       help: What it does.
       values: All that it may be, where these are few.
+      required: Whether the binary does not run without it.
     """
 
     name: str
@@ -90,6 +111,7 @@ class Flag(NamedTuple):
     default: str | None
     help: str
     values: tuple[str, ...]
+    required: bool
 
 
 class Binary(NamedTuple):

@@ -8,9 +8,11 @@ from docs.tools.binaries import BINARIES, COMMON, Binary, Flag, ask
 
 HEAD = """# Commands
 
-Every program is a module: `python -m train.main --flag=value`. `--help` prints this and
-the keys of the config. A flag that is yes or no is `--flag` or `--noflag`. A flag
-`--config.KEY=VALUE` changes a place in the config ([all keys](config.md)).
+Every program is a module: `python -m train.main --flag=value`. Once the project is
+installed from a clone, `lowrank train` is the same; `lowrank` alone lists the others.
+`--help` prints the flags and the keys of the config. A flag that is yes or no is
+`--flag` or `--noflag`. A flag `--config.KEY=VALUE` changes a place in the config
+([all keys](config.md)).
 
 A program ends with status 0; with 1 after a mistake, which is one line on stderr; with
 **75** where it saved and is to be started again. Its last line on stdout is one line of
@@ -56,6 +58,7 @@ def _table(flags: list[Flag]) -> Iterator[str]:
     for flag in flags:
         name = f"--{flag.name}" if flag.type == "bool" else f"--{flag.name}=..."
         default = "" if flag.default in (None, "None") else f"`{flag.default or EMPTY}`"
+        default = "required" if flag.required else default
         values = ", ".join(f"`{value}`" for value in flag.values)
         text = f"{flag.help} One of {values}." if values else flag.help
         yield f"| `{name}` | {default} | {_cell(text)} |"

@@ -25,7 +25,11 @@ and no other**: a misspelled key is an error, nothing has a hidden default. The 
 below are those of `configs/common.py`, whose functions `base`, `data`, `phase` and
 `optimizer` write every key; "given" stands where you must say it yourself. A flag
 changes a place: `--config.seed=1`, `--config.data.batch_size=64`; lists and mappings
-are changed in the file.
+are changed in the file. Words after the file's colon are its own arguments
+(`configs/nested.py:smoke,alone=0.5`); `--config=configs/nested.py:help` lists them.
+
+The config in a checkpoint has every argument of what it names written out, defaults
+included. Beside it stands the structure that its rank rules made, layer by layer.
 
 `[]` stands for every entry of a list. This page is made from the code; the choices by
 name follow [below](#names), each with its arguments.

@@ -33,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     paths = [file.src_uri for file in files.documentation_pages()]
-    config.nav = _expanded(config.nav, sorted(paths, key=_rank), made=list(pages))
+    config.nav = expanded(config.nav, sorted(paths, key=_rank), made=list(pages))
     return files
 
 
@@ -42,16 +42,27 @@ def _rank(path: str) -> tuple[bool, str]:
     return not path.endswith("/index.md"), path
 
 
-def _expanded(nav: Any, paths: list[str], made: list[str]) -> Any:
-    """The navigation with the pages of a folder in the place of its name.
+def expanded(nav: Any, paths: list[str], made: list[str]) -> Any:
+    """Returns the navigation with the pages of a folder in the place of its name.
 
-    Pages that are made keep the order in which they are.
+    Args:
+      nav: As in mkdocs.yml, or a part of it.
+      paths: All pages, in the order that they have in a folder.
+      made: Those of them that are made, which keep the order in which they are.
+
+    Raises:
+      PluginError: A folder has no page.
     """
     if isinstance(nav, list):
-        return [_expanded(item, paths, made) for item in nav]
+        return [expanded(item, paths, made) for item in nav]
     if isinstance(nav, dict):
-        return {title: _expanded(item, paths, made) for title, item in nav.items()}
+        return {title: expanded(item, paths, made) for title, item in nav.items()}
     if not nav.endswith("/"):
         return nav
     ordered = [path for path in made if path.startswith(nav)]
-    return ordered or [path for path in paths if path.startswith(nav)]
+    found = ordered or [path for path in paths if path.startswith(nav)]
+    if not found:
+        raise PluginError(
+            f"mkdocs.yml: nav: {nav} must hold a page, got none. Drop it."
+        )
+    return found

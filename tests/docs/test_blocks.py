@@ -8,11 +8,10 @@ import pages
 import pytest
 from pages import ROOT, Block, blocks
 
-FAST = {
-    "docs/guides/own_model.md",
-    "docs/guides/own_loop.md",
-}
-"""Pages of Python alone, of a few seconds; those with commands train: minutes."""
+from docs.tools.binaries import BINARIES, ask
+
+FAST = {"docs/concepts.md"}
+"""Pages of a few seconds that nothing else runs; those with commands train: minutes."""
 
 
 def name_of(path: Path) -> str:
@@ -50,6 +49,24 @@ def test_every_command_is_one_that_the_programs_take():
     assert len(calls) > 20  # the walk sees them
     wrong = [p for name, page in found.items() for p in pages.problems(name, page)]
     assert not wrong, "\n".join(wrong)
+
+
+OTHERS_FLAGS = ("launch/README.md", "docs/notebooks/", "docs/LOG.md", "docs/faults.md")
+OTHERS_FLAGS += ("docs/results.md", "docs/scaling.md")
+"""Pages that speak of flags of Slurm, Jupyter, XLA and the benchmarks as well."""
+
+
+def test_every_flag_in_the_text_is_one_of_ours():
+    """Of some binary; which one, the text around says."""
+    programs = ask(*BINARIES).values()
+    named = {
+        (name_of(path), flag)
+        for path in pages.pages()
+        if not name_of(path).startswith(OTHERS_FLAGS)
+        for flag in pages.flags_in_prose(path.read_text())
+    }
+    assert len(named) > 40  # the walk sees them
+    assert not [one for one in named if not any(p.takes(one[1]) for p in programs)]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=name_of)
@@ -151,6 +168,12 @@ def test_a_page_that_hides_something_is_refused(text, reason):
 def test_commands_are_held_to_the_programs(command, problem):
     found = pages.problems("page.md", page(in_bash(command)))
     assert found == [] if problem is None else problem in "".join(found), found
+
+
+def test_flags_in_the_text_are_found():
+    """In code, not in blocks; a place in a config is not one."""
+    text = "`--one=2`, `x --two` `--config.seed=1` --three\n```bash\n`a --four`\n```\n"
+    assert pages.flags_in_prose(text) == ["one", "two", "config"]
 
 
 def test_flags_of_skipped_blocks_are_checked():

@@ -1,5 +1,6 @@
 """The documentation builds without a warning and leads nowhere dead."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,8 +10,16 @@ import page_links
 import pages
 import pytest
 import yaml
+from mkdocs.exceptions import PluginError
 
-from docs.tools import api_pages, config_page, root_pages
+from docs.tools import (
+    api_pages,
+    binaries,
+    commands_page,
+    config_page,
+    hooks,
+    root_pages,
+)
 from docs.tools.root_pages import ROOT
 
 READ_IN_PLACE = sorted(path for path in (*ROOT.glob("*.md"), ROOT / "launch/README.md"))
@@ -52,15 +61,14 @@ def test_the_site_loads_nothing_from_other_hosts(site: Path):
     assert page_links.foreign_assets(site) == []
 
 
-def test_every_public_name_is_on_its_page(site: Path):
-    """By its anchor, which links can point to."""
-    import lowrank_jax
-
-    for path, name in [("reference/api/lowrank_jax.html", "lowrank_jax")]:
-        page = page_links.read((site / path).read_text())
-        names = api_pages.public_names(lowrank_jax)
-        assert len(names) > 15
-        assert {f"{name}.{n}" for n in names} <= page.ids
+@pytest.mark.parametrize("name", api_pages.MODULES)
+def test_every_public_name_is_on_its_page(site: Path, name):
+    """By its anchor, which links can point to; a docstring stands below it."""
+    module = importlib.import_module(name)
+    file = site / Path(api_pages.path_of(name)).with_suffix(".html")
+    names = api_pages.public_names(module)
+    places = {api_pages.place_of(module, one) for one in names}
+    assert places and places <= page_links.read(file.read_text()).ids
 
 
 @pytest.mark.parametrize("page", READ_IN_PLACE, ids=lambda path: path.stem)
@@ -74,7 +82,8 @@ def test_links_of_the_repository_lead_somewhere(page: Path):
 def small_site(folder: Path, **files: str) -> Path:
     """A site of a few pages under the project's own settings, without its hooks."""
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-    del settings["hooks"], settings["exclude_docs"]
+    for key in ("hooks", "exclude_docs", "watch"):
+        del settings[key]
     settings["nav"] = ["index.md"]
     python = settings["plugins"][1]["mkdocstrings"]["handlers"]["python"]
     tuples = str(ROOT / "docs/tools/reading.py")
@@ -169,6 +178,41 @@ def test_pages_of_the_root_keep_their_links():
     text = "[log](docs/LOG.md#log) [loop](train/loop.py) [`x`](train/x.py) [h](#here)"
     moved = root_pages.moved(text, "CONTRIBUTING.md", "guides/contributing.md")
     assert moved == "[log](../LOG.md#log) loop (`train/loop.py`) `x` [h](#here)"
+
+
+def test_every_program_has_a_row_and_its_flags():
+    """Those of train/, launch/ and examples/; flags that a program defines just before
+    it runs are among them, and which it cannot do without."""
+    programs = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for tree in ("train", "launch", "examples")
+        for path in (ROOT / tree).rglob("*.py")
+        if 'if __name__ == "__main__":' in path.read_text()
+    }
+    assert programs == set(binaries.BINARIES)
+    found = binaries.ask(*binaries.BINARIES)
+    assert {"sizes", "port"} <= set(found["examples.serve_digits"].own)
+    required = [f.name for f in found["train.main"].own.values() if f.required]
+    assert required == ["config", "workdir"]
+    assert found["train.truncate"].takes("norecalibrate")
+    assert not found["train.truncate"].takes("norank")
+    page = commands_page.page()
+    assert all(f"## {name}\n" in page for name in programs)
+    assert "| `--config=...` | required |" in page
+
+
+def test_a_folder_in_the_navigation_is_its_pages():
+    """Its index first, made pages in their order; one without pages is an error."""
+    nav = [{"Home": "index.md"}, {"Methods": "methods/"}, {"API": "api/"}]
+    made = ["api/z.md", "api/a.md"]
+    paths = ["methods/index.md", "methods/bsr.md", *sorted(made), "index.md"]
+    assert hooks.expanded(nav, paths, made) == [
+        {"Home": "index.md"},
+        {"Methods": ["methods/index.md", "methods/bsr.md"]},
+        {"API": made},
+    ]
+    with pytest.raises(PluginError, match="notebooks/ must hold a page"):
+        hooks.expanded(["notebooks/"], paths, made)
 
 
 def test_a_key_without_a_meaning_is_an_error(monkeypatch: pytest.MonkeyPatch):
