@@ -36,13 +36,14 @@ class Writer(NamedTuple):
           **how: As for `train.generation.generate`.
 
         Returns:
-          "texts", "ranks", "params" and "macs".
+          "texts", "ranks", "params", "stored" and "macs".
         """
         ranks = active.get_ranks(self.model)
         return {
             "texts": generate(self.model, self.generation, prompts, **how),
             "ranks": ranks,
             "params": self.cost.params(ranks),
+            "stored": self.cost.allocated,
             "macs": self.cost.macs(ranks),
         }
 
