@@ -15,7 +15,7 @@ from train.report import logs, plots
 
 Row = dict[str, Any]
 
-SEED = "config.seed"
+SEED = "seed"
 """What a grid gives that makes no line of its own: jobs that differ in it alone are one
 line, in a band from the least to the greatest."""
 

@@ -64,16 +64,11 @@ def truncate_checkpoint(
 
     Returns:
       "output", "params" (each layer in the smaller of its forms), "stored" (in the
-      checkpoint), "macs", "ranks"; with `max_drop` the "fraction", and the
-      headline figure "before" and "after"; where times are measured, "latency_ms" and
+      checkpoint), "macs", "ranks"; with `max_drop` the "fraction", and the headline
+      figure "before" and "after"; where times are measured, "latency_ms" and
       "dense_latency_ms"; of several sizes a list, under "sizes".
     """
-    if output is not None:
-        with errors.at("--output"):
-            checkpoint.check_new_folder(output)
-    if plot is not None:
-        with errors.at("--plot"):
-            cuts.check_suffix(plot)
+    _check_places(output, plot)
     if sizes or (max_drop, latency_ms) != (None, None):  # one that stands for all
         args = {**selector["args"], "fraction": min(sizes, default=1.0)}
         selector = {**selector, "args": args}
@@ -87,6 +82,16 @@ def truncate_checkpoint(
         return cutter.write(output, sizes, max_drop, latency_ms, plot)
 
     return first_whole(steps, cut)
+
+
+def _check_places(output: str | Path | None, plot: str | Path | None) -> None:
+    """Refuses a folder that is there, and a picture of no known format."""
+    if output is not None:
+        with errors.at("--output"):
+            checkpoint.check_new_folder(output)
+    if plot is not None:
+        with errors.at("--plot"):
+            cuts.check_suffix(plot)
 
 
 class _Cutter:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lowrank_jax.times import MERGED
 from train import baselines, checkpoints, opening
-from train.report import comparisons, curve_plots, logs, rank_plots, tables
+from train.report import comparisons, curve_plots, rank_plots
 from train.timing import Timing
 
 SIZES = (1.0, 0.25, 0.125, 0.0625)
@@ -46,22 +46,11 @@ def show(
       seeds: How many seeds to compare; 1 for the run alone, without baselines.
     """
     run, task = whole.run, whole.run.task
-    shown = [task.headline, *(["bleu"] if "bleu" in rows[0] else [])]
-    names = ["size", *shown, "stored", "params", "macs"]
-    print(f"\nTest {task.headline} of one trained model, each size a checkpoint:\n")
-    print(tables.of_figures(rows, names, task))
-    reason = baselines.misfit(run.config) if seeds > 1 else "--seeds is 1"
-    if reason:
-        logs.say(f"no baselines: {reason}")
-        series = {baselines.NESTED: whole.sweep(FRACTIONS, translate=False)}
-    else:
-        series = baselines.compare(
-            whole, seeds=seeds, fractions=FRACTIONS, alone=SIZES[1:]
-        )
+    comparisons.print_sizes(rows, task)
+    series = baselines.compare(whole, seeds=seeds, fractions=FRACTIONS, alone=SIZES[1:])
     frontier, ranks, training = (workdir / name for name in PICTURES)
     about = f"{run.data.name}, {run.data.sizes['test']:,} test examples"
-    count = 1 if reason else seeds
-    comparisons.show(series, task, frontier, about=about, seeds=count)
+    comparisons.show(series, task, frontier, about=about)
     first, *smaller = rows
     chosen = {f"{row['size']:g} of all ranks": row["ranks"] for row in smaller}
     rank_plots.plot_cut(ranks, first["ranks"], chosen)

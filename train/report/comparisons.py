@@ -66,9 +66,15 @@ def _verdict(ours: plots.Point, theirs: plots.Point, higher_is_better: bool) -> 
     return "better" if above == higher_is_better else "worse"
 
 
-def show(
-    series: Series, task: Task, picture: str | os.PathLike, *, about: str, seeds: int
-) -> None:
+def print_sizes(rows: Sequence[Row], task: Task) -> None:
+    """Prints the figures of a model's sizes, each from its own checkpoint."""
+    shown = [task.headline, *(["bleu"] if "bleu" in rows[0] else [])]
+    names = ["size", *shown, "stored", "params", "macs"]
+    print(f"\nTest {task.headline} of one trained model, each size a checkpoint:\n")
+    print(tables.of_figures(rows, names, task))
+
+
+def show(series: Series, task: Task, picture: str | os.PathLike, *, about: str) -> None:
     """Prints the table and what it shows, and draws the picture.
 
     Args:
@@ -76,10 +82,10 @@ def show(
       task: What the figures are of.
       picture: The picture to write.
       about: What the models were judged on.
-      seeds: How many of them there are of each size.
     """
-    band = f"mean of {seeds} seeds, band from least to greatest" if seeds > 1 else ""
-    note = ", ".join(filter(None, (about, band or "one seed")))
+    seeds = len({row["seed"] for rows in series.values() for row in rows})
+    band = f"mean of {seeds} seeds, band from least to greatest"
+    note = f"{about}, {band if seeds > 1 else 'one seed'}"
     print(f"\n{task.headline} at fractions of all ranks; {note}:\n")
     print(table(series, task))
     print(tables.NOTE.format(unit=task.unit))
