@@ -54,11 +54,11 @@ def test_truncate_and_evaluate(smoke_run, tmp_path):
         }
     )
     result, row, rows = (ended[name].result for name in ("cut", "figures", "sweep"))
-    assert set(result) == {"output", "params", "macs", "ranks"}
+    assert set(result) == {"output", "params", "stored", "macs", "ranks"}
     assert result["output"] == str(cut)
     assert set(row) == FIGURES
-    assert {k: row[k] for k in ("params", "macs", "ranks")} == {
-        k: result[k] for k in ("params", "macs", "ranks")
+    assert {k: row[k] for k in ("params", "stored", "macs", "ranks")} == {
+        k: result[k] for k in ("params", "stored", "macs", "ranks")
     }
     assert row["accuracy"] > 0.5
     assert [row["rank_fraction"] for row in rows] == [1.0, 0.5]

@@ -4,7 +4,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.report import logs, plots, tables
+from matplotlib import figure
+
+from train.report import base_plots, logs, plots, tables
 from train.tasks import Task
 
 Row = Mapping[str, Any]
@@ -91,9 +93,13 @@ def show(series: Series, task: Task, picture: str | os.PathLike, *, about: str) 
     print(tables.NOTE.format(unit=task.unit))
     for line in findings(series, task):
         print(line)
-    plots.plot_frontier(
+    base_plots.save(picture_of(series, task, note), picture)
+
+
+def picture_of(series: Series, task: Task, note: str) -> figure.Figure:
+    """Returns the frontiers of all series, with a note below them."""
+    return plots.draw_frontier(
         {name: [_unnamed(row) for row in rows] for name, rows in series.items()},
-        picture,
         headline=task.headline,
         higher_is_better=task.higher_is_better,
         unit=task.unit,
