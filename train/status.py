@@ -20,9 +20,6 @@ from lowrank_jax.errors import MissingFile, UserError
 from train import binary, folders
 from train.report import base_plots, curve_plots, logs, status
 
-_PLOT = flags.DEFINE_string(
-    "plot", None, "Picture of the course of one run (.png, .svg, .pdf)."
-)
 SWEEP = "sweep.json"
 """Name of the file in a sweep's folder: `{"jobs": {name: ...}}`."""
 RESULT = "result.json"
@@ -187,8 +184,9 @@ def _sweep_table(reports: Sequence[Mapping[str, Any]]) -> str:
 
 def _main(*arguments: str) -> None:
     reports: list[Mapping[str, Any]] = []
-    if _PLOT.value is not None:
-        _check_plot(arguments)
+    picture = flags.FLAGS.plot
+    if picture is not None:
+        _check_plot(arguments, picture)
     for argument in arguments:
         workdir = Path(argument)
         if not workdir.is_dir():
@@ -203,22 +201,25 @@ def _main(*arguments: str) -> None:
         else:
             reports.append(run_report(workdir))
             print(describe(reports[-1]))
-    if _PLOT.value is not None:
-        curve_plots.plot_course(arguments[0], _PLOT.value)
-        print(f"picture: {_PLOT.value}")
+    if picture is not None:
+        curve_plots.plot_course(arguments[0], picture)
+        print(f"picture: {picture}")
     logs.emit({"runs": reports})
 
 
-def _check_plot(arguments: Sequence[str]) -> None:
+def _check_plot(arguments: Sequence[str], picture: str) -> None:
     """Refuses a picture of several runs, and a file that cannot be written."""
     if len(arguments) > 1 or (Path(arguments[0]) / SWEEP).exists():
         raise UserError(
             f"--plot: must be of one run, got {', '.join(arguments)}. Name one workdir."
         )
     with errors.at("--plot"):
-        base_plots.check_suffix(_PLOT.value)
-        folders.check_new_file(_PLOT.value)
+        base_plots.check_suffix(picture)
+        folders.check_new_file(picture)
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string(
+        "plot", None, "Picture of the course of one run (.png, .svg, .pdf)."
+    )
     binary.run(_main, takes="WORKDIR")

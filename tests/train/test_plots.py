@@ -72,6 +72,9 @@ class TestFrontier:
         np.testing.assert_allclose(x, [800_000 * f for f in FRACTIONS])
         written = [words.get_text() for words in drawing.axes[0].texts]
         assert written == ["0.125", "0.25", "0.5", "1"]
+        assert_all_is_inside(drawing)
+        left = drawing.axes[0].get_window_extent().x0
+        assert all(w.get_window_extent().x0 >= left for w in drawing.axes[0].texts)
 
     def test_axes_say_what_they_count(self):
         """And which way is better; accuracy is one axis for both."""

@@ -82,7 +82,7 @@ def _ticks(ratio: float) -> ticker.Locator:
     """Powers of ten alone would leave a narrow axis with one tick or none."""
     if 1 < ratio < 4:
         return ticker.MaxNLocator(4, steps=[1, 2, 5, 10])
-    subs = (1.0, 2.0, 3.0, 5.0) if ratio < 12 else (1.0, 2.0, 5.0)
+    subs = (1.0, 2.0, 3.0, 5.0) if ratio < 8 else (1.0, 2.0, 5.0)
     subs = subs if ratio < 50 else (1.0,)
     return ticker.LogLocator(subs=subs, numticks=12)
 

@@ -97,16 +97,22 @@ def show(series: Series, task: Task, picture: str | os.PathLike, *, about: str) 
 
 
 def picture_of(series: Series, task: Task, note: str) -> figure.Figure:
-    """Returns the frontiers of all series, with a note below them."""
+    """Returns the frontiers of all series, with a note below them.
+
+    A size is stored in its cheapest form: factored, or merged where that is smaller.
+    """
     return plots.draw_frontier(
-        {name: [_unnamed(row) for row in rows] for name, rows in series.items()},
+        {name: [_stored(row) for row in rows] for name, rows in series.items()},
         headline=task.headline,
         higher_is_better=task.higher_is_better,
         unit=task.unit,
+        costs=("stored", "macs"),
         note=note,
     )
 
 
-def _unnamed(row: Row) -> Row:
-    """A row without its fraction: those of three series would lie on one another."""
-    return {key: value for key, value in row.items() if key != "rank_fraction"}
+def _stored(row: Row) -> Row:
+    """A row as it is stored when it is cut, and without its fraction: those of three
+    series would lie on one another."""
+    kept = {key: value for key, value in row.items() if key != "rank_fraction"}
+    return {**kept, "stored": row["params"]}

@@ -15,7 +15,9 @@ from lowrank_jax.errors import MissingFile, UserError
 from train.report import base_plots, status
 from train.report.trackers import METRICS
 
-_MOST_SHRINKS_NAMED = 6
+SHRINK = "shrink"
+_LEAST_APART = 0.08
+"""Share of the steps between two events that are both named."""
 
 
 class Course(NamedTuple):
@@ -58,7 +60,7 @@ class Course(NamedTuple):
                 name = self.phases[int(phases[n - 1])]
                 found.append((steps[n], f"end of {name}"))
             elif stored[n] < stored[n - 1]:
-                found.append((steps[n], "shrink"))
+                found.append((steps[n], SHRINK))
         return found
 
 
@@ -172,10 +174,10 @@ def _draw_stored(
 
 
 def _mark(panels: Sequence[axes.Axes], events: Sequence[tuple[int, str]]) -> None:
-    """A line at each event through all panels, its name above the first one."""
-    shrinks = [step for step, name in events if name == "shrink"]
+    """A line at each event through all panels, its name above the first one; of several
+    shrinks in a row that leave no room for their names, one with their number."""
     for step, name in events:
-        shrink = name == "shrink"
+        shrink = name == SHRINK
         for panel in panels:
             panel.axvline(
                 step,
@@ -184,11 +186,10 @@ def _mark(panels: Sequence[axes.Axes], events: Sequence[tuple[int, str]]) -> Non
                 linewidth=1.0,
                 zorder=1.5,
             )
-        if shrink and len(shrinks) > _MOST_SHRINKS_NAMED and step != shrinks[0]:
-            continue
-        many = shrink and len(shrinks) > _MOST_SHRINKS_NAMED
+    low, high = panels[0].get_xlim()
+    for step, text in _names(events, _LEAST_APART * (high - low)):
         panels[0].annotate(
-            f"{len(shrinks)} shrinks" if many else name,
+            text,
             (step, 1.0),
             xycoords=panels[0].get_xaxis_transform(),
             xytext=(-2, 2),
@@ -199,3 +200,23 @@ def _mark(panels: Sequence[axes.Axes], events: Sequence[tuple[int, str]]) -> Non
             fontsize=base_plots.SMALL - 1,
             color=base_plots.INK,
         )
+
+
+def _names(events: Sequence[tuple[int, str]], room: float) -> list[tuple[int, str]]:
+    """Where names are written; shrinks that follow a shrink too closely are counted
+    with it."""
+    groups: list[tuple[int, str, int]] = []
+    latest = -room
+    for step, name in events:
+        if name == SHRINK and groups and groups[-1][1] == SHRINK:
+            if step - latest < room:
+                first, _, count = groups.pop()
+                groups.append((first, name, count + 1))
+                latest = step
+                continue
+        groups.append((step, name, 1))
+        latest = step
+    return [
+        (step, name if count == 1 else f"{count} {name}s")
+        for step, name, count in groups
+    ]

@@ -109,6 +109,8 @@ def draw_frontier(
         label = COSTS[cost] + per_unit
         of_all = [row[cost] for rows in series.values() for row in rows]
         base_plots.cost_axis(panel, label, of_all)
+        if panel.texts:
+            panel.margins(x=0.18)  # the outer ones stand beside their points
     direction = "higher" if higher_is_better else "lower"
     panels[0].set_ylabel(
         f"{headline} ({direction} is better)",

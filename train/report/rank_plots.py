@@ -82,7 +82,7 @@ def _draw_ranks(
         panel.set_yticks(places, [name_of(path) for path in before])
     else:
         panel.set_ylabel("layer", color=base_plots.INK, fontsize=base_plots.LETTERS)
-    panel.invert_yaxis()
+    panel.set_ylim(len(before) - 0.4, -0.6)
     panel.set_xlim(left=0)
     panel.set_xlabel("rank", color=base_plots.INK, fontsize=base_plots.LETTERS)
     base_plots.tidy(panel)
