@@ -2,8 +2,9 @@
 
 Command:  python -m train.main --config=configs/digits_mlp.py --workdir=runs/digits_mlp
 Hardware: 2 CPU cores
-Time:     TIME
-Result:   RESULT
+Time:     13 s of CPU time
+Result:   test accuracy 97.5 at all ranks, 96.3 at a quarter and 92.9 at a seventh of the
+          parameters, mean of three seeds (docs/results.md)
 """
 
 from ml_collections import ConfigDict
