@@ -27,7 +27,7 @@ def test_main(smoke_run):
     assert result["workdir"] == str(workdir)
     assert result["step"] == checkpoint.open_checkpoint(workdir).step == 80
     rows = result["frontier"]
-    assert [row["rank_fraction"] for row in rows] == [1.0, 0.5, 0.25, 0.125]
+    assert [row["rank_fraction"] for row in rows] == [1.0, 0.25, 0.125, 0.0625]
     assert all(set(row) == FIGURES | {"rank_fraction"} for row in rows)
     assert rows[0]["accuracy"] > 0.8
 
