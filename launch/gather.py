@@ -68,6 +68,26 @@ def table(found: Sequence[Row]) -> str:
     return logs.table(headers, [[row.get(key) for key in headers] for row in found])
 
 
+def series_of(
+    sweep: Sweep, found: Sequence[Row], judged_by: Headline
+) -> tuple[dict[str, list[Row]], dict[str, tuple[int, int]]]:
+    """Returns the rows of each line and the numbers of its colour and its marker, by
+    what the grids gave its jobs, but for `SEED`."""
+    series: dict[str, list[Row]] = {}
+    marks: dict[str, tuple[int, int]] = {}
+    firsts, others = _numbers(sweep, slice(0, 1)), _numbers(sweep, slice(1, None))
+    for row in found:
+        costs = min(row.get("params", 0), row.get("macs", 0))
+        if row.get(judged_by.name) is None or costs <= 0:
+            continue
+        values = _without_seed(sweep.jobs[row["job"]].values)
+        label = ", ".join(f"{key}={value}" for key, value in values.items())
+        label = label or "all seeds"
+        marks[label] = firsts[row["job"]], others[row["job"]]
+        series.setdefault(label, []).append(row)
+    return series, marks
+
+
 def draw(sweep: Sweep, found: Sequence[Row], judged_by: Headline, path: Path) -> bool:
     """Draws the headline against the costs: a line for each job, or for those that
     differ in `SEED` alone, and a point for each fraction; the first grid's value as
@@ -82,18 +102,7 @@ def draw(sweep: Sweep, found: Sequence[Row], judged_by: Headline, path: Path) ->
     Returns:
       Whether there was anything to draw.
     """
-    series: dict[str, list[Row]] = {}
-    marks: dict[str, tuple[int, int]] = {}
-    firsts, others = _numbers(sweep, slice(0, 1)), _numbers(sweep, slice(1, None))
-    for row in found:
-        costs = min(row.get("params", 0), row.get("macs", 0))
-        if row.get(judged_by.name) is None or costs <= 0:
-            continue
-        values = _without_seed(sweep.jobs[row["job"]].values)
-        label = ", ".join(f"{key}={value}" for key, value in values.items())
-        label = label or "all seeds"
-        marks[label] = firsts[row["job"]], others[row["job"]]
-        series.setdefault(label, []).append(row)
+    series, marks = series_of(sweep, found, judged_by)
     if not series:
         return False
     plots.plot_frontier(
