@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks import report
-from lowrank_jax import checkpoint
+from lowrank_jax import checkpoint, errors
 from lowrank_jax.errors import SmallBudget, UserError
 from lowrank_jax.ranks import Ranks
 from train import binary, opening, selecting
@@ -130,13 +130,16 @@ def _define_flags() -> None:
     flags.DEFINE_integer(
         "scoring_batches", 4, "Of validation examples, for what looks at the loss.", 1
     )
-    flags.DEFINE_string("plot", "", "A picture of the task's headline figure, a PNG.")
+    flags.DEFINE_string("plot", "", "A picture of the task's headline figure.")
     flags.DEFINE_list("allow_imports", [], "Packages that names may be imported from.")
     flags.mark_flag_as_required("checkpoint")
 
 
 def _main() -> None:
     given = flags.FLAGS
+    if given.plot:
+        with errors.at("--plot"):
+            plots.check_suffix(given.plot)
     step = checkpoint.open_checkpoint(given.checkpoint).path
     source = Source(Path(step), None, given.allow_imports)
     source.run.config["scoring_batches"] = given.scoring_batches

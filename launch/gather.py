@@ -15,7 +15,9 @@ from train.report import logs, plots
 
 Row = dict[str, Any]
 
-_MOST_WITH_FRACTIONS = 3  # lines that have room for a fraction beside each point
+SEED = "seed"
+"""What a grid gives that makes no line of its own: jobs that differ in it alone are one
+line, in a band from the least to the greatest."""
 
 
 class Headline(NamedTuple):
@@ -66,19 +68,11 @@ def table(found: Sequence[Row]) -> str:
     return logs.table(headers, [[row.get(key) for key in headers] for row in found])
 
 
-def draw(sweep: Sweep, found: Sequence[Row], judged_by: Headline, path: Path) -> bool:
-    """Draws the headline against the costs: a line for each job and a point for each
-    fraction, the first grid's value as colour and the others' as marker.
-
-    Args:
-      sweep: The sweep.
-      found: All rows.
-      judged_by: What to draw.
-      path: The PNG to write.
-
-    Returns:
-      Whether there was anything to draw.
-    """
+def series_of(
+    sweep: Sweep, found: Sequence[Row], judged_by: Headline
+) -> tuple[dict[str, list[Row]], dict[str, tuple[int, int]]]:
+    """Returns the rows of each line and the numbers of its colour and its marker, by
+    what the grids gave its jobs, but for `SEED`."""
     series: dict[str, list[Row]] = {}
     marks: dict[str, tuple[int, int]] = {}
     firsts, others = _numbers(sweep, slice(0, 1)), _numbers(sweep, slice(1, None))
@@ -86,14 +80,31 @@ def draw(sweep: Sweep, found: Sequence[Row], judged_by: Headline, path: Path) ->
         costs = min(row.get("params", 0), row.get("macs", 0))
         if row.get(judged_by.name) is None or costs <= 0:
             continue
-        values = sweep.jobs[row["job"]].values
+        values = _without_seed(sweep.jobs[row["job"]].values)
         label = ", ".join(f"{key}={value}" for key, value in values.items())
+        label = label or "all seeds"
         marks[label] = firsts[row["job"]], others[row["job"]]
         series.setdefault(label, []).append(row)
+    return series, marks
+
+
+def draw(sweep: Sweep, found: Sequence[Row], judged_by: Headline, path: Path) -> bool:
+    """Draws the headline against the costs: a line for each job, or for those that
+    differ in `SEED` alone, and a point for each fraction; the first grid's value as
+    colour and the others' as marker.
+
+    Args:
+      sweep: The sweep.
+      found: All rows.
+      judged_by: What to draw.
+      path: The picture to write.
+
+    Returns:
+      Whether there was anything to draw.
+    """
+    series, marks = series_of(sweep, found, judged_by)
     if not series:
         return False
-    if len(series) > _MOST_WITH_FRACTIONS:
-        series = {label: [_bare(row) for row in own] for label, own in series.items()}
     plots.plot_frontier(
         series,
         path,
@@ -107,14 +118,15 @@ def draw(sweep: Sweep, found: Sequence[Row], judged_by: Headline, path: Path) ->
 def _numbers(sweep: Sweep, part: slice) -> dict[str, int]:
     """Numbers the jobs by what a part of the grids gives them."""
     values = {
-        name: tuple(job.values.values())[part] for name, job in sweep.jobs.items()
+        name: tuple(_without_seed(job.values).values())[part]
+        for name, job in sweep.jobs.items()
     }
     numbers = {value: n for n, value in enumerate(dict.fromkeys(values.values()))}
     return {name: numbers[value] for name, value in values.items()}
 
 
-def _bare(row: Row) -> Row:
-    return {key: x for key, x in row.items() if key != "rank_fraction"}
+def _without_seed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != SEED}
 
 
 def gather(sweep: Sweep) -> Mapping[str, Any]:

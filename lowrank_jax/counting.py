@@ -9,7 +9,7 @@ named in `ModelCost.unseen`.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from flax import nnx
 
 from lowrank_jax.cost import LayerCost
 from lowrank_jax.errors import UserError
+from lowrank_jax.factors import Factors
 from lowrank_jax.layers import LowRankLayer, LowRankParam, twin_type
 from lowrank_jax.nnx_internals import change_type, wrapping_calls
 from lowrank_jax.paths import (
@@ -25,9 +26,13 @@ from lowrank_jax.paths import (
     find_layers,
     find_own_matrices,
     param_sizes,
+    shape_of,
     walk,
 )
-from lowrank_jax.ranks import Ranks
+from lowrank_jax.ranks import Ranks, largest
+
+FactorArrays = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+"""The shapes of a layer's factors, each with its rank axes, from the end."""
 
 
 class ModelCost(NamedTuple):
@@ -41,17 +46,39 @@ class ModelCost(NamedTuple):
       unseen: Parameters of each matrix that a module holds itself, dense or factored,
         by path. What is multiplied by them is not in the MACs. Matrices that are added
         (`paths.find_own_matrices`), such as positions, are not among them.
+      arrays: The arrays of the factors by path: their shapes, and which of the axes are
+        of the rank.
     """
 
     layers: dict[str, LayerCost]
     fixed_params: int
     fixed_macs: int
     unseen: dict[str, int] = {}
+    arrays: dict[str, FactorArrays] = {}
 
     def params(self, ranks: Ranks) -> int:
         """Counts all parameters, each factored layer in the smaller of its forms."""
         layers = sum(self.layers[path].params(rank) for path, rank in ranks.items())
         return self.fixed_params + layers
+
+    def stored(self, ranks: Ranks) -> int:
+        """Counts the parameters in a checkpoint that is cut to these ranks, each layer
+        in the form that it has; a stack is allocated at its largest rank."""
+        return self.fixed_params + sum(
+            math.prod(
+                largest(rank) if axis - len(shape) in axes else size
+                for axis, size in enumerate(shape)
+            )
+            for path, rank in ranks.items()
+            for shape, axes in self.arrays[path]
+        )
+
+    @property
+    def allocated(self) -> int:
+        """Counts the parameters of the model as it is, those beyond its active ranks
+        too."""
+        shapes = [shape for arrays in self.arrays.values() for shape, _ in arrays]
+        return self.fixed_params + sum(map(math.prod, shapes))
 
     def macs(self, ranks: Ranks) -> int:
         """Counts the MACs of one example, each layer in the cheaper of its forms."""
@@ -116,7 +143,17 @@ def count(
     # Parameters that no rank changes: all but those of the factors.
     in_factors = {id(node) for product in factors.values() for _, node in walk(product)}
     fixed_params = sum(size for key, size in sizes.items() if key not in in_factors)
-    return ModelCost(factored, fixed_params, fixed_macs, unseen)
+    arrays = {path: _arrays_of(product) for path, product in factors.items()}
+    return ModelCost(factored, fixed_params, fixed_macs, unseen, arrays)
+
+
+def _arrays_of(factors: Factors) -> FactorArrays:
+    axes = factors.rank_axes
+    return tuple(
+        (shape_of(param), axes.get(name, ()))
+        for name, param in walk(factors)
+        if isinstance(param, nnx.Param)
+    )
 
 
 def layer_costs(
@@ -135,7 +172,7 @@ def layer_costs(
     costs: dict[str, LayerCost | None] = {}
     for path, (layer, _) in find_layers(model).items():
         try:
-            costs[path] = _layer_cost(layer, recorded[path])
+            costs[path] = layer_cost(layer, recorded[path])
         except UserError:  # it has no low-rank form
             costs[path] = None
     return costs
@@ -208,8 +245,18 @@ def _recording_type(cls: type[nnx.Module]) -> type[nnx.Module]:
     return wrapping_calls(cls, recording)
 
 
-def _layer_cost(layer: nnx.Module, recorded: list[Call]) -> LayerCost:
-    """Adds up the cost of one layer over all its calls."""
+def layer_cost(layer: nnx.Module, recorded: Sequence[Call] = ()) -> LayerCost:
+    """Adds up the cost of one layer over all its calls.
+
+    Without calls only its parameters count.
+
+    Args:
+      layer: A dense layer that has a low-rank form, or a low-rank one.
+      recorded: Its calls, of `trace_calls`.
+
+    Raises:
+      UserError: The layer has no low-rank form.
+    """
     if isinstance(layer, LowRankLayer):
         kind, fold = type(layer), layer.fold
         stacked = math.prod(layer.factors.stack_shape) // math.prod(fold.stack_shape)

@@ -58,7 +58,7 @@ def find_own_matrices(model: nnx.Module) -> dict[str, tuple[nnx.Param, list[str]
     for parts, node, parent in _visit(model):
         if (
             isinstance(node, nnx.Param)
-            and sum(size > 1 for size in _shape(node)) >= 2
+            and sum(size > 1 for size in shape_of(node)) >= 2
             and id(node) not in of_layers
             and not isinstance(parent, (Factors, *_NORMS))
             and not _ADDED.fullmatch(parts[-1])
@@ -70,7 +70,7 @@ def find_own_matrices(model: nnx.Module) -> dict[str, tuple[nnx.Param, list[str]
 def param_sizes(model: nnx.Module) -> dict[int, int]:
     """Counts the numbers in each Param of a model, by its `id`."""
     return {
-        id(node): math.prod(_shape(node))
+        id(node): math.prod(shape_of(node))
         for _, node in walk(model)
         if isinstance(node, nnx.Param)
     }
@@ -85,7 +85,8 @@ def factors_of_layers(layers: Mapping[str, tuple[nnx.Module, list[str]]]) -> set
     }
 
 
-def _shape(param: nnx.Param) -> tuple[int, ...]:
+def shape_of(param: nnx.Param) -> tuple[int, ...]:
+    """Returns the shape of what a Param holds, () where that is no array."""
     return getattr(param.get_value(), "shape", ())  # a Param may hold anything
 
 

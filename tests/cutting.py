@@ -12,7 +12,7 @@ from train import checkpoints, selecting
 from train.model import load_model
 
 FULL = {"head": 10, "hidden/0": 64}
-FIGURES = {"accuracy", "loss", "params", "macs", "ranks"}
+FIGURES = {"accuracy", "loss", "params", "stored", "macs", "ranks"}
 
 
 def make_config(model: str, args: dict[str, Any], epochs: int) -> Any:

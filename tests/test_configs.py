@@ -264,7 +264,7 @@ def test_it_trains_end_to_end(tmp_path, name, arg):
         data["train_examples"] = 0
         config["task"]["args"] |= {"mean": [33.3], "std": [78.6]}  # one channel
     else:
-        data |= {"validation_examples": 1437 - 30, "batch_size": 10}
+        data |= {"validation_examples": 1437 - 36, "batch_size": 12}
     for phase in config["phases"]:
         lengths = {"steps", "epochs", "to_epoch"}
         kept = {k: v for k, v in phase["until"].items() if k not in lengths}

@@ -58,18 +58,17 @@ def truncate_checkpoint(
       timing: The form of the cut layers (factored by default), and how times are taken.
       format: One of `exporting.FORMATS`: a checkpoint, or a file of other programs.
       recalibration_batches: Training batches to re-estimate BatchNorm on; 0 for none.
-      plot: A PNG of the ranks and of what a search has scored.
+      plot: A picture of the ranks and of what a search has scored.
       data_dir: Where the data set is, if not where the config says.
       allow_imports: Packages that names in the checkpoint may be imported from.
 
     Returns:
-      "output", "params", "macs", "ranks"; with `max_drop` the "fraction", and the
-      headline figure "before" and "after"; where times are measured, "latency_ms" and
+      "output", "params" (each layer in the smaller of its forms), "stored" (in the
+      checkpoint), "macs", "ranks"; with `max_drop` the "fraction", and the headline
+      figure "before" and "after"; where times are measured, "latency_ms" and
       "dense_latency_ms"; of several sizes a list, under "sizes".
     """
-    if output is not None:
-        with errors.at("--output"):
-            checkpoint.check_new_folder(output)
+    _check_places(output, plot)
     if sizes or (max_drop, latency_ms) != (None, None):  # one that stands for all
         args = {**selector["args"], "fraction": min(sizes, default=1.0)}
         selector = {**selector, "args": args}
@@ -83,6 +82,16 @@ def truncate_checkpoint(
         return cutter.write(output, sizes, max_drop, latency_ms, plot)
 
     return first_whole(steps, cut)
+
+
+def _check_places(output: str | Path | None, plot: str | Path | None) -> None:
+    """Refuses a folder that is there, and a picture of no known format."""
+    if output is not None:
+        with errors.at("--output"):
+            checkpoint.check_new_folder(output)
+    if plot is not None:
+        with errors.at("--plot"):
+            cuts.check_suffix(plot)
 
 
 class _Cutter:
@@ -223,7 +232,7 @@ class _Cutter:
         size = selector["args"].get("fraction")
         self._chosen[name if size is None else f"{name}, {size:g}"] = ranks
         if output is None:
-            cuts.print_table(source.cost, before, source.cost, ranks)
+            cuts.print_table(source.outline(ranks), source.task, before)
             found = cuts.figures(None, source.cost, ranks)
             return (
                 found | self._measured(self._model(ranks)) if self._by_time else found
@@ -247,7 +256,7 @@ class _Cutter:
             metadata=metadata,
         )
         after_cost = source.cost_of(model)
-        cuts.print_table(source.cost, before, after_cost, after)
+        cuts.print_table(model, source.task, before)
         figures = cuts.figures(output, after_cost, after) | {"ranks": dict(ranks)}
         timed = self._by_time or form == timing.AUTO
         return {**figures, **self._measured(model)} if timed else figures

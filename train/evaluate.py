@@ -1,7 +1,8 @@
 """Evaluates a checkpoint: `python -m train.evaluate --checkpoint=DIR`.
 
 The checkpoint says itself what model, ranks and data it is of. Ends with one line of
-JSON, the task's figures with `"params"`, `"macs"` and `"ranks"`, or with
+JSON, the task's figures with `"params"` (each layer in the smaller of its forms),
+`"stored"` (parameters in the checkpoint), `"macs"` and `"ranks"`, or with
 --rank_fractions a list of them with `"rank_fraction"`, and then a picture of the
 frontier. Where the task translates, all sentences of the split are translated greedily
 and `"bleu"` is among the figures (`--nobleu` spares the time).
@@ -21,8 +22,7 @@ from absl import flags
 from lowrank_jax import errors
 from lowrank_jax.errors import UserError
 from train import binary, folders, opening, translating
-from train.report import logs, plots
-from train.tasks import Task
+from train.report import logs, plots, tables
 
 _EXAMPLES = (
     "train.evaluate --checkpoint=runs/digits",
@@ -55,8 +55,8 @@ _DATA_DIR = flags.DEFINE_string(
 _PLOT = flags.DEFINE_string(
     "plot",
     None,
-    "With --rank_fractions: PNG of the frontier; frontier.png in the checkpoint's"
-    " folder if not given.",
+    "With --rank_fractions: picture of the frontier (.png, .svg, .pdf); frontier.png in"
+    " the checkpoint's folder if not given.",
 )
 _ALLOW = flags.DEFINE_list(
     "allow_imports", [], "Packages that names in the checkpoint may be imported from."
@@ -92,17 +92,17 @@ def _main() -> None:
     picture = Path(_PLOT.value or Path(_CHECKPOINT.value) / "frontier.png")
     if fractions:
         with errors.at("--plot"):
+            plots.check_suffix(picture)
             folders.check_new_file(picture)
     opened = opening.open_model(
         _CHECKPOINT.value, data_dir=_DATA_DIR.value, allow_imports=_ALLOW.value
     )
     task = opened.run.task
-    _check_bleu(task)
+    _check_bleu(opened)
     translate = _BLEU.value is not False
     if not fractions:
         figures = opened.figures(_SPLIT.value, translate=translate)
-        print(f"{_SPLIT.value} split")
-        print(logs.table(*_table([{"rank_fraction": "as saved", **figures}])))
+        print(_table(opened, [{"rank_fraction": "as saved", **figures}]))
         logs.emit(figures)
         return
     with errors.at("--rank_fractions"):
@@ -112,8 +112,7 @@ def _main() -> None:
             recalibration_batches=_RECALIBRATION_BATCHES.value,
             translate=translate,
         )
-    print(f"{_SPLIT.value} split")
-    print(logs.table(*_table(rows)))
+    print(_table(opened, rows))
     plots.plot_frontier(
         {_SPLIT.value: rows},
         picture,
@@ -125,7 +124,8 @@ def _main() -> None:
     logs.emit(rows)
 
 
-def _check_bleu(task: Task) -> None:
+def _check_bleu(opened: opening.Opened) -> None:
+    task = opened.run.task
     if _BLEU.value and not translating.translates(task):
         raise UserError(
             "--bleu: must be of a task that translates, on data with a tokenizer, got"
@@ -133,11 +133,13 @@ def _check_bleu(task: Task) -> None:
         )
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Headers and cells of figures."""
-    names = [name for name in rows[0] if name not in ("rank_fraction", "ranks")]
-    headers = ["rank_fraction", *names]
-    return headers, [[row[key] for key in headers] for row in rows]
+def _table(opened: opening.Opened, rows: Sequence[dict[str, Any]]) -> str:
+    """The layers of a model, then its figures."""
+    task, hidden = opened.run.task, ("rank_fraction", "ranks")
+    names = ["rank_fraction", *(name for name in rows[0] if name not in hidden)]
+    layers = tables.of_layers(opened.model, task)
+    figures = tables.of_figures(rows, names, task)
+    return f"{layers}\n\n{_SPLIT.value} split\n{figures}"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from train.state import Structure, model_state_of
 from train.tasks.base import Task
 
 Figures = dict[str, Any]
-"""The task's figures with "params", "macs" and "ranks", as every binary prints them."""
+"""The task's figures as every binary prints them, with "params" (each layer in the
+smaller of its forms), "stored" (parameters in a checkpoint), "macs" and "ranks"."""
 
 Evaluate = Callable[[Any, Any, Ranks, Batches], dict[str, float]]
 """From parameters, model state, ranks and batches to the task's figures."""
@@ -130,7 +131,8 @@ class Evaluator(NamedTuple):
     score: Score | None = None
 
     def at(self, params: Any, model_state: Any, ranks: Ranks) -> Figures:
-        """Returns the figures of a model at these ranks, with what it costs there."""
+        """Returns the figures of a model at these ranks, with what it costs when it is
+        cut to them."""
         if self.calibrate is not None:
             model_state = self.calibrate(params, model_state, ranks)
         results = self.evaluate(params, model_state, ranks, self.batches())
@@ -139,6 +141,7 @@ class Evaluator(NamedTuple):
         return {
             **results,
             "params": self.cost.params(ranks),
+            "stored": self.cost.stored(ranks),
             "macs": self.cost.macs(ranks),
             "ranks": dict(ranks),
         }

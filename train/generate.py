@@ -6,7 +6,8 @@ prompts: `--prompt` again and again, or `--prompts_file`, a prompt a line. The r
 the checkpoint's, or lower ones (`--rank`, `--rank_fraction` or `--ranks`). Tokens are
 the likeliest ones, or drawn at a `--temperature`; there is no beam search. The data set
 is not needed. Prints the texts, a line each, or each below its prompt where one has
-several lines, and ends with one line of JSON: `{"texts", "ranks", "params", "macs"}`.
+several lines, and ends with one line of JSON: `{"texts", "ranks", "params", "stored",
+"macs"}`.
 """
 
 if __name__ == "__main__":  # before what takes seconds to import

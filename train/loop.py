@@ -69,6 +69,8 @@ def train_and_evaluate(
         for resource in (saver, writer, batches):  # however the run ends
             resources.enter_context(contextlib.closing(resource))
         resources.push(distributed.leave_lost_peer)
+        if saved is None:
+            writer.write(step, {"model": session.size()})
         while True:
             finished = False
             try:
@@ -76,6 +78,7 @@ def train_and_evaluate(
                     metrics_log.flush()  # nothing is made of what is not finite
                     progress.doing("changing", step)
                     session.change(step)
+                    writer.write(step, {"model": session.size()})
                     progress.total = session.last_step()
                 fresh = session.done["evaluated"] != step
                 finished = session.finished(step)

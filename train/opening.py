@@ -36,7 +36,8 @@ class Opened(NamedTuple):
     def figures(
         self, split: str = "test", *, translate: bool = True
     ) -> evaluation.Figures:
-        """Returns the figures at the checkpoint's ranks.
+        """Returns the figures at the checkpoint's ranks; "stored" is what it holds, the
+        ranks that do not act too.
 
         Args:
           split: "train", "validation" or "test".
@@ -46,7 +47,8 @@ class Opened(NamedTuple):
         ranks = active.get_ranks(self.model)
         evaluator = self.evaluator(split, translate=translate)
         with self._evaluating(split):
-            return evaluator.at(params, model_state, ranks)
+            figures = evaluator.at(params, model_state, ranks)
+        return {**figures, "stored": evaluator.cost.allocated}
 
     def sweep(
         self,

@@ -1,9 +1,12 @@
-"""From nothing to three model sizes in one command: `make quickstart`.
+"""From nothing to a nested model at several sizes, and what it is worth, in one
+command: `make quickstart`.
 
 `python -m train.quickstart --config=configs/digits_mlp.py` trains on scikit-learn's
-digits (embedded, no download), cuts the checkpoint at three budgets, evaluates each
-from its own checkpoint, prints the table and draws the frontier. Ends with one line of
-JSON holding the rows.
+digits (embedded, no download), cuts the checkpoint to four sizes, evaluates each from
+its own checkpoint, and compares nested models of three seeds with dense ones that are
+cut by their SVD and with models of one size alone (`train.baselines`; `--seeds=1` does
+without). Draws frontier.png, ranks.png and training.png. Ends with one line of JSON,
+`{"rows": [...], "compared": {series: [...]}}`.
 """
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -12,7 +15,6 @@ if __name__ == "__main__":  # before what takes seconds to import
     early.begin("train.quickstart")
 
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from lowrank_jax import errors
-from lowrank_jax.ranks import flatten_rank
-from train import binary, checkpoints, folders, opening
+from train import binary, folders, opening, showing
 from train.loop import train_and_evaluate
-from train.report import logs, plots
+from train.report import logs
 
 _EXAMPLES = (
     "train.quickstart --config=configs/digits_mlp.py",
@@ -35,16 +36,11 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/quickstart", "Folder of the run; an earlier quickstart there goes."
 )
 
-BUDGETS = (0.5, 0.35, 0.25)
-"""Shares of the factored layers' dense parameters."""
-FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.18, 0.125)
+_SEEDS = flags.DEFINE_integer(
+    "seeds", 3, "Seeds of every kind of model; 1 for no baselines.", lower_bound=1
+)
 
 _MARK, _MARK_TEXT = "quickstart.txt", "Written by train.quickstart, which clears it.\n"
-_PICTURE = "frontier.png"
-
-
-def _cut_name(budget: float) -> str:
-    return f"params_{budget}"
 
 
 def clear(workdir: Path) -> None:
@@ -61,7 +57,7 @@ def clear(workdir: Path) -> None:
             f"must be new or of an earlier quickstart, got {workdir}, which holds other"
             " files. Nothing is overwritten; name another."
         )
-    for name in ("run", *map(_cut_name, BUDGETS), _PICTURE):
+    for name in ("run", *map(showing.folder_of, showing.SIZES), *showing.PICTURES):
         path = workdir / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -71,66 +67,32 @@ def clear(workdir: Path) -> None:
     mark.write_text(_MARK_TEXT)
 
 
-def _report(
-    opened: opening.Opened,
-    rows: Sequence[dict[str, Any]],
-    curve: Sequence[dict[str, Any]],
-    picture: Path,
-) -> None:
-    """Prints the table and draws the picture."""
-    task = opened.run.task
-    headline = task.headline
-    plots.plot_frontier(
-        {"any rank fraction": curve, "cut checkpoints": rows},
-        picture,
-        headline=headline,
-        higher_is_better=task.higher_is_better,
-        unit=task.unit,
-    )
-    shown = [headline, "bleu"] if "bleu" in rows[0] else [headline]
-    headers = ["size", *shown, "params", "macs", "ranks"]
-    cells = [
-        [_span(row[k]) if k == "ranks" else row[k] for k in headers] for row in rows
-    ]
-    print(f"\nTest {headline} of one trained model, cut at budgets of parameters:\n")
-    print(logs.table(headers, cells))
-    print(f"\nfrontier: {picture}")
-
-
-def _span(ranks: Mapping[str, Any]) -> str:
-    """The lowest and the highest of all layers' ranks."""
-    numbers = [n for rank in ranks.values() for n in flatten_rank(rank)]
-    lowest, highest = min(numbers), max(numbers)
-    return f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
-
-
-def quickstart(config: Any, workdir: Path) -> list[dict[str, Any]]:
-    """Trains, cuts, evaluates, prints and draws; returns the figures of each size.
+def quickstart(config: Any, workdir: Path, *, seeds: int = 1) -> dict[str, Any]:
+    """Trains, cuts, evaluates, compares, prints and draws.
 
     Args:
       config: As in `configs/`.
       workdir: A folder that `clear` has cleared.
+      seeds: As of `showing.show`.
+
+    Returns:
+      "rows", the figures of each size from its own checkpoint, and "compared", those of
+      each seed and size by series.
     """
     run = workdir / "run"
     train_and_evaluate(config, run)
-    whole = opening.open_model(run)
-    rows = [{"size": "full", **whole.figures()}]
-    for budget in BUDGETS:
-        output = workdir / _cut_name(budget)
-        selector = {"name": "params_fraction", "args": {"value": budget}}
-        checkpoints.truncate_checkpoint(run, output, selector)
-        figures = opening.open_model(output).figures()
-        rows.append({"size": f"{budget:g}", **figures})
-    curve = whole.sweep(FRACTIONS, translate=False)
-    _report(whole, rows, curve, workdir / _PICTURE)
-    return rows
+    rows = showing.cut(run, workdir)
+    compared = showing.show(opening.open_model(run), rows, workdir, seeds=seeds)
+    for name in showing.PICTURES:
+        print(f"picture: {workdir / name}")
+    return {"rows": rows, "compared": compared}
 
 
 def _main() -> None:
     workdir = Path(_WORKDIR.value)
     with errors.at("--workdir"):
         clear(workdir)
-    logs.emit({"rows": quickstart(_CONFIG.value, workdir)})
+    logs.emit(quickstart(_CONFIG.value, workdir, seeds=_SEEDS.value))
 
 
 if __name__ == "__main__":

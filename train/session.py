@@ -79,10 +79,19 @@ class Session:
         """Returns the size of what a checkpoint holds."""
         return sum(array.nbytes for array in jax.tree.leaves(self.state))
 
+    def size(self) -> dict[str, int]:
+        """Returns which phase runs, and how many parameters it has allocated."""
+        params = jax.tree.leaves(self.state.params)
+        return {
+            "phase": self.memory["phase"],
+            "stored": sum(array.size for array in params),
+        }
+
     def about(self) -> dict[str, Any]:
         """Returns what is running, for the status file."""
         return {
             "phase": self.running.phase.name,
+            "headline": self.run.task.headline,
             "ranks": active.get_ranks(self.model()),
             "processes": jax.process_count(),
             "devices": self.run.placement.mesh.size,

@@ -135,6 +135,12 @@ class Source:
             ranks = {**self.ranks, **ranks}
             return checkpoint.load(self.saved, self._stored, ranks=ranks)
 
+    def outline(self, ranks: Ranks) -> nnx.Module:
+        """Returns the model cut to some ranks without its arrays; nothing is read."""
+        return nnx.eval_shape(
+            lambda model: surgery.truncate(model, ranks), self._structure
+        )
+
     def layer_by_layer(
         self, curve: Callable[[Mapping[str, Factors]], dict[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:

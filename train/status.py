@@ -1,7 +1,9 @@
 """Says what runs are doing, from their files: `python -m train.status WORKDIR ...`.
 
 A workdir is a run's, or a sweep's folder of `launch/sweep.py`: then each of its jobs
-gets a line. Nothing is written, and a run is not disturbed. Ends with one line of JSON:
+gets a line. A run is not disturbed, and nothing is written but with `--plot=FILE.png`
+the picture of one run: its loss, headline figure and parameters over the steps, with
+the ends of phases and shrinks. Ends with one line of JSON:
 `{"runs": [{"workdir", "state", "alive", "step", ...}, ...]}`.
 """
 
@@ -11,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_jax import checkpoint
+from absl import flags
+
+from lowrank_jax import checkpoint, errors
 from lowrank_jax.errors import MissingFile, UserError
 from train import binary, folders
-from train.report import logs, status
+from train.report import base_plots, curve_plots, logs, status
 
 SWEEP = "sweep.json"
 """Name of the file in a sweep's folder: `{"jobs": {name: ...}}`."""
@@ -180,6 +184,9 @@ def _sweep_table(reports: Sequence[Mapping[str, Any]]) -> str:
 
 def _main(*arguments: str) -> None:
     reports: list[Mapping[str, Any]] = []
+    picture = flags.FLAGS.plot
+    if picture is not None:
+        _check_plot(arguments, picture)
     for argument in arguments:
         workdir = Path(argument)
         if not workdir.is_dir():
@@ -194,8 +201,25 @@ def _main(*arguments: str) -> None:
         else:
             reports.append(run_report(workdir))
             print(describe(reports[-1]))
+    if picture is not None:
+        curve_plots.plot_course(arguments[0], picture)
+        print(f"picture: {picture}")
     logs.emit({"runs": reports})
 
 
+def _check_plot(arguments: Sequence[str], picture: str) -> None:
+    """Refuses a picture of several runs, and a file that cannot be written."""
+    if len(arguments) > 1 or (Path(arguments[0]) / SWEEP).exists():
+        raise UserError(
+            f"--plot: must be of one run, got {', '.join(arguments)}. Name one workdir."
+        )
+    with errors.at("--plot"):
+        base_plots.check_suffix(picture)
+        folders.check_new_file(picture)
+
+
 if __name__ == "__main__":
+    flags.DEFINE_string(
+        "plot", None, "Picture of the course of one run (.png, .svg, .pdf)."
+    )
     binary.run(_main, takes="WORKDIR", examples=("train.status runs/digits",))

@@ -8,7 +8,7 @@ budget and further arguments: `--select=knapsack --macs=0.3`,
 `--select=beam --params=0.5 --select_args='{"width": 3, "steps": 20}'`.
 `--family=0.5,0.25,0.125` writes several nested models, `--dry_run` none. A dense
 checkpoint is factorized first. Each new checkpoint stands alone. Ends with one line of
-JSON: `{"output", "params", "macs", "ranks"}`, of a family `{"sizes": [...]}`.
+JSON: `{"output", "params", "stored", "macs", "ranks"}`, of a family `{"sizes": [...]}`.
 """
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -73,7 +73,10 @@ _FORMAT = flags.DEFINE_enum(
     " header, model.stablehlo is a program for a batch of any size.",
 )
 _PLOT = flags.DEFINE_string(
-    "plot", None, "PNG of the ranks by layer, and of all that a search has scored."
+    "plot",
+    None,
+    "Picture of the ranks by layer, and of all that a search has scored (.png, .svg,"
+    " .pdf).",
 )
 _RECALIBRATE = flags.DEFINE_bool(
     "recalibrate", False, "Re-estimate BatchNorm on training data."

@@ -37,7 +37,7 @@ class Writer(NamedTuple):
           **how: As for `train.generation.generate`.
 
         Returns:
-          "texts", "ranks", "params" and "macs".
+          "texts", "ranks", "params", "stored" and "macs".
         """
         ranks = active.get_ranks(self.model)
         with logs.stage(f"compiling, then writing {len(prompts):,} texts"):
@@ -46,6 +46,7 @@ class Writer(NamedTuple):
             "texts": texts,
             "ranks": ranks,
             "params": self.cost.params(ranks),
+            "stored": self.cost.allocated,
             "macs": self.cost.macs(ranks),
         }
 

@@ -168,7 +168,7 @@ KNOWN: list[tuple[str, mutations.Edits]] = [
     ("lorita", [((*HIDDEN, 0), -8)]),
     ("cuttlefish", [((*HIDDEN, 0), 0)]),
     ("digits_mlp", [(HIDDEN, [2**31 - 1, 2**31 - 1])]),  # ended the process
-    ("digits_mlp", [((*SAMPLER, "args", "passes"), 2**31 - 1)]),  # traced for ever
+    ("digits_mlp", [(SAMPLER, named("sandwich", passes=2**31 - 1))]),  # traced for ever
     ("digits_mlp", [(("phases", 0, "teacher", "args", "target_weight"), "0.0")]),
     ("digits_mlp", [(SAMPLER, named("builtins:dict"))]),
     ("digits_mlp", [(SAMPLER, named("types:SimpleNamespace"))]),

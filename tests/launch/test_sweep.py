@@ -246,6 +246,10 @@ def test_gathered(tmp_path, plan, capsys):
     assert rows == gather.rows(sweep) and len(rows) == 8
     picture = tmp_path / "picture.png"
     assert gather.draw(sweep, rows, gather.Headline("accuracy", True), picture)
+    series, marks = gather.series_of(sweep, rows, gather.Headline("accuracy", True))
+    assert list(series) == list(marks) == ["keep_best=1", "keep_best=2"]
+    for own in series.values():  # jobs that differ in their seed are one line
+        assert sorted({row["seed"] for row in own}) == ["0", "1"] and len(own) == 4
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert not gather.draw(sweep, [], gather.Headline("accuracy", True), picture)
 

@@ -54,12 +54,19 @@ def test_rows_are_the_layers_at_their_active_ranks():
         ("factored", 2, 2),
         ("own", None, None),
     ]
-    assert rows["again"].params == 4 * (6 + 5) + 5
-    assert rows["mixer"].params == 20 and rows["mixer"].macs is None
+    again, grouped, mixer = (rows[path] for path in ("again", "grouped", "mixer"))
+    assert again.stored == 4 * (6 + 5) + 5  # what is allocated
+    assert again.cheapest == 2 * (6 + 5) + 5  # what acts
+    assert again.dense == 6 * 5 + 5
+    assert grouped.cheapest == 1 * (6 + 2) + 6 * 2 + 4  # r(m+n) is more at rank 2
+    assert (mixer.stored, mixer.cheapest, mixer.dense) == (20, 20, 20)
+    assert mixer.macs is mixer.dense_macs is None
     sizes = [x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))]
-    assert table.params == sum(sizes)
-    ranks = {"again": 2, "grouped": [1, 2]}
-    assert table.macs == count(model, EXAMPLE).macs(ranks)
+    assert table.stored == sum(sizes)
+    cost, ranks = count(model, EXAMPLE), {"again": 2, "grouped": [1, 2]}
+    assert (table.macs, table.dense_macs) == (cost.macs(ranks), cost.dense_macs)
+    assert (table.cheapest, table.dense) == (cost.params(ranks), cost.dense_params)
+    assert table.stored == cost.allocated
 
 
 @pytest.mark.parametrize("build", [low_rank, lambda: Model(nnx.Rngs(0))])
@@ -83,16 +90,32 @@ def test_an_abstract_model_has_no_spectra():
 
 
 def test_it_prints_as_a_plain_table():
-    """A header, a row for each layer, what is in none, and the totals."""
+    """A header, a row for each layer, what is in none, the totals and their shares of
+    the dense model, and what the columns count."""
     lines = str(summary(low_rank(), EXAMPLE)).splitlines()
-    assert lines[0].split() == "path type form rank params MACs effective rank".split()
-    first = ["again", "LowRankLinear", "factored", "2", "of", "4"]
-    assert lines[1].split()[:6] == first
-    assert [line.split()[0] for line in lines[1:]] == [
+    headers = "path type form rank stored cheapest dense MACs dense MACs effective rank"
+    assert lines[0].split() == headers.split()
+    first = ["again", "LowRankLinear", "factored", "2", "of", "4", "49", "27", "35"]
+    assert lines[1].split()[:9] == first
+    assert [line.split()[0] for line in lines[1:6]] == [
         *("again", "grouped", "mixer"),
         *("other", "total"),
     ]
-    assert lines[-2].split() == ["other", "10"]
+    assert lines[4].split() == ["other", "10", "10", "10", "0", "0"]
+    assert lines[6].split()[:5] == ["of", "dense", "124%", "87%", "100%"]
+    assert lines[7].startswith("stored: parameters in the checkpoint; cheapest: ")
+    assert lines[8].endswith("MACs of one example")
+
+
+def test_columns_of_which_nothing_is_known_are_left_out():
+    """Without an example and without spectra; ranks before a cut stand beside those
+    after it."""
+    table = summary(low_rank(), spectra=False)
+    lines = table.table(before={"again": 4, "mixer": 4}, unit="token").splitlines()
+    assert lines[0].split() == "path type form rank stored cheapest dense".split()
+    assert lines[1].split()[3:6] == ["4", "->", "2"]
+    assert "4 -> merged" in lines[3]
+    assert lines[-1].endswith("MACs of one token")
 
 
 def test_a_rank_of_zero_has_no_spectrum_left():

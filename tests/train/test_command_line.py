@@ -27,7 +27,7 @@ def test_main(smoke_run):
     assert result["workdir"] == str(workdir)
     assert result["step"] == checkpoint.open_checkpoint(workdir).step == 80
     rows = result["frontier"]
-    assert [row["rank_fraction"] for row in rows] == [1.0, 0.5, 0.25, 0.125]
+    assert [row["rank_fraction"] for row in rows] == [1.0, 0.25, 0.125, 0.0625]
     assert all(set(row) == FIGURES | {"rank_fraction"} for row in rows)
     assert rows[0]["accuracy"] > 0.8
 
@@ -54,11 +54,11 @@ def test_truncate_and_evaluate(smoke_run, tmp_path):
         }
     )
     result, row, rows = (ended[name].result for name in ("cut", "figures", "sweep"))
-    assert set(result) == {"output", "params", "macs", "ranks"}
+    assert set(result) == {"output", "params", "stored", "macs", "ranks"}
     assert result["output"] == str(cut)
     assert set(row) == FIGURES
-    assert {k: row[k] for k in ("params", "macs", "ranks")} == {
-        k: result[k] for k in ("params", "macs", "ranks")
+    assert {k: row[k] for k in ("params", "stored", "macs", "ranks")} == {
+        k: result[k] for k in ("params", "stored", "macs", "ranks")
     }
     assert row["accuracy"] > 0.5
     assert [row["rank_fraction"] for row in rows] == [1.0, 0.5]

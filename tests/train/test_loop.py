@@ -40,6 +40,7 @@ from lowrank_jax import checkpoint, penalties
 from train import loop, phases
 from train.config import to_json
 from train.data import pipeline
+from train.report import curve_plots
 from train.run import open_run
 from train.state import new_state
 from train.step import make_train_step
@@ -159,6 +160,24 @@ class TestResume:
         loop.train_and_evaluate(config, tmp_path / "stopped")
         saved = [at_step(tmp_path / name, 3) for name in ("stopped", "whole")]
         assert_same_checkpoints(*saved)
+
+
+class TestCourse:
+    """A run's metrics say when it became another one."""
+
+    def test_shrinks_and_ends_of_phases_are_told(self, whole_run, stopped_run):
+        """With the parameters that the checkpoint of that step holds; a run that was
+        stopped tells the same."""
+        whole, stopped = map(curve_plots.read, (whole_run["workdir"], stopped_run))
+        assert whole.events() == stopped.events()
+        assert (4, "shrink") in whole.events()
+        assert (8, "end of maestro") in whole.events()
+        steps, stored = whole.of("model/stored")
+        assert steps[0] == 0 and stored[0] > stored[-1]
+        for step, number in zip(steps[1:], stored[1:], strict=True):
+            arrays = stored_arrays(at_step(whole_run["workdir"], step))
+            held = [x.size for key, x in arrays.items() if key.startswith("params/")]
+            assert number == sum(held)
 
 
 class TestOrder:

@@ -29,7 +29,7 @@ from train.data import pipeline
 ROOT = Path(__file__).parents[2]
 ALLOWED = ["own_package"]
 RANKS = range(1, own_config.SHAPE[1] + 1)
-FIGURES = {"relative_error", "loss", "params", "macs", "ranks"}
+FIGURES = {"relative_error", "loss", "params", "stored", "macs", "ranks"}
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from train.tasks.translation import score, translation
 
 ALLOWED = ["copying"]
 FIGURES = {"accuracy", "loss", "perplexity", "bits_per_character"}
-COSTS = {"params", "macs", "ranks"}
+COSTS = {"params", "stored", "macs", "ranks"}
 
 
 @pytest.fixture(scope="module")

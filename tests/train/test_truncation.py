@@ -58,7 +58,7 @@ class TestTruncate:
         """Every layer at most at it."""
         result = cut_to(run, tmp_path / "cut", "rank", 16)
         assert result["ranks"] == {"head": 10, "hidden/0": 16}
-        assert set(result) == {"output", "params", "macs", "ranks"}
+        assert set(result) == {"output", "params", "stored", "macs", "ranks"}
 
     def test_rank_of_zero(self, run, tmp_path):
         """What is left is the biases: one answer for all images."""
@@ -143,12 +143,23 @@ class TestTruncate:
         np.testing.assert_array_equal(twice, once)
 
     def test_the_table(self, run, tmp_path, capsys):
+        """Of the layers that are left, as `lowrank_jax.summary` prints it; a dry run
+        prints the same, and what is merged is told."""
         result = cut_to(run, tmp_path / "cut", "rank", 2)
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[0].split() == "path rank cut to params cut to MACs cut to".split()
-        assert lines[2].split()[:3] == ["head", "10", "2"]
-        assert lines[3].split()[:3] == ["hidden/0", "64", "2"]
-        assert lines[-1].split()[-3] == f"{result['params']:,}"
+        printed = capsys.readouterr().out
+        lines = printed.splitlines()
+        headers = "path type form rank stored cheapest dense MACs dense MACs"
+        assert lines[0].split() == headers.split()
+        head = "head LowRankLinear factored 10 -> 2 190 190 810 180 800"
+        assert lines[1].split() == head.split()
+        assert lines[2].split()[:6] == "hidden/0 LowRankLinear factored 64 -> 2".split()
+        total = [f"{result[key]:,}" for key in ("stored", "params")]
+        assert lines[4].split()[:3] == ["total", *total]
+        cut_to(run, None, "rank", 2)
+        assert capsys.readouterr().out == printed
+        merged = Timing(form="merged")
+        cut_to(run, tmp_path / "merged", "rank", 2, timing=merged)
+        assert "64 -> merged" in capsys.readouterr().out
 
     def test_recalibration_changes_the_statistics_alone(self, norm_run, tmp_path):
         """The convolutions' statistics become those of the cut model's activations."""

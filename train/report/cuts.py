@@ -5,9 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
 from lowrank_jax import counting
 from lowrank_jax.ranks import Ranks
-from train.report import logs, rank_plots
+from train.report import base_plots, rank_plots, tables
+from train.tasks import Task
+
+check_suffix = base_plots.check_suffix
 
 
 def figures(
@@ -17,34 +22,15 @@ def figures(
     return {
         "output": None if output is None else str(output),
         "params": cost.params(ranks),
+        "stored": cost.stored(ranks),
         "macs": cost.macs(ranks),
         "ranks": dict(ranks),
     }
 
 
-def print_table(
-    cost: counting.ModelCost,
-    before: Ranks,
-    after_cost: counting.ModelCost,
-    after: Ranks,
-) -> None:
-    """Prints ranks, parameters and MACs of each layer before and after; of one that is
-    merged its dense kernel's."""
-    rows = []
-    for path, layer in cost.layers.items():
-        old, new = before[path], after.get(path, "merged")
-        cut = [layer.dense_params, layer.dense_macs]
-        if path in after:
-            now = after_cost.layers[path]
-            cut = [now.params(new), now.macs(new)]
-        rows.append(
-            [path, str(old), str(new), layer.params(old), cut[0]]
-            + [layer.macs(old), cut[1]]
-        )
-    total = ["all layers", "", "", cost.params(before), after_cost.params(after)]
-    rows.append([*total, cost.macs(before), after_cost.macs(after)])
-    headers = ["path", "rank", "cut to", "params", "cut to", "MACs", "cut to"]
-    print(logs.table(headers, rows))
+def print_table(model: nnx.Module, task: Task, before: Ranks) -> None:
+    """Prints the table of a cut model's layers, with their ranks before the cut."""
+    print(tables.of_layers(model, task, before=before))
 
 
 def draw(
@@ -58,7 +44,7 @@ def draw(
     """Draws what was chosen, and what a search has scored, see `rank_plots`.
 
     Args:
-      path: The PNG to write.
+      path: The picture to write.
       cost: What the model costs.
       before: Its ranks.
       chosen: Ranks by the name of their size.

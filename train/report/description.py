@@ -6,9 +6,8 @@ from pathlib import Path
 
 from flax import nnx
 
-from lowrank_jax import active
 from train import phases
-from train.report import logs
+from train.report import logs, tables
 from train.run import Run
 
 
@@ -29,14 +28,9 @@ def describe(
     run: Run, plan: Sequence[phases.Phase], model: nnx.Module, step: int = 0
 ) -> None:
     """Says data, model, devices and phases on stderr, and where it goes on."""
-    cost = run.cost(model)
     sizes = ", ".join(f"{n:,} {split}" for split, n in run.data.sizes.items())
     logs.say(f"{run.config['data']['name']}: {sizes}")
-    logs.say(
-        f"{run.config['model']['name']}: {cost.dense_params:,} parameters and"
-        f" {cost.dense_macs:,} MACs when dense; low-rank layers"
-        f" {active.get_ranks(model)}"
-    )
+    logs.say(f"{run.config['model']['name']}:\n{tables.of_layers(model, run.task)}")
     spans = phases.spans(plan, run.steps_per_epoch)
     for phase, (start, end) in zip(plan, spans, strict=True):
         most = "at most " if phase.until.condition else ""

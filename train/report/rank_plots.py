@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import axes, figure
 
 from lowrank_jax.ranks import Ranks, flatten_rank, name_of
-from train.report.plots import COLOURS, FAINT, INK, MARKERS, decorate
+from train.report import base_plots
 
 _MOST = 60  # layers whose names are written
 
@@ -27,48 +27,67 @@ def plot_cut(
     """Draws the ranks of layers before and after; beside them what was scored.
 
     Args:
-      path: The PNG to write.
+      path: The picture to write, in the format that it ends in.
       before: Active rank of each layer; of a stack the mean is drawn.
       chosen: Ranks by the name of their size.
       scored: Cost and loss of rank vectors that a search has looked at.
       costs: What the chosen ones cost, to mark them among these.
       cost_name: What the cost is.
     """
-    scored = [pair for pair in scored if np.isfinite(pair).all() and pair[0] > 0]
-    drawing = figure.Figure(
-        figsize=(11 if scored else 7, min(2 + 0.22 * len(before), 14)),
-        dpi=150,
-        layout="constrained",
+    drawing = draw_cut(
+        before, chosen, scored=scored, costs=costs or {}, cost_name=cost_name
     )
-    panels = drawing.subplots(1, 2 if scored else 1, squeeze=False)[0]
-    _draw_ranks(panels[0], before, chosen)
+    base_plots.save(drawing, path)
+
+
+def draw_cut(
+    before: Ranks,
+    chosen: Mapping[str, Ranks],
+    *,
+    scored: Scored,
+    costs: Mapping[str, float],
+    cost_name: str,
+) -> figure.Figure:
+    """Returns the picture of `plot_cut`."""
+    scored = [pair for pair in scored if np.isfinite(pair).all() and pair[0] > 0]
+    named = len(before) <= _MOST
+    height = min(1.6 + (0.17 if named else 0.05) * len(before), 9)
+    drawing = base_plots.new_figure(height)
     if scored:
-        _draw_scored(panels[1], scored, costs or {}, cost_name)
-    drawing.savefig(path, format="png", facecolor="white")
+        panels = drawing.subplots(1, 2, width_ratios=(1.2, 1))
+        _draw_scored(panels[1], scored, costs, cost_name)
+    else:
+        panels = [drawing.subplots()]
+    _draw_ranks(panels[0], before, chosen, named)
+    base_plots.legend_above(drawing, panels[0], columns=4)
+    return drawing
 
 
-def _draw_ranks(panel: axes.Axes, before: Ranks, chosen: Mapping[str, Ranks]) -> None:
+def _draw_ranks(
+    panel: axes.Axes, before: Ranks, chosen: Mapping[str, Ranks], named: bool
+) -> None:
     """Bars to the left edge, the first layer at the top; one mark for each size."""
     places = np.arange(len(before))
-    panel.barh(places, _means(before), height=0.7, color=FAINT, label="before the cut")
+    panel.barh(places, _means(before), height=0.7, color="#D0D0D0", label="whole")
     for index, (name, ranks) in enumerate(chosen.items()):
+        style = base_plots.line_style(index, index) | {"linestyle": "none"}
         panel.plot(
             _means({path: ranks[path] for path in before}),
             places,
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            linestyle="none",
-            markersize=5.5,
             label=name,
+            clip_on=False,  # rank 0 is on the edge
+            **style,
         )
-    if len(before) <= _MOST:
-        panel.set_yticks(places, [name_of(path) for path in before], fontsize=7)
-    panel.invert_yaxis()
+    if named:
+        panel.set_yticks(places, [name_of(path) for path in before])
+    else:
+        panel.set_ylabel("layer", color=base_plots.INK, fontsize=base_plots.LETTERS)
+    panel.set_ylim(len(before) - 0.4, -0.6)
     panel.set_xlim(left=0)
-    panel.set_xlabel("rank", color=INK)
-    panel.legend(frameon=False, labelcolor=INK, fontsize=8)
-    panel.tick_params(which="both", length=0, colors=INK)
-    panel.spines[["top", "right"]].set_visible(False)
+    panel.set_xlabel("rank", color=base_plots.INK, fontsize=base_plots.LETTERS)
+    base_plots.tidy(panel)
+    panel.grid(False, axis="y")
+    panel.tick_params(axis="y", labelsize=base_plots.SMALL - 1)
 
 
 def _draw_scored(
@@ -78,9 +97,15 @@ def _draw_scored(
     several = np.array(scored)
     panel.plot(*several.T, color="#999999", marker=".", linestyle="none", markersize=3)
     for index, (name, cost) in enumerate(costs.items()):
-        panel.axvline(cost, color=COLOURS[index % len(COLOURS)], label=name, alpha=0.8)
-    decorate(panel, cost_name, [*several[:, 0], *costs.values()])
-    panel.set_ylabel("loss on held-out examples", color=INK)
+        style = base_plots.line_style(index, index)
+        line = {key: style[key] for key in ("color", "linestyle")}
+        panel.axvline(cost, label=name, alpha=0.8, **line)
+    base_plots.cost_axis(panel, cost_name, [*several[:, 0], *costs.values()])
+    panel.set_ylabel(
+        "loss on held-out examples",
+        color=base_plots.INK,
+        fontsize=base_plots.LETTERS,
+    )
 
 
 def _means(ranks: Ranks) -> list[float]:

@@ -27,6 +27,7 @@ STATES = ("starting", "compiling", "training", "evaluating", "saving", "changing
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "state": str,  # of `STATES` or `ENDED`
     "phase": str,  # its name
+    "headline": str,  # the name of the figure that the run is judged by
     "step": int,  # steps that are done
     "last_step": int,  # should no phase end early
     "rate": (int, float),  # steps a second
