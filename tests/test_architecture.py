@@ -31,7 +31,6 @@ LAYERS = (
     {"steps", "storage"},
     {
         "checkpoint",
-        "command",
         "elastic",
         "export",
         "latency",

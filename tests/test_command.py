@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from messages import check_form
 
-from lowrank_jax import command
+import lowrank_command as command
 from lowrank_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def run(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-LOWRANK = ("-c", "from lowrank_jax.command import main; main()")
+LOWRANK = ("-c", "from lowrank_command import main; main()")
 
 
 @pytest.mark.slow

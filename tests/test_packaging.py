@@ -96,7 +96,7 @@ def test_the_wheel_is_the_library(built):
     names = set(zipfile.ZipFile(built.wheel).namelist())
     wanted = {
         path.relative_to(ROOT).as_posix() for path in ROOT.glob("lowrank_jax/**/*.py")
-    } | {"lowrank_jax/py.typed"}
+    } | {"lowrank_jax/py.typed", "lowrank_command.py"}
     about = {name for name in names if name.split("/")[0].endswith(".dist-info")}
     assert names - about == wanted
 
@@ -130,7 +130,7 @@ def test_the_metadata_say_what_is_needed(built):
     assert names == {"jax", "flax", "optax", "orbax-checkpoint", "jaxtyping", "numpy"}
     extras = {"export", "train", "serve", "test", "docs"}
     assert extras <= set(metadata.get_all("Provides-Extra"))
-    assert "lowrank = lowrank_jax.command:main" in points
+    assert "lowrank = lowrank_command:main" in points
     assert metadata.get_payload().startswith("# lowrank_jax")
 
 

@@ -45,7 +45,7 @@ def script() -> None:
     assert_type(lr.checkpoint.load(saved, model, ranks={"up": 2}), MyModel)
 
     assert_type(lr.find_factors(model), dict[str, lr.Factors])
-    assert_type(lr.summary(model).params, int)
+    assert_type(lr.summary(model).stored, int)
     assert_type(lr.__version__, str)
     with lr.at_ranks(model, {"up": 3}):
         assert_type(model(jax.numpy.ones((1, 6))), jax.Array)

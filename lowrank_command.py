@@ -2,8 +2,9 @@
 
 A command is a binary of the repository, run in this process as `python -m train.NAME`
 runs it, with the same flags. The binaries come with a clone of the repository, not with
-the library: the clone is the one from which the library is imported, which an editable
-install points to, whatever the folder that the command is given in.
+the library: the clone is the one that an editable install points to, whatever the
+folder that the command is given in. It stands outside the package, since importing
+that imports JAX, for seconds: a binary says something before.
 """
 
 import importlib.util
@@ -13,20 +14,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank_jax.errors import MissingFile, UserError, unknown
-from lowrank_jax.version import __version__
-
 COMMANDS = {
     "train": ("train.main", "train a config, or go on with a run"),
     "evaluate": ("train.evaluate", "evaluate a checkpoint, at any ranks"),
     "truncate": ("train.truncate", "cut a checkpoint, by ranks or within a budget"),
     "generate": ("train.generate", "write text with a checkpoint, at any ranks"),
     "status": ("train.status", "say what a run or a sweep is doing"),
-    "quickstart": ("train.quickstart", "train, cut at three budgets, evaluate, draw"),
+    "quickstart": ("train.quickstart", "train, cut, evaluate, compare, draw"),
+    "fetch": ("train.fetch", "get the original files of a data set"),
 }
 """Module and purpose of each command."""
 
-_CLONE = Path(__file__).resolve().parents[1]
+_CLONE = Path(__file__).resolve().parent
 _NEEDED = ("absl", "ml_collections", "sklearn", "matplotlib", "tensorflow_datasets")
 """What the extra `train` brings and every binary imports, sooner or later."""
 
@@ -62,11 +61,15 @@ def find_module(name: str, clone: Path = _CLONE) -> str:
         is not installed.
     """
     if name not in COMMANDS:
+        from lowrank_jax.errors import UserError, unknown
+
         fix = "lowrank --help says what each does."
         raise UserError(f"lowrank: {unknown('a command', name, COMMANDS, fix=fix)}")
     module, _ = COMMANDS[name]
     file = clone.joinpath(*module.split(".")).with_suffix(".py")
     if not (file.is_file() and (clone / "pyproject.toml").is_file()):
+        from lowrank_jax.errors import MissingFile
+
         raise MissingFile(
             f"lowrank {name}: must run from a clone of the repository, which has the"
             f" binaries, got the library alone in {clone}. Clone the repository, and"
@@ -74,6 +77,8 @@ def find_module(name: str, clone: Path = _CLONE) -> str:
         )
     missing = [one for one in _NEEDED if importlib.util.find_spec(one) is None]
     if missing:
+        from lowrank_jax.errors import UserError
+
         raise UserError(
             f"lowrank {name}: must have what the binaries import, got an environment"
             f" without {', '.join(missing)}. Run pip install --editable '.[train]' in"
@@ -93,11 +98,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(usage())
         return
     if name == "--version":
+        from lowrank_jax.version import __version__
+
         print(f"lowrank_jax {__version__}")
         return
     try:
         module = find_module(name)
-    except UserError as error:
+    except ValueError as error:  # as every `UserError` is
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     sys.argv = [module, *flags]
