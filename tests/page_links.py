@@ -1,4 +1,4 @@
-"""Links: of Markdown files that are read in the repository, and of a built site."""
+"""The text of pages: links, of Markdown files and of a built site; flags it names."""
 
 import html.parser
 import re
@@ -11,16 +11,24 @@ _HEADING = re.compile(r"^#{1,6}\s+(.*?)\s*#*$")
 
 
 def without_blocks(text: str) -> str:
-    """Returns a Markdown page without its fenced blocks and its inline code."""
-    text = re.sub(r"^( *)(`{3,}).*?^\1\2\s*$", "", text, flags=re.M | re.S)
-    return re.sub(r"`[^`\n]+`", "", text)
+    """Returns a Markdown page without its fenced blocks."""
+    return re.sub(r"^( *)(`{3,}).*?^\1\2\s*$", "", text, flags=re.M | re.S)
+
+
+def flags_in_prose(text: str) -> list[str]:
+    """Lists the flags that the text of a page names, blocks left out.
+
+    Args:
+      text: Of the page.
+    """
+    spans = re.findall(r"`([^`]+)`", without_blocks(text))
+    return [f for span in spans for f in re.findall(r"(?<!\S)--(\w+)(?!\w*-)", span)]
 
 
 def anchors(text: str) -> set[str]:
     """Returns the anchors that the headings of a Markdown page have on GitHub."""
     found: set[str] = set()
-    fenceless = re.sub(r"^( *)(`{3,}).*?^\1\2\s*$", "", text, flags=re.M | re.S)
-    for line in fenceless.splitlines():
+    for line in without_blocks(text).splitlines():
         if heading := _HEADING.match(line):
             words = re.sub(r"[^\w\- ]", "", heading[1].lower())
             found.add(words.replace(" ", "-"))
@@ -34,7 +42,8 @@ def dead_links(page: Path) -> list[str]:
       page: The file; links to other hosts are not followed.
     """
     text, dead = page.read_text(), []
-    for target in _LINK.findall(without_blocks(text)):
+    prose = re.sub(r"`[^`\n]+`", "", without_blocks(text))
+    for target in _LINK.findall(prose):
         if urlsplit(target).scheme:
             continue
         path, _, anchor = target.partition("#")

@@ -222,17 +222,6 @@ def problems(page: str, found: Sequence[Block]) -> list[str]:
     ]
 
 
-def flags_in_prose(text: str) -> list[str]:
-    """Lists the flags that the text of a page names, blocks left out.
-
-    Args:
-      text: Of the page.
-    """
-    prose = re.sub(r"^( *)(`{3,}).*?^\1\2\s*$", "", text, flags=re.M | re.S)
-    spans = re.findall(r"`([^`]+)`", prose)
-    return [f for span in spans for f in re.findall(r"(?<!\S)--(\w+)(?!\w*-)", span)]
-
-
 def command_problems(command: Command, written: Sequence[str] = ()) -> Iterator[str]:
     """Yields what is wrong with a call of ours: targets, modules, flags, configs.
 

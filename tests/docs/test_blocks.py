@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+import page_links
 import pages
 import pytest
 from pages import ROOT, Block, blocks
@@ -63,7 +64,7 @@ def test_every_flag_in_the_text_is_one_of_ours():
         (name_of(path), flag)
         for path in pages.pages()
         if not name_of(path).startswith(OTHERS_FLAGS)
-        for flag in pages.flags_in_prose(path.read_text())
+        for flag in page_links.flags_in_prose(path.read_text())
     }
     assert len(named) > 40  # the walk sees them
     assert not [one for one in named if not any(p.takes(one[1]) for p in programs)]
@@ -173,7 +174,7 @@ def test_commands_are_held_to_the_programs(command, problem):
 def test_flags_in_the_text_are_found():
     """In code, not in blocks; a place in a config is not one."""
     text = "`--one=2`, `x --two` `--config.seed=1` --three\n```bash\n`a --four`\n```\n"
-    assert pages.flags_in_prose(text) == ["one", "two", "config"]
+    assert page_links.flags_in_prose(text) == ["one", "two", "config"]
 
 
 def test_flags_of_skipped_blocks_are_checked():
