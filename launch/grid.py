@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from lowrank_jax.errors import UserError, raise_all
-from train import binary
+from train import command_line
 from train.config import to_json
 
 _IN_CONFIG = "config."
@@ -186,7 +186,7 @@ def _build(job: Job) -> dict[str, Any]:
         parsed(argv)
     except (AttributeError, LookupError):
         config = ConfigFileFlagParser("config").parse(job.config)
-        raise_all(binary.wrong_keys(config, argv))
+        raise_all(command_line.wrong_keys(config, argv))
         raise
     except flags.Error as error:
         own = [link for link in _chain(error) if isinstance(link, UserError)]
