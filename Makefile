@@ -67,7 +67,7 @@ clean:
 
 .PHONY: notebooks hooks
 
-notebooks: $(READY)  ## run the notebooks and write docs/notebooks; five minutes
+notebooks: $(READY)  ## run the notebooks and write docs/notebooks; ten minutes of CPU
 	for name in train_and_cut_vit own_method language_model; do \
 	  $(BIN)/python -m notebooks.render $$name || exit 1; done
 
