@@ -73,7 +73,7 @@ docs: $(READY)  ## the documentation, into site/; warnings are errors
 docs-serve: $(READY)  ## the documentation at http://127.0.0.1:8000, built anew at changes
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
-notebooks: $(READY)  ## run the notebooks and write docs/notebooks; five minutes
+notebooks: $(READY)  ## run the notebooks and write docs/notebooks; ten minutes of CPU
 	for name in train_and_cut_vit own_method language_model; do \
 	  $(BIN)/python -m notebooks.render $$name || exit 1; done
 

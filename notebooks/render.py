@@ -20,6 +20,8 @@ import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from lowrank_jax.errors import UserError
 from notebooks.percent import Cell, read_cells
 from train import xla_flags
@@ -52,11 +54,7 @@ def render(name: str, output: Path) -> float:
         seconds = time.process_time() - began
         pictures = [Path(m["file"]) for m in _PICTURE.finditer(_text_of(cells))]
         for picture in pictures:
-            if not picture.is_file() or picture.stat().st_size >= MOST_BYTES:
-                raise UserError(
-                    f"{name}: picture {picture} must be written by a cell, below"
-                    f" {MOST_BYTES} bytes, got {_size(picture)}. Draw it smaller."
-                )
+            _shrink(picture, name)
         output.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
             shutil.copyfile(picture, output / f"{name}_{picture}")
@@ -132,8 +130,18 @@ def _text_of(cells: Sequence[Cell]) -> str:
     return "\n".join(cell.text for cell in cells if not cell.is_code)
 
 
-def _size(picture: Path) -> str:
-    return f"{picture.stat().st_size} bytes" if picture.is_file() else "none"
+def _shrink(picture: Path, name: str) -> None:
+    """Gives a picture 256 colours, which lines and letters do not miss."""
+    if picture.is_file():
+        with Image.open(picture) as image:
+            few = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        few.save(picture, optimize=True)
+    size = f"{picture.stat().st_size} bytes" if picture.is_file() else "none"
+    if not picture.is_file() or picture.stat().st_size >= MOST_BYTES:
+        raise UserError(
+            f"{name}: picture {picture} must be written by a cell, below {MOST_BYTES}"
+            f" bytes, got {size}. Draw it smaller."
+        )
 
 
 def _main() -> None:
