@@ -1,4 +1,4 @@
-"""LoRITa (Alkhouri et al., 2024): products of several full-width factors under weight
+"""LoRITa (Zhang et al., 2024): products of several full-width factors under weight
 decay.
 
 Command:  python -m train.main --config=configs/lorita.py --workdir=runs/lorita

@@ -31,7 +31,7 @@ class Factors(Ranked):
     gradient. All arrays may carry leading stack axes.
 
     Square factors may stand between u and v, `W = u M_1 ... M_n v`: the depth of LoRITa
-    (Alkhouri et al., 2024). They exist for training only; `canonicalize` multiplies
+    (Zhang et al., 2024). They exist for training only; `canonicalize` multiplies
     them back.
 
     Args:

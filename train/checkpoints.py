@@ -239,8 +239,7 @@ class _Cutter:
             )
         form = source.timing.form
         model = source.at(ranks) if form == Factors.form else self._model(ranks)
-        if self._batches:
-            model = source.recalibrated(model, self._batches)
+        model = source.recalibrated(model, self._batches)
         after = active.get_ranks(model)
         metadata = {key: source.saved.metadata[key] for key in ("config", "facts")}
         forms = {path: f.form for path, f in paths.find_factors(model).items()}

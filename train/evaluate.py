@@ -40,8 +40,9 @@ _FRACTIONS = flags.DEFINE_list(
 )
 _RECALIBRATION_BATCHES = flags.DEFINE_integer(
     "recalibration_batches",
-    0,
-    "With --rank_fractions: training batches to re-estimate BatchNorm on at each.",
+    None,
+    "With --rank_fractions: training batches to re-estimate BatchNorm on at each; as"
+    " many as the run's own evaluations took if not given.",
     lower_bound=0,
 )
 _BLEU = flags.DEFINE_bool(
@@ -105,11 +106,14 @@ def _main() -> None:
         print(_table(opened, [{"rank_fraction": "as saved", **figures}]))
         logs.emit(figures)
         return
+    batches = _RECALIBRATION_BATCHES.value
+    if batches is None:
+        batches = opened.run.config["recalibration_batches"]
     with errors.at("--rank_fractions"):
         rows = opened.sweep(
             fractions,
             _SPLIT.value,
-            recalibration_batches=_RECALIBRATION_BATCHES.value,
+            recalibration_batches=batches,
             translate=translate,
         )
     print(_table(opened, rows))

@@ -1,5 +1,6 @@
 """How good a model is at any ranks; one compilation for all of them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from lowrank_jax.families import Family
 from lowrank_jax.ranks import Limits, Ranks, check_lower
 from train.run import Batches
 from train.state import Structure, model_state_of
+from train.stopping import NotFinite
 from train.tasks.base import Task
 
 Figures = dict[str, Any]
@@ -176,6 +178,25 @@ def sweep(
         row = evaluator.at(params, model_state, lower)
         rows.append({"rank_fraction": fraction, **row})
     return rows
+
+
+def check_finite(rows: Sequence[Figures], split: str) -> None:
+    """Refuses figures of a model that computes no numbers any more.
+
+    Args:
+      rows: Figures of one checkpoint, at one or several ranks.
+      split: The examples that they are of.
+
+    Raises:
+      NotFinite: A loss is NaN or infinite.
+    """
+    for row in rows:
+        if not math.isfinite(row["loss"]):
+            raise NotFinite(
+                f"loss on the {split} split: must be finite, got {row['loss']} at"
+                f" ranks {row['ranks']}. The run has diverged, or the data hold"
+                " values that are not finite; evaluate an earlier checkpoint."
+            )
 
 
 def settable(structure: Structure, ranks: Ranks) -> dict[str, np.ndarray]:

@@ -42,12 +42,16 @@ class Opened(NamedTuple):
         Args:
           split: "train", "validation" or "test".
           translate: As of `evaluator`.
+
+        Raises:
+          NotFinite: The loss is NaN or infinite.
         """
         _, params, model_state = split_model(self.model)
         ranks = active.get_ranks(self.model)
         evaluator = self.evaluator(split, translate=translate)
         with self._evaluating(split):
             figures = evaluator.at(params, model_state, ranks)
+        evaluation.check_finite([figures], split)
         return {**figures, "stored": evaluator.cost.allocated}
 
     def sweep(
@@ -66,13 +70,18 @@ class Opened(NamedTuple):
           recalibration_batches: Training batches to re-estimate BatchNorm on at each
             fraction; 0 for the statistics of the checkpoint.
           translate: As of `evaluator`.
+
+        Raises:
+          NotFinite: The loss at one of them is NaN or infinite.
         """
         _, params, model_state = split_model(self.model)
         evaluator = self.evaluator(split, recalibration_batches, translate=translate)
         ranks = active.get_ranks(self.model)
         values = (params, model_state)
         with self._evaluating(split):
-            return evaluation.sweep(evaluator, *values, ranks, fractions, self.family)
+            rows = evaluation.sweep(evaluator, *values, ranks, fractions, self.family)
+        evaluation.check_finite(rows, split)
+        return rows
 
     def _evaluating(self, split: str) -> contextlib.AbstractContextManager[None]:
         count = self.run.data.sizes[split]

@@ -162,7 +162,18 @@ class Source:
         return found
 
     def recalibrated(self, model: nnx.Module, batches: int) -> nnx.Module:
-        """Re-estimates BatchNorm on training batches."""
+        """Re-estimates BatchNorm on training batches; with none it says that the
+        statistics stay those of the larger model."""
+        if not batches:
+            if (
+                calibration.has_batch_norm(model)
+                and active.get_ranks(model) != self.ranks
+            ):
+                logs.say(
+                    "BatchNorm keeps the statistics of the model that is cut;"
+                    " --recalibrate re-estimates them on training data"
+                )
+            return model
         run = self.run
         return calibration.recalibrate_batch_norm(
             run.placement.put_model(model),

@@ -200,7 +200,7 @@ def test_modified_stable_rank_removes_the_tail(seed, power, weight):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("decay", ["penalty", "optimizer"])
 def test_weight_decay_on_two_factors_is_a_nuclear_norm(seed, decay):
-    """LoRITa's principle with N = 2 (Alkhouri et al., 2024), against the closed form.
+    """LoRITa's principle with N = 2 (Zhang et al., 2024), against the closed form.
 
     Linear regression on orthonormal inputs, 1/2 ||X W - Y||_F^2, with decay 0.7 on both
     factors: the solution is the SVD of X^T Y with max(s - 0.7, 0) for singular values,

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cutting import FIGURES, cut_to, load
+from messages import check_form
 
 from configs import common
 from train import evaluate as evaluate_binary
-from train import opening
+from train import opening, stopping
 from train.data import pipeline
 
 
@@ -52,6 +53,19 @@ class TestEvaluate:
             k: cut[k] for k in ("accuracy", "params", "macs", "ranks")
         }
         assert rows[1]["loss"] == pytest.approx(cut["loss"], rel=1e-5)
+
+    def test_a_loss_that_is_not_finite_ends_it(self, run):
+        """By one line, with the ranks; a picture of NaN is none."""
+        opened = opening.open_model(run)
+        bias = opened.model.head.bias
+        bias.set_value(bias.get_value().at[0].set(jnp.nan))
+        for judge in (opened.figures, lambda: opened.sweep([0.25])):
+            with pytest.raises(stopping.NotFinite) as ended:
+                judge()
+            check_form(str(ended.value))
+            assert "loss on the test split: must be finite, got nan at ranks" in str(
+                ended.value
+            )
 
     @pytest.mark.parametrize("values", [["1", "half"], ["0"], ["1.5"], ["nan"], [""]])
     def test_bad_fractions(self, values):

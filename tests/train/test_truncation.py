@@ -161,8 +161,11 @@ class TestTruncate:
         cut_to(run, tmp_path / "merged", "rank", 2, timing=merged)
         assert "64 -> merged" in capsys.readouterr().out
 
-    def test_recalibration_changes_the_statistics_alone(self, norm_run, tmp_path):
-        """The convolutions' statistics become those of the cut model's activations."""
+    def test_recalibration_changes_the_statistics_alone(
+        self, norm_run, tmp_path, capsys
+    ):
+        """The convolutions' statistics become those of the cut model's activations; a
+        cut that leaves them says so."""
         for name, batches in (("plain", 0), ("new", 4)):
             cut_to(
                 norm_run,
@@ -171,6 +174,8 @@ class TestTruncate:
                 2,
                 recalibration_batches=batches,
             )
+            told = "BatchNorm keeps the statistics" in capsys.readouterr().err
+            assert told == (batches == 0)
         plain, new = (
             checkpoint.model_items(load(tmp_path / n)) for n in ("plain", "new")
         )
