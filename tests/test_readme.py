@@ -1,14 +1,13 @@
-"""The README's examples run as they stand there."""
+"""The README's example runs as it stands there."""
 
 from typing import Any
 
-import numpy as np
 import pages
 from flax import nnx
 
 import lowrank_jax as lr
 
-FIRST, FUNCTIONAL, ELASTIC = (
+(FIRST,) = (
     block
     for block in pages.blocks((pages.ROOT / "README.md").read_text(), "README.md")
     if block.language == "python"
@@ -33,23 +32,3 @@ def test_the_first_example_cuts_what_it_trained(capsys):
     assert cost.params(lr.get_ranks(small)) == rank * (64 + 10) + biases
     assert str(rank) in capsys.readouterr().out
     assert type(lr.merge(small)) is nnx.Linear
-
-
-def test_the_functional_loop_shrinks_its_state():
-    """The optimizer's moments have the shapes of the cut parameters."""
-    names = run(FUNCTIONAL)
-    rank = names["model"].factors.max_rank
-    assert rank < 10 and names["restarted"] == []
-    assert names["opt_state"][0].mu["factors"]["u"].shape == (64, rank)
-
-
-def test_the_served_sizes_are_the_cut_models():
-    """Of five rows; the default is the smaller size from then on."""
-    names = run(ELASTIC)
-    elastic, x = names["elastic"], names["x"]
-    cut = lr.truncate(names["model"], names["sizes"]["half"])
-    np.testing.assert_allclose(names["y"], cut(x), atol=1e-5)
-    np.testing.assert_array_equal(elastic(x), names["y"])
-    assert len(names["y"]) == 5 and not np.allclose(
-        elastic(x, size="whole"), elastic(x)
-    )

@@ -11,7 +11,7 @@ from pages import ROOT, Block, blocks
 
 from docs.tools.binaries import BINARIES, ask
 
-FAST = {"docs/concepts.md"}
+FAST = {"docs/concepts.md", "docs/guides/own_loop.md"}
 """Pages of a few seconds that nothing else runs; those with commands train: minutes."""
 
 
