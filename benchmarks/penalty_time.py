@@ -6,6 +6,7 @@ in one run; the share is the median over rounds. Spectral penalties run every n 
 (n in the config), which divides their share. Ends with one line of JSON.
 """
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,11 +27,18 @@ EVERY = {"stable_rank": 20, "modified_stable_rank": 20}
 
 
 def arguments(model: nnx.Module) -> dict[str, dict[str, Any]]:
-    """Arguments of each penalty."""
+    """Arguments of each penalty; numbers that have no default are 1."""
     half = {
         path: -(-factors.max_rank // 2) for path, factors in find_factors(model).items()
     }
-    every: dict[str, dict[str, Any]] = {name: {} for name in PENALTIES}
+    every: dict[str, dict[str, Any]] = {
+        name: {
+            key: 1.0
+            for key, parameter in inspect.signature(make).parameters.items()
+            if key != "weight" and parameter.default is inspect.Parameter.empty
+        }
+        for name, make in PENALTIES.items()
+    }
     annealed = {"start": 1.0, "end": 0.1, "anneal_steps": 100}
     every["log_determinant"] = {"every_steps": 20, **annealed}
     every["modified_stable_rank"] = {"target_ranks": half}

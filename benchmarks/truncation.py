@@ -44,6 +44,7 @@ from benchmarks import report
 from configs import common
 from lowrank_jax import checkpoint, factorize
 from train import binary
+from train.data.pixels import PIXELS
 from train.models import mlp
 from train.report import logs
 
@@ -109,6 +110,8 @@ def write(path: Path, params: float) -> None:
     size = width(params)
     config = common.base(seed=0)
     common.digits(config, batch_size=1)
+    for key, value in PIXELS["digits"].items():  # a run writes them out
+        config.task["args"][key] = tuple(value)
     config.model = common.named("mlp", hidden=(size,) * (LAYERS - 1))
     config.rank_rules = ((".*", {"max_rank": size // 2}),)
     image = {"shape": [1, size, 1], "dtype": "uint8"}

@@ -43,10 +43,15 @@ def numpy_nuclear(u, s, v) -> float:
     )
 
 
+def sizes(u, s, v) -> np.ndarray:
+    """Norm of u's column times that of v's row, with `s` in `u`."""
+    left = u if s is None else u * s
+    return np.linalg.norm(left, axis=0) * np.linalg.norm(v, axis=1)
+
+
 def numpy_funnel(u, s, v, c: float = C) -> float:
-    sizes = np.linalg.norm(u, axis=0) * np.linalg.norm(v, axis=1)
-    sizes = sizes if s is None else np.abs(s)
-    return float(np.sum(1 - c / (sizes + c)))
+    scales = sizes(u, None, v) if s is None else np.abs(s)
+    return float(np.sum(1 - c / (scales + c)))
 
 
 def numpy_log_determinant(u, s, v, c: float = C) -> float:

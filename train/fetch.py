@@ -25,13 +25,6 @@ from train.data import original_files, tfds_sets
 from train.data.original_files import ORIGINALS, File, Original
 from train.report import logs
 
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir",
-    "",
-    "Where sets lie; TFDS_DATA_DIR or ~/tensorflow_datasets if not given.",
-)
-_URL = flags.DEFINE_string("url", None, "Folder of a mirror that has the files.")
-
 _BLOCK = 2**20
 _SECONDS = 30.0
 """To wait for a server that says nothing."""
@@ -97,19 +90,29 @@ def _unreachable(address: str, part: Path, error: Exception) -> UserError:
     )
 
 
+def _define_flags() -> None:
+    flags.DEFINE_string(
+        "data_dir",
+        "",
+        "Where sets lie; TFDS_DATA_DIR or ~/tensorflow_datasets if not given.",
+    )
+    flags.DEFINE_string("url", None, "Folder of a mirror that has the files.")
+
+
 def _main(*names: str) -> None:
     for name in names:
         if name not in ORIGINALS:
             raise UserError(f"NAME: {unknown('a set', name, sorted(ORIGINALS))}")
-    root, found = tfds_sets.resolve_data_dir(_DATA_DIR.value), {}
+    root, found = tfds_sets.resolve_data_dir(flags.FLAGS.data_dir), {}
     for name in names:
         with errors.at(f"data set {name!r}"):
-            fetch(ORIGINALS[name], root / name, _URL.value)
+            fetch(ORIGINALS[name], root / name, flags.FLAGS.url)
         found[name] = str(root / name)
     logs.emit({"folders": found})
 
 
 if __name__ == "__main__":
+    _define_flags()
     binary.run(
         _main,
         takes="NAME",

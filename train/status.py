@@ -207,6 +207,12 @@ def _main(*arguments: str) -> None:
     logs.emit({"runs": reports})
 
 
+def _define_flags() -> None:
+    flags.DEFINE_string(
+        "plot", None, "Picture of the course of one run (.png, .svg, .pdf)."
+    )
+
+
 def _check_plot(arguments: Sequence[str], picture: str) -> None:
     """Refuses a picture of several runs, and a file that cannot be written."""
     if len(arguments) > 1 or (Path(arguments[0]) / SWEEP).exists():
@@ -219,7 +225,5 @@ def _check_plot(arguments: Sequence[str], picture: str) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "plot", None, "Picture of the course of one run (.png, .svg, .pdf)."
-    )
+    _define_flags()
     binary.run(_main, takes="WORKDIR", examples=("train.status runs/digits",))
