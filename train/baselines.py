@@ -7,6 +7,7 @@ several kinds are trained at a time, as no step of a small model keeps two cores
 """
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -129,16 +130,22 @@ def compare(
         return {NESTED: first}
     series: dict[str, Rows] = {NESTED: first, DENSE: [], ALONE: []}
 
+    stop = threading.Event()
+
     def rows_of(kind: Kind) -> Rows:
         if kind.alone is not None:
-            return _rows_alone(whole.run, kind)
-        return _rows_cut(whole.run, kind, evaluator, fractions)
+            return _rows_alone(whole.run, kind, stop)
+        return _rows_cut(whole.run, kind, evaluator, fractions, stop)
 
     todo = kinds(config, numbers, alone)
     logs.say(f"baselines: {sum(len(kind.seeds) for kind in todo)} models ...")
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for kind, rows in zip(todo, pool.map(rows_of, todo), strict=True):
-            series[kind.series] += rows
+        try:
+            for kind, rows in zip(todo, pool.map(rows_of, todo), strict=True):
+                series[kind.series] += rows
+        except BaseException:  # Ctrl-C too: the pool waits for its threads
+            stop.set()
+            raise
     return series
 
 
@@ -147,10 +154,11 @@ def _rows_cut(
     kind: Kind,
     evaluator: evaluation.Evaluator,
     fractions: Sequence[float],
+    stop: threading.Event,
 ) -> Rows:
     """Trains models of a kind, and judges each at several sizes."""
     began, rows = time.monotonic(), []
-    for seed, model in trained(run._replace(config=kind.config), kind.seeds):
+    for seed, model in trained(run._replace(config=kind.config), kind.seeds, stop):
         if kind.series == DENSE:
             rules = [(pattern, rule) for pattern, rule in run.config["rank_rules"]]
             model = factorization.factorize(model, rules)
@@ -159,11 +167,11 @@ def _rows_cut(
     return rows
 
 
-def _rows_alone(run: Run, kind: Kind) -> Rows:
+def _rows_alone(run: Run, kind: Kind, stop: threading.Event) -> Rows:
     """Trains models of one size, and judges each at it."""
     began, rows, evaluator = time.monotonic(), [], None
     run = run._replace(config=kind.config)
-    for seed, model in trained(run, kind.seeds):
+    for seed, model in trained(run, kind.seeds, stop):
         evaluator = evaluator or Opened(run, model).evaluator("test", translate=False)
         (row,) = _judged(evaluator, model, seed, [1.0])
         rows.append({**row, "rank_fraction": kind.alone})
@@ -191,13 +199,16 @@ def _judged(
     return [{"seed": seed, **row} for row in rows]
 
 
-def trained(run: Run, seeds: Sequence[int]) -> Iterator[tuple[int, nnx.Module]]:
+def trained(
+    run: Run, seeds: Sequence[int], stop: threading.Event
+) -> Iterator[tuple[int, nnx.Module]]:
     """Trains a run's one phase from several seeds, on one device.
 
     Args:
       run: What it is about.
       seeds: In the place of its config's own: of the initial values, of the order of
         the examples, of what is drawn.
+      stop: Set by another thread to end it at the next epoch.
 
     Yields:
       A seed and its model, when it is trained.
@@ -210,6 +221,8 @@ def trained(run: Run, seeds: Sequence[int]) -> Iterator[tuple[int, nnx.Module]]:
         structure, state = new_state(own.build_model(), running, 0)
         several = several or _make_steps(structure, running, run)
         for batches in _batches(own, running.end):
+            if stop.is_set():
+                return
             state = several(jax.random.key(seed), state, batches)
         yield seed, structure.merge(state.params, state.model_state, None)
 

@@ -34,7 +34,8 @@ def parse(
         _check_file(path)
     if any(word in _HELP for word in argv[1:]):
         about = inspect.getdoc(inspect.getmodule(main)) or ""
-        config = _load_config(path).to_dict() if path is not None else None
+        config = _load_config(path) if path is not None else None
+        config = config.to_dict() if hasattr(config, "to_dict") else config
         print(usage.text(about, examples, path, config))
         sys.exit(0)
     try:

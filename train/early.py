@@ -10,7 +10,8 @@ writes their numbers to, and says at once what will happen:
 - anywhere else the program ends when Python comes to it, and tidies up;
 - a second signal, two seconds after the first or later, ends it at once.
 
-The exit status is `REQUEUE` in each case: started again, it goes on.
+The exit status is `REQUEUE` in each case: started again, a run goes on, and what has
+nothing to go on from begins anew. A process that is forked answers for itself.
 """
 
 import contextlib
@@ -50,6 +51,9 @@ class Signals:
         if self.watched or threading.current_thread() is not threading.main_thread():
             return
         self.watched = True
+        os.register_at_fork(
+            before=_hold, after_in_parent=_let_go, after_in_child=_forget
+        )
         numbers, sink = os.pipe()
         os.set_blocking(sink, False)
         signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
@@ -57,6 +61,11 @@ class Signals:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` asks
                 signal.signal(number, self._handle)
         threading.Thread(target=self._wait, args=(numbers,), daemon=True).start()
+
+    def end_if_asked(self) -> None:
+        """Ends the program where a request was noted, but too late for a run to see."""
+        if self._handled:
+            self._end()
 
     def imported(self) -> None:
         """Lets the program tidy up from here on, when it is asked to stop."""
@@ -112,6 +121,33 @@ class Signals:
     def _end(self) -> None:
         self._answered.wait(timeout=1.0)  # the line comes before the end
         sys.exit(REQUEUE)
+
+
+_OWN = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+}
+"""What Python does on a signal by itself."""
+_held = threading.local()
+
+
+def _hold() -> None:
+    """Holds signals back while the process forks."""
+    _held.before = signal.pthread_sigmask(signal.SIG_BLOCK, NAMES)
+
+
+def _let_go() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.before)
+
+
+def _forget() -> None:
+    """Leaves signals to a forked process itself; what it would write, its parent would
+    take for its own."""
+    signal.set_wakeup_fd(-1)
+    for number, own in _OWN.items():
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, own)
+    _let_go()
 
 
 SIGNALS = Signals()

@@ -62,10 +62,10 @@ def fetch(original: Original, folder: Path, url: str | None = None) -> None:
 def _download(address: str, file: File, part: Path) -> None:
     """Writes what a server sends behind what is there already, if it can go on."""
     there = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(address, headers={"User-Agent": "lowrank_jax"})
-    if there:
-        request.add_header("Range", f"bytes={there}-")
     try:
+        request = urllib.request.Request(address, headers={"User-Agent": "lowrank_jax"})
+        if there:
+            request.add_header("Range", f"bytes={there}-")
         with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
             goes_on = there and answer.status == 206
             with part.open("ab" if goes_on else "wb") as stream:
@@ -73,6 +73,9 @@ def _download(address: str, file: File, part: Path) -> None:
                     stream.write(block)
                     if stream.tell() > file.size:
                         break  # another file; the check says so
+                else:
+                    if answer.length:  # what was promised and did not come
+                        raise OSError("a connection that ended early")
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:  # all of it is there

@@ -1,6 +1,7 @@
 """How a run ends early without a bug: asked to stop, a peer gone, a loss not finite."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -58,20 +59,28 @@ class StopRequest:
     def __init__(self) -> None:
         self._requested = False
         self._polls = 0
-        self._together = False
+        self._together = self._requested_here = False
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> "StopRequest":
         self._together = jax.process_count() > 1
-        main = threading.current_thread() is threading.main_thread()
-        if self._together or not main:  # JAX has a handler of its own
+        if threading.current_thread() is not threading.main_thread():
             return self
-        if early.SIGNALS.watched:
+        if self._together:  # JAX has a handler of its own, of SIGTERM alone
+            if early.SIGNALS.watched:
+                self._resources.enter_context(early.SIGNALS.noting(self._pass_on))
+        elif early.SIGNALS.watched:
             self._resources.enter_context(early.SIGNALS.noting(self._note))
         else:
             before = signal.signal(signal.SIGTERM, self._note)
             self._resources.callback(signal.signal, signal.SIGTERM, before)
         return self
+
+    def _pass_on(self) -> None:
+        """Makes Ctrl-C what all processes agree on; may be called twice."""
+        if not self._requested_here:
+            self._requested_here = True
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _note(self, *_: Any) -> None:
         self._requested = True
@@ -91,6 +100,8 @@ class StopRequest:
                 raise StopRequested
             yield item
 
-    def __exit__(self, *_: Any) -> None:
-        self._together = False
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        alone, self._together = not self._together, False
         self._resources.close()
+        if error is None and alone and early.SIGNALS.watched:
+            early.SIGNALS.end_if_asked()

@@ -1,6 +1,8 @@
 """The baselines of a nested run are what the loop trains, and are judged alike; what is
 said of them is what all seeds show."""
 
+import threading
+
 import numpy as np
 import pytest
 import support
@@ -68,7 +70,7 @@ def test_each_is_what_the_loop_trains(whole, tmp_path, name):
     """From the second seed, by the same steps on the same batches."""
     kind = kinds(whole)[name]
     run = whole.run._replace(config=kind.config)
-    trained = dict(baselines.trained(run, kind.seeds))
+    trained = dict(baselines.trained(run, kind.seeds, threading.Event()))
     assert list(trained) == list(kind.seeds)
     saved = support.train({**kind.config, "seed": SEEDS[-1]}, tmp_path / "run")
     arrays = support.stored_arrays(saved)
@@ -100,7 +102,7 @@ def test_all_are_judged_at_equal_costs(whole, capsys):
     losses = [row["loss"] for row in of.values()]
     assert len(set(losses)) == len(losses) and np.isfinite(losses).all()
     dense = whole.run._replace(config=kinds(whole)["dense"].config)
-    ((_, model),) = baselines.trained(dense, [3])
+    ((_, model),) = baselines.trained(dense, [3], threading.Event())
     judged = opening.Opened(dense, model).figures()
     assert of[baselines.DENSE, 3, 1.0]["loss"] == pytest.approx(judged["loss"], 1e-4)
     assert "baselines: 5 models ..." in capsys.readouterr().err

@@ -30,6 +30,14 @@ for line in sys.stdin:
         said = ("compiling\\n",)
         threading.Timer(0.2, sys.stderr.write, said).start()
         hashlib.pbkdf2_hmac("sha256", b"", b"", 50_000_000)
+    elif line == "fork\\n":  # as a loader of the user's own may do
+        import multiprocessing, time
+        fork = multiprocessing.get_context("fork")
+        worker = fork.Process(target=time.sleep, args=(60,))
+        worker.start()
+        worker.terminate()
+        worker.join(10)
+        print("worker ended with", worker.exitcode, file=sys.stderr, flush=True)
     elif line == "train\\n":
         noted = []
         with early.SIGNALS.noting(lambda: noted.append(1)):
@@ -125,6 +133,18 @@ def test_the_same_request_twice_in_a_moment_is_one():
         tell(process, "step")
         assert next_line(process) == "noted"
         assert process.wait(timeout=60) == 75
+
+
+def test_a_forked_process_answers_for_itself():
+    """Terminating a worker ends the worker, and asks nothing of the run."""
+    with started("-W", "ignore", "-c", PROGRAM) as process:
+        next_line(process)
+        tell(process, "imported", "fork")
+        assert next_line(process) == f"worker ended with -{int(signal.SIGTERM)}"
+        tell(process, "train")
+        assert next_line(process) == "training"
+        tell(process, "step")
+        assert next_line(process) == "on"
 
 
 def test_a_second_request_ends_it_at_once():

@@ -52,6 +52,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves a folder, and the end of a file to who asks for it."""
 
     asked: list[str | None]
+    at_most: int | None
 
     def send_head(self) -> io.BytesIO | None:
         asked = self.headers["Range"]
@@ -61,19 +62,28 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             self.send_error(404)
             return None
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        content = path.read_bytes()[start:]
         self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        return io.BytesIO(path.read_bytes()[start:])
+        return io.BytesIO(content[: self.at_most])
 
     def log_message(self, *_: object) -> None:
         pass
 
 
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[tuple[str, list[str | None]]]:
-    """Serves a folder on this machine: its address, and the ranges that are asked."""
+def served(
+    folder: Path, at_most: int | None = None
+) -> Iterator[tuple[str, list[str | None]]]:
+    """Serves a folder on this machine: its address, and the ranges that are asked.
+
+    Args:
+      folder: What is served.
+      at_most: Bytes of an answer after which the connection ends.
+    """
     asked: list[str | None] = []
-    handler = type("Asked", (Handler,), {"asked": asked})
+    handler = type("Asked", (Handler,), {"asked": asked, "at_most": at_most})
     serve = functools.partial(handler, directory=folder)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
     thread = threading.Thread(target=server.serve_forever)
@@ -110,6 +120,21 @@ def test_fetched_and_read(tmp_path, mnist_like):
         assert split["label"].dtype == np.int32
 
 
+def test_a_connection_that_ends_early(tmp_path, mnist_like):
+    """What came stays, and the next try goes on from there."""
+    original, contents, _ = mnist_like
+    (tmp_path / "there").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "there" / name).write_bytes(content)
+    here, (first, *_) = tmp_path / "here", contents
+    with served(tmp_path / "there", at_most=7) as (url, asked):
+        for _ in range(2):
+            with pytest.raises(UserError, match="a connection that ended early. Try"):
+                fetch.fetch(original, here, url)
+    assert asked == [None, "bytes=7-"]
+    assert (here / f"{first}.part").read_bytes() == contents[first][:14]
+
+
 def test_what_a_server_may_do_wrong(tmp_path, mnist_like):
     """Another file, none, nobody there: one line each, and nothing half is left."""
     original, contents, _ = mnist_like
@@ -124,6 +149,8 @@ def test_what_a_server_may_do_wrong(tmp_path, mnist_like):
             fetch.fetch(original, here, f"{url}/")
     with pytest.raises(UserError) as nobody:
         fetch.fetch(original, here, url)
+    with pytest.raises(UserError, match="answers, got unknown url type: 'nonsense/"):
+        fetch.fetch(original, here, "nonsense")
     assert str(another.value) == (
         f"{url}/{name}: {here / name}.part: must have {original.files[0].size:,} bytes,"
         " got 18. It is damaged; remove it, and fetch it again."

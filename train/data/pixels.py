@@ -36,7 +36,8 @@ def normalization(given: Mapping[str, Any], data: Dataset) -> dict[str, list[flo
     if empty and not own:
         own = measure(data)
     for key in {"mean", "std"} & own.keys() - set(empty):
-        if name in PIXELS and given[key] != own[key]:
+        listed = isinstance(given[key], list | tuple)  # else an error to come
+        if listed and name in PIXELS and list(given[key]) != own[key]:
             logs.say(
                 f"config.task.args.{key}: {given[key]} is not that of {name}, which has"
                 f" {own[key]}; () takes that."

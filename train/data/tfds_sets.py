@@ -80,8 +80,9 @@ def _missing(name: str, root: pathlib.Path) -> UserError:
     base = re.sub(r"[:/].*", "", name)
     if base in ORIGINALS:
         files = ", ".join(file.name for file in ORIGINALS[base].files)
+        how = "Run" if name == base else f"Write {base!r}, and run"
         return MissingFile(
-            f"data set {name!r}: must be in {root}, got nothing of it there. Run"
+            f"data set {name!r}: must be in {root}, got nothing of it there. {how}"
             f" python -m train.fetch {base} --data_dir={root} (no TensorFlow needed),"
             " or set config.data.data_dir or TFDS_DATA_DIR to where it is.\n"
             f"  as it was published: {root}/{base}/ with {files}\n"
