@@ -1,6 +1,8 @@
 """The same run in one process and in several, which start, stop and go on together."""
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -63,6 +65,16 @@ def alone(tmp_path_factory) -> Path:
     return workdir
 
 
+def children(parent: int) -> list[int]:
+    """Processes that a process has started, the oldest first."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            fields = status.read_text().rpartition(")")[2].split()
+            found += [int(status.parent.name)] if int(fields[1]) == parent else []
+    return sorted(found)
+
+
 class TestRuns:
     def test_two_processes_stop_and_one_goes_on(self, alone, tmp_path):
         """Split over both kinds of axes; a SIGTERM reaches the launcher."""
@@ -71,6 +83,18 @@ class TestRuns:
         process = launch(2, 2, workdir, *mesh)
         wait_for(workdir, 1, process)
         process.send_signal(signal.SIGTERM)
+        status, _, err = ended(process)
+        assert (status, "run it again to go on" in err) == (REQUEUE, True), err
+        loop.train_and_evaluate(short_run(), workdir)
+        assert_same_run(workdir, alone)
+
+    @pytest.mark.slow
+    def test_ctrl_c_to_one_of_two_saves(self, alone, tmp_path):
+        """It becomes the SIGTERM that all agree on."""
+        workdir = tmp_path / "run"
+        process = launch(2, 1, workdir)
+        wait_for(workdir, 1, process)
+        os.kill(children(process.pid)[-1], signal.SIGINT)
         status, _, err = ended(process)
         assert (status, "run it again to go on" in err) == (REQUEUE, True), err
         loop.train_and_evaluate(short_run(), workdir)
