@@ -20,7 +20,7 @@ help:  ## this list
 	@echo 'make TARGET'
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-quickstart: $(READY)  ## train on real digits, cut at three budgets, evaluate, draw
+quickstart: $(READY)  ## train on real digits, cut, evaluate, compare, draw
 	$(BIN)/python -m train.quickstart --config=configs/digits_mlp.py \
 	  --workdir=runs/quickstart
 

@@ -52,11 +52,14 @@ def open_checkpoint(path: str | Path) -> Saved:
     """
     complete = complete_steps(path)
     if not complete:
-        names = sorted(p.name for p in _root(path).iterdir())
+        inside = sorted(_root(path).iterdir())
+        whole = [p for p in inside if p.is_dir() and "tmp" not in p.name]
+        found = [p for p in whole if complete_steps(p)]
+        fix = "A save that was cut off leaves a temporary or half-written folder; use"
+        fix = f"{fix} another one." if not found else f"Did you mean {found[0]}?"
         raise MissingFile(
             f"must hold a complete checkpoint of this library, got {path}, which has"
-            f" {names}. A save that was cut off leaves a temporary or half-written"
-            " folder; use another one."
+            f" {[p.name for p in inside]}. {fix}"
         )
     try:
         metadata = json.loads((complete[0] / METADATA_FILE).read_bytes())

@@ -18,8 +18,8 @@ from lowrank_jax.paths import find_layers, find_own_matrices, param_sizes, walk
 from lowrank_jax.ranks import largest
 
 NOTE = (
-    "stored: parameters in the checkpoint; cheapest: those of the smaller of a layer's"
-    " form\n(factored r(m+n), gauge r(m+n-r)) and the merged one mn; MACs of one {unit}"
+    "stored: parameters in the checkpoint; cheapest: of each layer as it is or merged,"
+    "\nwhichever has fewer; MACs of one {unit}"
 )
 """What the columns of numbers count."""
 

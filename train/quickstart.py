@@ -57,6 +57,8 @@ def clear(workdir: Path) -> None:
             f"must be new or of an earlier quickstart, got {workdir}, which holds other"
             " files. Nothing is overwritten; name another."
         )
+    if marked:
+        logs.say(f"replacing the earlier quickstart in {workdir}")
     for name in ("run", *map(showing.folder_of, showing.SIZES), *showing.PICTURES):
         path = workdir / name
         if path.is_dir() and not path.is_symlink():

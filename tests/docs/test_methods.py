@@ -198,9 +198,12 @@ def test_the_index_has_the_figures_of_the_results():
 
 def test_a_figure_that_was_not_measured_is_seen():
     """By its row, its section or its number."""
-    header = "| rank fraction | MACs | held out | mean | test | mean |\n|---|---|---|\n"
+    header = (
+        "| rank fraction | parameters | MACs | held out | mean | test | mean |\n"
+        "|---|---|---|\n"
+    )
     row = (
-        "| 1 | 281,640 | 99.18 / 99.22 / 99.26 | 99.22 |"
+        "| 1 | 44,426 | 281,640 | 99.18 / 99.22 / 99.26 | 99.22 |"
         " 99.22 / 99.22 / 99.35 | 99.26 |\n"
     )
     link = "(../results.md#nested-training-near-the-price-of-one-step)\n\n"

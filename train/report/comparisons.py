@@ -55,7 +55,7 @@ def findings(series: Series, task: Task) -> list[str]:
         for fraction, point in theirs.items():
             verdict = _verdict(ours[fraction], point, task.higher_is_better)
             gap = abs(ours[fraction].mean - point.mean)
-            found[verdict].append(f"{fraction:g} (by {gap:.2g})")
+            found[verdict].append(f"{fraction:g} (by {round(gap, 9):.2g})")
         parts = [f"{word} at {', '.join(at)}" for word, at in found.items() if at]
         lines.append(f"{name}, against {other}: {'; '.join(parts)}.")
     return lines
