@@ -127,6 +127,9 @@ def wrong_keys(config: Any, argv: Sequence[str]) -> list[str]:
 
     >>> print(wrong_keys({"seed": 0}, ["--config.sede=1"])[0])
     --config.sede: must be a key of the config, got 'sede'. Did you mean 'seed'?
+    >>> (told,) = wrong_keys({"phases": [{"name": "a"}]}, ["--config.name=b"])
+    >>> print(told.partition("got ")[2])
+    'name'. Did you mean 'phases[0].name'?
     """
     problems = []
     for argument in argv:
@@ -142,7 +145,22 @@ def wrong_keys(config: Any, argv: Sequence[str]) -> list[str]:
                 known = sorted(node) if hasattr(node, "keys") else []
             if key not in known:
                 text = unknown("a key of the config", key, known)
+                below = [p for p in _places(config) if p.endswith(found[1][6:])]
+                if below and nearest(key, known) is None:
+                    place = below[0].removeprefix(".")
+                    text = f"must be a key of the config, got {key!r}. Did you mean"
+                    text = f"{text} {place!r}?"
                 problems.append(f"--{found[1]}: {text}")
                 break
             node = node[key]
     return problems
+
+
+def _places(node: Any, at: str = "") -> Iterator[str]:
+    """Yields what is below a node of a config, as flags name it."""
+    listed = isinstance(node, list | tuple)
+    parts = enumerate(node) if listed else getattr(node, "items", tuple)()
+    for key, part in parts:
+        place = f"{at}[{key}]" if listed else f"{at}.{key}"
+        yield place
+        yield from _places(part, place)

@@ -24,8 +24,9 @@ A config is a Python file in `configs/`, or one of your own, with a function
 and no other**: a misspelled key is an error, nothing has a hidden default. The defaults
 below are those of `configs/common.py`, whose functions `base`, `data`, `phase` and
 `optimizer` write every key; "given" stands where you must say it yourself. A flag
-changes a place: `--config.seed=1`, `--config.data.batch_size=64`; lists and mappings
-are changed in the file. Words after the file's colon are its own arguments
+changes a place: `--config.seed=1`, `--config.data.batch_size=64`, an entry of a list by
+its number: `"--config.phases[0].until.epochs=3"`; what has no place yet is written in
+the file. Words after the file's colon are its own arguments
 (`configs/nested.py:smoke,alone=0.5`); `--config=configs/nested.py:help` lists them.
 
 The config in a checkpoint has every argument of what it names written out, defaults
