@@ -40,46 +40,19 @@ class Point(NamedTuple):
 
 
 def plot_frontier(
-    series: Mapping[str, Sequence[Row]],
-    path: str | os.PathLike,
-    *,
-    headline: str,
-    higher_is_better: bool,
-    unit: str = "",
-    marks: Mapping[str, tuple[int, int]] | None = None,
-    costs: Sequence[str] = ("params", "macs"),
-    note: str = "",
+    series: Mapping[str, Sequence[Row]], path: str | os.PathLike, **how: Any
 ) -> None:
-    """Draws a figure against what models cost, one line per series.
-
-    Where a series has several rows of one size, as of several seeds, its line goes
-    through their mean, in a band from the least to the greatest.
+    """Writes the picture of `draw_frontier`.
 
     Args:
-      series: Rows by series name; a row has the headline figure and what it costs. Rows
-        of one "rank_fraction", or without it of one cost, are of one size.
+      series: As of `draw_frontier`.
       path: The picture to write, in the format that it ends in (`base_plots.SUFFIXES`).
-      headline: Name of the figure, as in the rows.
-      higher_is_better: Its direction, which the axis tells.
-      unit: What the MACs are of, such as "example".
-      marks: Numbers of the colour and of the marker of each series, so that what is
-        alike looks alike; its own of each if not given.
-      costs: What to draw it against, a panel each, of `COSTS`.
-      note: What stands below the picture.
+      **how: The other arguments of `draw_frontier`.
 
     Raises:
       UserError: Nothing to draw, or a row without one of its figures.
     """
-    drawing = draw_frontier(
-        series,
-        headline=headline,
-        higher_is_better=higher_is_better,
-        unit=unit,
-        marks=marks,
-        costs=costs,
-        note=note,
-    )
-    base_plots.save(drawing, path)
+    base_plots.save(draw_frontier(series, **how), path)
 
 
 def draw_frontier(
@@ -92,7 +65,25 @@ def draw_frontier(
     costs: Sequence[str] = ("params", "macs"),
     note: str = "",
 ) -> figure.Figure:
-    """Returns the picture of `plot_frontier`, whose arguments it takes."""
+    """Draws a figure against what models cost, one line per series.
+
+    Where a series has several rows of one size, as of several seeds, its line goes
+    through their mean, in a band from the least to the greatest.
+
+    Args:
+      series: Rows by series name; a row has the headline figure and what it costs. Rows
+        of one "rank_fraction", or without it of one cost, are of one size.
+      headline: Name of the figure, as in the rows.
+      higher_is_better: Its direction, which the axis tells.
+      unit: What the MACs are of, such as "example".
+      marks: Numbers of the colour and of the marker of each series, so that what is
+        alike looks alike; its own of each if not given.
+      costs: What to draw it against, a panel each, of `COSTS`.
+      note: What stands below the picture.
+
+    Raises:
+      UserError: Nothing to draw, or a row without one of its figures.
+    """
     _check(series, headline, costs)
     names = note.count("\n") + 1 if note else 0
     drawing = base_plots.new_figure(3.3 + 0.14 * names + 0.08 * len(series))
